@@ -1,0 +1,83 @@
+"""Assembles the commands, the global options and the handling of errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lcmem_cli import __version__
+from lcmem_cli.cli import render
+from lcmem_cli.cli.config import config_app
+from lcmem_cli.engine.errors import LcmemError
+
+EXIT_INTERRUPTED = 130
+
+
+class ErrorHandlingGroup(TyperGroup):
+    """Turns engine errors into a message on stderr and an exit code, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except LcmemError as error:
+            if render.settings.debug:
+                raise
+            render.error(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            render.error("interrupted; the same command continues where it stopped")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if render.settings.debug:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            render.error(f"{where}{error.strerror or error}")
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="lcmem",
+    cls=ErrorHandlingGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Find out whether a generative image model reproduces its training images: "
+        "re-identification and copy detection with LCMem (arXiv 2512.14421)."
+    ),
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lcmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    log_format: Annotated[
+        render.LogFormat, typer.Option(help="How progress and events are written to stderr.")
+    ] = render.LogFormat.TEXT,
+) -> None:
+    """Set what holds for every command."""
+    render.configure(quiet=quiet, debug=debug, log_format=log_format)
+
+
+app.add_typer(config_app, name="config")

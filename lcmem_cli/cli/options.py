@@ -1,0 +1,62 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+class Device(str, enum.Enum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+FilelistOption = Annotated[
+    Path,
+    typer.Option(
+        "--filelist",
+        help="CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id).",
+    ),
+]
+BasedirOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--basedir", help="Folder that paths are relative to (default: the filelist's)."),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images per network call.")
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", min=-1, help="Decoding workers (-1: from the CPUs one may use)."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+MaxUnreadableOption = Annotated[
+    int,
+    typer.Option(
+        "--max-unreadable",
+        min=0,
+        help="Unreadable images to tolerate; they are always listed. More: exit 1.",
+    ),
+]
+CheckpointOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--checkpoint", help="An lcmem .safetensors file (default: the embedded model)."),
+]
+ConfigOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--config", "-c", help="Shipped config name (lcmem config ls) or a TOML file."),
+]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", help="Override one config value: section.key=value. Repeatable."),
+]

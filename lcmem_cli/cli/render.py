@@ -1,0 +1,289 @@
+"""Everything a person sees. The only module that imports rich.
+
+Results go to stdout, everything else (progress, warnings, errors, log lines) to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lcmem_cli.engine.files import dump_json, jsonable
+from lcmem_cli.engine.reporter import Reporter, Task
+from lcmem_cli.engine.results import Result
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+class LogFormat(str, enum.Enum):
+    """How progress and events are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the global options say."""
+
+    quiet: bool = False
+    debug: bool = False
+    log_format: LogFormat = LogFormat.TEXT
+
+
+settings = Settings()
+
+
+def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
+    """Apply the global options."""
+    settings.quiet, settings.debug, settings.log_format = quiet, debug, log_format
+
+
+def error(message: str) -> None:
+    """Show an error on stderr."""
+    if settings.log_format is LogFormat.JSON:
+        _log_line("error", message=message)
+    else:
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        typer.echo(_printable(message), err=True)
+
+
+def note(message: str) -> None:
+    """Show a remark on stderr."""
+    if not settings.quiet:
+        if settings.log_format is LogFormat.JSON:
+            _log_line("note", message=message)
+        else:
+            typer.echo(_printable(message), err=True)
+
+
+def emit(result: Result | Mapping[str, Any], *, as_json: bool, human: Callable[[], None]) -> None:
+    """Print a result to stdout: one JSON document, or what ``human`` prints."""
+    if as_json:
+        values = result.to_dict() if isinstance(result, Result) else result
+        sys.stdout.write(dump_json(values))
+    else:
+        human()
+
+
+def line(text: str = "") -> None:
+    """Print one line of a result."""
+    typer.echo(_printable(text))
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    best: Mapping[int, int] | None = None,
+    align_left: bool = False,
+) -> None:
+    """Print a table.
+
+    Args:
+        columns: headings.
+        rows: cells as text.
+        title: shown above.
+        best: per column index, the row index whose cell is set in bold with a star.
+        align_left: all columns hold words; otherwise all but the first are right-aligned.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    best = best or {}
+    view = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        view.add_column(
+            Text(_printable(column)),
+            justify="left" if align_left or index == 0 else "right",
+            overflow="fold",
+        )
+    for row_index, row in enumerate(rows):
+        cells = []
+        for column_index, cell in enumerate(row):
+            is_best = best.get(column_index) == row_index
+            cells.append(
+                Text(_printable(cell) + (" *" if is_best else ""), style="bold" if is_best else "")
+            )
+        view.add_row(*cells)
+    _console(sys.stdout).print(view)
+
+
+def reporter() -> Reporter:
+    """Return the reporter that the global options and the terminal call for."""
+    if settings.log_format is LogFormat.JSON:
+        return _JsonReporter()
+    if settings.quiet:
+        return _WarningsOnly()
+    return _RichReporter() if sys.stderr.isatty() else _PlainReporter()
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal must not be sent: control characters and unpaired surrogates."""
+    safe = "".join(
+        c if c in "\n\t" or (c.isprintable() or c == " ") else c.encode("unicode_escape").decode()
+        for c in text
+    )
+    return safe.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    terminal = stream.isatty()
+    return Console(file=stream, width=None if terminal else 120, highlight=False, soft_wrap=False)
+
+
+def _log_line(event: str, **fields: object) -> None:
+    record = {"time": round(time.time(), 3), "event": event, **fields}
+    sys.stderr.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+    sys.stderr.flush()
+
+
+class _WarningsOnly(Reporter):
+    """Warnings are part of the truth of a result, so ``--quiet`` keeps them."""
+
+    def warn(self, message: str) -> None:
+        typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False, err=True)
+        typer.echo(_printable(message), err=True)
+
+
+class _PlainReporter(_WarningsOnly):
+    """No bars: stderr is a file or a pipe."""
+
+    def event(self, name: str, **fields: object) -> None:
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
+        typer.echo(_printable(f"{name}  {shown}"), err=True)
+
+
+class _JsonReporter(Reporter):
+    def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
+        return _JsonTask(description, total, unit)
+
+    def warn(self, message: str) -> None:
+        _log_line("warning", message=message)
+
+    def event(self, name: str, **fields: object) -> None:
+        _log_line(name, **fields)
+
+
+class _JsonTask(Task):
+    """Writes at most one line every few seconds, so that logs stay small."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0
+        self.last = time.monotonic()
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        self.done += steps
+        if time.monotonic() - self.last >= self.SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            _log_line("progress", task=self.description, done=self.done, total=self.total, **fields)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _log_line("task-ended", task=self.description, done=self.done, total=self.total)
+
+
+class _RichReporter(_PlainReporter):
+    """Draws progress bars; warnings and events are printed above them."""
+
+    def __init__(self) -> None:
+        self.console = _console(sys.stderr)
+        self.progress: Progress | None = None
+        self.open_tasks = 0
+
+    def warn(self, message: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text("warning: ", style="yellow") + Text(_printable(message)))
+
+    def event(self, name: str, **fields: object) -> None:
+        from rich.text import Text
+
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
+        self.console.print(Text(_printable(f"{name}  {shown}")))
+
+    def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
+        return _RichTask(self, description, total, unit)
+
+
+class _RichTask(Task):
+    def __init__(self, owner: _RichReporter, description: str, total: int | None, unit: str):
+        self.owner, self.description, self.total, self.unit = owner, description, total, unit
+
+    def __enter__(self) -> _RichTask:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if self.owner.progress is None:
+            self.owner.progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}", markup=False),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}", markup=False),
+                console=self.owner.console,
+                transient=True,
+            )
+            self.owner.progress.start()
+        self.owner.open_tasks += 1
+        self.began, self.done = time.monotonic(), 0
+        self.id = self.owner.progress.add_task(
+            _printable(self.description), total=self.total, shown="", rate=""
+        )
+        return self
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        assert self.owner.progress is not None
+        self.done += steps
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
+        self.owner.progress.update(
+            self.id, advance=steps, rate=f"{rate:,.1f} {self.unit or 'it'}/s", shown=shown
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self.owner.progress is not None
+        self.owner.progress.remove_task(self.id)
+        self.owner.open_tasks -= 1
+        if self.owner.open_tasks == 0:
+            self.owner.progress.stop()
+            self.owner.progress = None
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

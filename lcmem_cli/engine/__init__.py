@@ -1,0 +1,1 @@
+"""The engine: everything lcmem computes. It never prints, never exits and knows no terminal."""

@@ -1,0 +1,425 @@
+"""Typed configuration: TOML files to validated objects, every problem reported at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from lcmem_cli.engine.errors import ConfigError, InputError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Base of every config section: frozen, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ImageSection(Section):
+    """How an image becomes a tensor."""
+
+    size: int = Field(512, ge=16, le=4096, multiple_of=2)
+    """Side in pixels of the square that images are resized to."""
+
+
+class CodecSection(Section):
+    """The VAE that makes latents."""
+
+    name: str = "embedded"
+    """``embedded``, ``none`` (the network sees pixels), a diffusers folder or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    input_range: Literal["symmetric", "unit"] = "symmetric"
+    """Whether the VAE is fed [-1, 1] (as Stable Diffusion's were trained) or [0, 1]."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Mean of the posterior (repeatable), or a seeded sample."""
+
+
+class NetworkSection(Section):
+    """The Siamese network."""
+
+    backbone: str = "convnext_tiny"
+    """A timm name, or the paper's: ConvNeXt-Tiny/Small/Base/Large, ResNet-50/101, DINOv3."""
+    num_features: int = Field(512, ge=1, le=65536)
+    """Width of the feature vector."""
+    normalisation: Literal["sample", "dataset", "none", "imagenet"] = "sample"
+    """Of the network's input: per sample and channel, by data-set statistics, none, ImageNet's."""
+    weights: Literal["random", "timm"] | Annotated[str, Field(min_length=1)] = "random"
+    """Initial backbone: ``random``, ``timm`` (pretrained, from the hub), or a file of timm keys."""
+    stem_stride: Literal[1, 2, 4] | None = None
+    """Stride of the first convolution. Latents are already smaller than the image, so 1 keeps the
+    resolutions that a pretrained backbone saw; unset leaves the backbone's own."""
+    align_stem: int = Field(0, ge=0, le=100_000)
+    """Images on which the first convolution is fitted by least squares to what the pretrained one
+    makes of the pixels; 0: adapt it as timm does."""
+    drop_path_rate: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth while training."""
+
+
+class LossSection(Section):
+    """``alpha * BCE + (1 - alpha) * NT-Xent``."""
+
+    alpha: float = Field(0.8, ge=0, le=1)
+    """Weight of the binary cross-entropy."""
+    temperature: float = Field(0.07, gt=0, le=10)
+    """Of NT-Xent."""
+    negatives: Literal["roll", "all"] = "roll"
+    """BCE negatives: half of the batch rolled by one, or every pair of two identities."""
+
+
+class SamplingSection(Section):
+    """Which pairs a training epoch sees."""
+
+    unsupervised: bool = False
+    """Every image is its own identity."""
+    mini_epoch_size: int = Field(0, ge=0)
+    """Identities drawn for one epoch; 0: all. Validation uses a quarter of it, drawn once."""
+    same_image_probability: float = Field(0.0, ge=0, le=1)
+    """Share of the pairs whose second image is the first one (altered by the augmentation)."""
+    datasets_per_batch: int = Field(0, ge=0)
+    """Data sets that one batch is drawn from, so that negatives are hard; 0: no grouping."""
+
+
+class AugmentationSection(Section):
+    """What is done to the second image of a pair."""
+
+    preset: Literal["none", "reference", "strong"] = "strong"
+    """``reference``: the published set; ``strong``: real ranges for every family of edits."""
+
+
+class OptimiserSection(Section):
+    """Adam and its schedule."""
+
+    learning_rate: float = Field(5e-4, gt=0, le=1)
+    """Of the head and, times ``backbone_scale``, of the backbone."""
+    backbone_scale: float = Field(1.0, ge=0, le=10)
+    """Learning rate of the pretrained part relative to the head's."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Decoupled (AdamW); 0 is plain Adam."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    eta_min_ratio: float = Field(1.0, ge=0, le=1)
+    """End of the cosine schedule relative to its start; the published configs use 1 (constant)."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is kept; 0: off."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest norm of the gradient; 0: no clipping."""
+
+
+class ScheduleSection(Section):
+    """How long to train."""
+
+    epochs: int = Field(500, ge=1, le=100_000)
+    """The most epochs."""
+    patience: int = Field(25, ge=0)
+    """Epochs without a better validation loss before stopping; 0: never stop early."""
+    batch_size: int = Field(512, ge=2)
+    """Pairs per optimiser step, over all processes."""
+    accumulate: int = Field(1, ge=1)
+    """Parts that a batch is computed in, to save memory; the loss still sees the whole batch."""
+
+
+class RuntimeSection(Section):
+    """What may change between machines without changing the study."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of everything random."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    num_workers: int = Field(-1, ge=-1, le=256)
+    """Decoding processes; -1: from the CPUs that this process may use."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """``auto``: only on accelerators that have it; never on a CPU."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+
+class CodecModelSection(Section):
+    """Shape of a small AutoencoderKL."""
+
+    block_channels: Annotated[tuple[int, ...], Field(strict=False, min_length=1, max_length=8)] = (
+        16,
+        32,
+        64,
+        64,
+    )
+    """Channels per resolution; each level after the first halves the image."""
+    layers_per_block: int = Field(1, ge=1, le=8)
+    """Residual blocks per resolution."""
+    latent_channels: int = Field(4, ge=1, le=64)
+    """Channels of a latent."""
+    norm_groups: int = Field(8, ge=1)
+    """Groups of the group normalisation; must divide every entry of ``block_channels``."""
+
+
+class CodecLossSection(Section):
+    """Mean absolute error plus a Kullback-Leibler term."""
+
+    kl_weight: float = Field(1e-6, ge=0)
+    """Weight of the Kullback-Leibler term per pixel."""
+
+
+class CodecScheduleSection(Section):
+    """How long to train a codec."""
+
+    steps: int = Field(3000, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(16, ge=1)
+    """Images per step."""
+    crop_size: int = Field(128, ge=16)
+    """Side of the random crops in pixels."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Of Adam, decayed to zero along a cosine."""
+
+
+class CodecConfig(Section):
+    """Everything ``lcmem train-codec`` needs beside its data."""
+
+    kind: Literal["codec"]
+    image: ImageSection = ImageSection()
+    model: CodecModelSection = CodecModelSection()
+    loss: CodecLossSection = CodecLossSection()
+    schedule: CodecScheduleSection = CodecScheduleSection()
+    runtime: RuntimeSection = RuntimeSection()
+    input_range: Literal["symmetric", "unit"] = "symmetric"
+
+
+class Stage1Config(Section):
+    """Everything ``lcmem train-stage1`` needs beside its data."""
+
+    kind: Literal["stage1"]
+    image: ImageSection = ImageSection()
+    codec: CodecSection = CodecSection()
+    network: NetworkSection = NetworkSection()
+    loss: LossSection = LossSection()
+    sampling: SamplingSection = SamplingSection()
+    augmentation: AugmentationSection = AugmentationSection(preset="none")
+    optimiser: OptimiserSection = OptimiserSection()
+    schedule: ScheduleSection = ScheduleSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+
+class FinetuneConfig(Section):
+    """Everything ``lcmem finetune`` needs beside its data and the stage-1 checkpoint."""
+
+    kind: Literal["finetune"]
+    loss: LossSection = LossSection()
+    sampling: SamplingSection = SamplingSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=8e-5)
+    schedule: ScheduleSection = ScheduleSection(epochs=20, patience=5, batch_size=64)
+    runtime: RuntimeSection = RuntimeSection()
+
+
+AnyConfig = Annotated[
+    Union[CodecConfig, Stage1Config, FinetuneConfig], Field(discriminator="kind")  # noqa: UP007
+]
+ConfigT = TypeVar("ConfigT", CodecConfig, Stage1Config, FinetuneConfig)
+KINDS: dict[str, type[Section]] = {
+    "codec": CodecConfig,
+    "stage1": Stage1Config,
+    "finetune": FinetuneConfig,
+}
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configs (inside the wheel, or beside the package)."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the shipped configs by name, such as ``stage1`` or ``mini/codec``."""
+    folder = config_folder()
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.toml"))
+    }
+
+
+def find_config(name: str) -> Path:
+    """Return the file behind a config name or path.
+
+    Raises:
+        InputError: neither a file nor a shipped config.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    raise InputError(f"no config file or shipped config '{name}'; {nearest(name, shipped)}")
+
+
+def describe_config(path: Path) -> tuple[str, str]:
+    """Return a config file's kind and its purpose, which is its first comment line."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return str(read_toml(path).get("kind", "?")), first.lstrip("# ").strip()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: unreadable, too large, or not TOML (with line and column).
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(str(path), [f"larger than {MAX_CONFIG_BYTES} bytes: not a config"])
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(str(path), [f"not valid TOML: {error}"]) from error
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Parse ``section.key=value``; the value is TOML, or a plain string where it is not.
+
+    Raises:
+        ConfigError: no ``=`` or an empty key.
+    """
+    key, sign, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError("--set", [f"'{text}': expected section.key=value"])
+    try:
+        return parts, tomllib.loads(f"value = {raw}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return parts, raw.strip()
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a TOML tree with ``section.key=value`` strings applied in order."""
+    result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for text in overrides:
+        parts, value = parse_override(text)
+        node = result
+        for part in parts[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise ConfigError("--set", [f"'{text}': {part} is a value, not a section"])
+            node = child
+        node[parts[-1]] = value
+    return result
+
+
+def validate(values: dict[str, Any], *, source: str) -> CodecConfig | Stage1Config | FinetuneConfig:
+    """Validate a TOML tree.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type and bad range at once.
+    """
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        hint = nearest(str(kind), KINDS) if kind is not None else 'add: kind = "stage1"'
+        raise ConfigError(
+            source, [f"kind: must be one of {', '.join(sorted(KINDS))}, not {kind!r}; {hint}"]
+        )
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyConfig)
+    problems: list[str] = []
+    config = None
+    try:
+        config = adapter.validate_python(values)
+    except ValidationError as error:
+        problems = [_describe(item, KINDS[kind]) for item in error.errors()]
+    problems.extend(_cross_checks(values if config is None else config.model_dump(mode="json")))
+    if config is None or problems:
+        raise ConfigError(source, list(dict.fromkeys(problems)))
+    assert isinstance(config, (CodecConfig, Stage1Config, FinetuneConfig))
+    return config
+
+
+def load_config(name: str, kind: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
+    """Load a shipped config or a file, apply overrides, and validate.
+
+    Args:
+        name: shipped name (``mini/stage1``) or path.
+        kind: the config class that the caller needs.
+        overrides: ``section.key=value`` strings; they win over the file.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or the file is of another kind.
+        InputError: no such config.
+    """
+    path = find_config(name)
+    config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
+    if not isinstance(config, kind):
+        wanted = kind.model_fields["kind"].annotation
+        raise ConfigError(
+            str(path), [f"kind: this command needs {wanted}, the file says '{config.kind}'"]
+        )
+    return config
+
+
+def to_toml(config: Section) -> str:
+    """Return a config as TOML text; unset optional keys are left out."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _describe(item: Any, root: type[Section]) -> str:
+    location = [str(part) for part in item["loc"]]
+    if location and location[0] in KINDS:
+        location = location[1:]  # the discriminator that pydantic puts first
+    key = ".".join(location) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        section = root
+        for part in location[:-1]:
+            annotation = section.model_fields[part].annotation
+            assert isinstance(annotation, type) and issubclass(annotation, Section)
+            section = annotation
+        return f"{key}: unknown key; {nearest(location[-1], section.model_fields)}"
+    given = item.get("input")
+    shown = f", not {given!r}"[:120] if not isinstance(given, dict) else ""
+    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}"
+
+
+def _cross_checks(values: dict[str, Any]) -> list[str]:
+    """Return problems that concern two keys at once, and options without effect."""
+
+    def get(section: str, key: str, default: Any = None) -> Any:
+        node = values.get(section)
+        return node.get(key, default) if isinstance(node, dict) else default
+
+    problems = []
+    if values.get("kind") == "codec":
+        groups, channels = get("model", "norm_groups", 8), get("model", "block_channels")
+        if isinstance(groups, int) and groups > 0 and isinstance(channels, (list, tuple)):
+            bad = [c for c in channels if isinstance(c, int) and (c <= 0 or c % groups)]
+            if bad:
+                problems.append(f"model.norm_groups: {groups} must divide every entry, not {bad}")
+    if values.get("kind") == "stage1":
+        pixels = get("codec", "name") == "none"
+        if pixels != (get("network", "normalisation") == "imagenet"):
+            problems.append(
+                'network.normalisation: "imagenet" goes with codec.name = "none", and only with it'
+            )
+        if get("augmentation", "preset") not in (None, "none") and not pixels:
+            problems.append(
+                "augmentation.preset: has no effect on stored latents; use finetune, or "
+                'codec.name = "none"'
+            )
+        if get("network", "align_stem", 0) and get("network", "weights", "random") == "random":
+            problems.append("network.align_stem: needs pretrained network.weights to align to")
+    if get("loss", "negatives") == "all" and get("loss", "alpha") == 0:
+        problems.append("loss.negatives: has no effect with loss.alpha = 0")
+    batch, parts = get("schedule", "batch_size"), get("schedule", "accumulate", 1)
+    if isinstance(batch, int) and isinstance(parts, int) and parts > 0 and batch % parts:
+        problems.append(f"schedule.accumulate: {parts} must divide schedule.batch_size = {batch}")
+    return problems

@@ -1,0 +1,1 @@
+"""Image lists, decoding, pairs and perturbations."""

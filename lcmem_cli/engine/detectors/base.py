@@ -1,0 +1,143 @@
+"""The interface that everything scoring a pair of images implements."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.store.search import TopK, top_k_blocked
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Images = Sequence[Image.Image | str | Path] | torch.Tensor
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+class Detector(abc.ABC):
+    """Turns images into features once and compares features as often as needed.
+
+    A subclass implements ``embed_batch``, ``score_features`` and ``score_matrix`` and sets the
+    attributes. Scores are larger for more alike images and symmetric in their two arguments.
+
+    Attributes:
+        name: how the user named it, for example ``"lcmem"`` or ``"timm:resnet50"``.
+        fingerprint: SHA-256 over everything that changes a score (weights, preprocessing, head).
+        input_size: side in pixels of the square that images are resized to.
+        num_features: columns of a feature row.
+        thresholds: decision thresholds that come with the detector, perhaps none.
+    """
+
+    name: str
+    fingerprint: str
+    input_size: int
+    num_features: int
+    thresholds: tuple[Threshold, ...] = ()
+
+    @abc.abstractmethod
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed images that already have the detector's input size.
+
+        Args:
+            batch: ``[n, 3, input_size, input_size]``, float32 in [0, 1], RGB.
+
+        Returns:
+            ``[n, num_features]``; float32, or uint8 for the pixel measures.
+        """
+
+    @abc.abstractmethod
+    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Score row i of ``a`` with row i of ``b``: ``[n, d], [n, d] -> [n]``."""
+
+    @abc.abstractmethod
+    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Score every row of ``a`` with every row of ``b``: ``[n, d], [m, d] -> [n, m]``."""
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory.
+
+        Args:
+            queries: ``[n, d]``.
+            bank: ``[m, d]``, perhaps a memory map.
+            k: at least 1; cut to ``m``.
+
+        Returns:
+            Scores ``[n, k]``, best first, and bank rows ``[n, k]``; equal scores are ordered by
+            bank row.
+        """
+        return top_k_blocked(self.score_matrix, queries, bank, k)
+
+    def embed(self, images: Images, *, batch_size: int = 32) -> FloatArray:
+        """Embed images.
+
+        Args:
+            images: a list of PIL images or paths, or a float tensor ``[n, 3, H, W]`` in [0, 1].
+            batch_size: images per network call; the result does not depend on it.
+
+        Returns:
+            ``[n, num_features]``.
+
+        Raises:
+            InputError: the tensor has another shape, type or range.
+            UnreadableImageError: a path cannot be decoded.
+        """
+        num_images = len(images)
+        rows = []
+        for start in range(0, num_images, batch_size):
+            part = images[start : start + batch_size]
+            if isinstance(part, torch.Tensor):
+                batch = resize_batch(part, self.input_size)
+            else:
+                batch = torch.stack([self._tensor(image) for image in part])
+            rows.append(self.embed_batch(batch))
+        if not rows:
+            return np.zeros((0, self.num_features), dtype=np.float32)
+        return np.concatenate(rows)
+
+    def score(self, image_a: Image.Image | str | Path, image_b: Image.Image | str | Path) -> float:
+        """Score two images; the order does not matter."""
+        features = self.embed([image_a, image_b])
+        return float(self.score_features(features[:1], features[1:])[0])
+
+    def _tensor(self, image: Image.Image | str | Path) -> torch.Tensor:
+        if isinstance(image, (str, Path)):
+            image = load_image(Path(image))
+        return to_tensor(image, self.input_size)
+
+
+def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """Check a batch of images and resize it to a square.
+
+    Args:
+        batch: ``[n, 3, H, W]``, floating point in [0, 1].
+        size: side of the result in pixels; aspect ratio is not kept, as method.md section 2 says.
+
+    Returns:
+        ``[n, 3, size, size]`` float32 in [0, 1].
+
+    Raises:
+        InputError: shape, type or range is another.
+    """
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise InputError(f"images must have the shape [n, 3, H, W], not {list(batch.shape)}")
+    if not batch.is_floating_point():
+        raise InputError(f"images must be floating point in [0, 1], not {batch.dtype}")
+    batch = batch.to(torch.float32)
+    low, high = (float(batch.min()), float(batch.max())) if batch.numel() else (0.0, 0.0)
+    if not (-1e-4 <= low and high <= 1 + 1e-4):  # also false for NaN
+        raise InputError(f"image values must lie in [0, 1], not [{low:.4g}, {high:.4g}]")
+    if batch.shape[-2:] != (size, size):
+        batch = torch.nn.functional.interpolate(
+            batch, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+        )
+    return batch.clamp(0, 1)

@@ -1,0 +1,126 @@
+"""Working with several processes under ``torchrun`` or ``accelerate launch``.
+
+One process is the special case of a group of size one, so callers need no branch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Ranks:
+    """The group of processes that work on one command.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's part: every ``size``-th item, without overlap or padding."""
+        return items[self.rank :: self.size]
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's (picklable) value, in rank order, in every process."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's (picklable) value in every process."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def current_ranks(device: str = "auto") -> Ranks:
+    """Return the group that this process was started in, joining it if need be.
+
+    Args:
+        device: ``"cpu"`` forces gloo; otherwise nccl is used where there is CUDA.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Ranks()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Ranks(rank=state.process_index, size=state.num_processes)
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may really use (affinity and cgroup quota), at least 1."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    for path in ("/sys/fs/cgroup/cpu.max",):
+        try:
+            with open(path) as file:
+                quota, period = file.read().split()[:2]
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return max(1, count)
+
+
+def resolve_workers(num_workers: int, processes: int = 1) -> int:
+    """Return the number of decoding workers for a process.
+
+    Args:
+        num_workers: what the user said; -1 means from the CPUs.
+        processes: processes that share this machine's CPUs.
+    """
+    if num_workers >= 0:
+        return num_workers
+    return max(1, min(16, available_cpus() // max(1, processes)))
+
+
+def resolve_device(device: str) -> str:
+    """Return a torch device string for ``auto|cpu|cuda|mps``.
+
+    Raises:
+        InputError: the device asked for is not on this machine.
+    """
+    import torch
+
+    from lcmem_cli.engine.errors import InputError
+
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this machine has no usable CUDA device; try cpu")
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    if device == "mps" and not has_mps:
+        raise InputError("--device mps: this machine has no Apple GPU; try cpu")
+    return device

@@ -1,0 +1,91 @@
+"""Errors that the engine raises. Each message says what, where, what was expected, what to try."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LcmemError(Exception):
+    """The work could not be finished."""
+
+    exit_code = 1
+
+
+class InputError(LcmemError):
+    """An argument, a config or an input file is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A config does not validate; carries every problem that was found.
+
+    Attributes:
+        problems: one line each, with the key that it is about.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        super().__init__(f"{source}: {len(self.problems)} problem(s)\n{lines}")
+
+
+class ManifestError(InputError):
+    """A filelist or image folder does not describe a usable set of images."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged, incomplete or not what was expected."""
+
+
+class WeightsUnavailableError(LcmemError):
+    """Weights of an external model are not on this machine and could not be fetched."""
+
+
+class FingerprintMismatchError(InputError):
+    """Something made by one detector was used with another."""
+
+
+class CorruptFileError(LcmemError):
+    """A file written by lcmem no longer matches its checksum or layout."""
+
+
+class UnreadableLimitError(LcmemError):
+    """More images could not be read than the user allowed."""
+
+
+class FolderBusyError(LcmemError):
+    """Another lcmem process is writing to the same folder."""
+
+
+class TrainingDivergedError(LcmemError):
+    """The loss became NaN or infinite."""
+
+
+class MissingExtraError(InputError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs an optional dependency; install it with: pip install 'lcmem[{extra}]'"
+        )
+
+
+def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
+    """Return a sentence that names the valid choices nearest to a mistyped name.
+
+    Args:
+        name: what the user wrote.
+        choices: all valid names.
+        limit: the most names to list.
+
+    Returns:
+        For example ``"did you mean 'ncc'?"``, or the full list if nothing is near.
+    """
+    names = sorted(choices)
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return "valid: " + ", ".join(names)

@@ -1,0 +1,1 @@
+"""Metrics, calibration, benchmark, robustness and audit."""

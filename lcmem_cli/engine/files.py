@@ -1,0 +1,120 @@
+"""Writing files so that a reader never sees half of one, and locking folders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lcmem_cli.engine.errors import FolderBusyError, InputError
+
+LOCK_NAME = ".lcmem.lock"
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path in the target's folder and rename it to the target on success.
+
+    The data is flushed to disk before the rename, so that after a crash the target is either
+    the old file or the whole new one. On an exception the temporary file is removed.
+
+    Args:
+        target: the file to be written; its folder is made if missing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
+    )
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text atomically; characters that UTF-8 cannot hold are escaped."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def jsonable(value: Any) -> Any:
+    """Return a copy in which every number is valid JSON: NaN and infinities become ``None``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # numpy and torch scalars
+        return jsonable(value.item())
+    raise TypeError(f"not a JSON value: {type(value).__name__}")
+
+
+def dump_json(value: Any) -> str:
+    """Return indented JSON text with a final newline."""
+    return json.dumps(jsonable(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write a JSON document atomically."""
+    write_text(target, dump_json(value))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer; a second lcmem process is refused at once.
+
+    The lock is the operating system's and ends with the process, so a killed run leaves none.
+
+    Raises:
+        FolderBusyError: another process holds the folder.
+        InputError: the folder cannot be made or written.
+    """
+    import filelock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK_NAME)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise FolderBusyError(
+            f"{folder}: another lcmem process is writing here; wait for it or choose another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write here ({error.strerror or error})") from error
+    try:
+        yield
+    finally:
+        lock.release()

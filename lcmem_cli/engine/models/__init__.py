@@ -1,0 +1,1 @@
+"""Codec (VAE), Siamese network and checkpoints."""

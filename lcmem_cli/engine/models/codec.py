@@ -1,0 +1,271 @@
+"""The codec: the VAE that turns images into latents.
+
+Method: arXiv 2512.14421, section on latents; ``input_range`` and posterior mean as explained in
+the README ("What differs from the paper").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lcmem_cli.engine.errors import CheckpointError, InputError, WeightsUnavailableError
+
+EMBEDDED = "embedded"
+PIXELS = "none"
+_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecSpec:
+    """What a codec is and how it is fed; recorded beside everything made with it.
+
+    Attributes:
+        name: ``embedded``, ``none`` (pixels), a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        class_name: diffusers class, or ``Pixels``.
+        input_range: ``symmetric`` feeds [-1, 1], ``unit`` feeds [0, 1].
+        posterior: ``mean`` or ``sample``.
+        latent_channels: channels C of a latent.
+        downsampling: image side divided by latent side.
+        weights_hash: SHA-256 over config and weights.
+    """
+
+    name: str
+    revision: str | None
+    class_name: str
+    input_range: Literal["symmetric", "unit"]
+    posterior: Literal["mean", "sample"]
+    latent_channels: int
+    downsampling: int
+    weights_hash: str
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return (
+            f"{self.name} ({self.class_name}, f{self.downsampling}, {self.latent_channels} "
+            f"channels, {self.input_range}, {self.posterior}, {self.weights_hash[:12]})"
+        )
+
+
+class Codec:
+    """A frozen VAE encoder in evaluation mode.
+
+    Args:
+        model: a diffusers ``AutoencoderKL`` or ``AutoencoderTiny``, or ``None`` for pixels.
+        name: recorded in the spec.
+        revision: recorded in the spec.
+        input_range: see ``CodecSpec``.
+        posterior: see ``CodecSpec``.
+        device: torch device.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None,
+        *,
+        name: str,
+        revision: str | None = None,
+        input_range: Literal["symmetric", "unit"] = "symmetric",
+        posterior: Literal["mean", "sample"] = "mean",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        if model is None:
+            channels, factor, class_name, digest = 3, 1, "Pixels", "pixels"
+            input_range = "unit"
+        else:
+            class_name = type(model).__name__
+            if class_name not in _CLASSES:
+                raise CheckpointError(
+                    f"codec {name}: {class_name} is not one of {', '.join(_CLASSES)}"
+                )
+            model.eval().requires_grad_(False).to(device)
+            config: Any = model.config
+            channels = int(config.latent_channels)
+            blocks = (
+                config.block_out_channels
+                if class_name == "AutoencoderKL"
+                else config.encoder_block_out_channels
+            )
+            factor = 2 ** (len(blocks) - 1)
+            digest = _hash_model(model)
+            if self.device.type == "cpu":
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spec = CodecSpec(
+            name=name,
+            revision=revision,
+            class_name=class_name,
+            input_range=input_range,
+            posterior=posterior if class_name == "AutoencoderKL" else "mean",
+            latent_channels=channels,
+            downsampling=factor,
+            weights_hash=digest,
+        )
+
+    @torch.inference_mode()
+    def encode(
+        self, images: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Encode images to raw latents (no scaling factor, no normalisation).
+
+        Args:
+            images: ``[B, 3, H, W]`` float32 in [0, 1]; H and W divisible by the downsampling.
+            generator: needed for, and only used by, ``posterior="sample"``.
+
+        Returns:
+            ``[B, C, H / f, W / f]`` float32 on the codec's device.
+
+        Raises:
+            InputError: the sides are not divisible by the downsampling.
+        """
+        factor = self.spec.downsampling
+        if images.shape[-2] % factor or images.shape[-1] % factor:
+            raise InputError(
+                f"image side {tuple(images.shape[-2:])} is not divisible by the codec's "
+                f"downsampling {factor}; choose another image size"
+            )
+        images = images.to(self.device, torch.float32)
+        if self.model is None:
+            return images
+        if self.spec.input_range == "symmetric":
+            images = images * 2 - 1
+        if self.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        model: Any = self.model
+        if self.spec.class_name == "AutoencoderTiny":
+            latents = model.encode(images).latents
+        else:
+            posterior = model.encode(images).latent_dist
+            if self.spec.posterior == "mean":
+                latents = posterior.mode()
+            else:
+                latents = posterior.sample(generator=generator)
+        return latents.to(torch.float32).contiguous()
+
+    def encoder_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that encoding needs (decoder left out), by their diffusers names."""
+        assert self.model is not None
+        return {
+            key: value.detach().cpu().contiguous()
+            for key, value in self.model.state_dict().items()
+            if key.startswith(("encoder.", "quant_conv."))
+        }
+
+    def model_config(self) -> dict[str, Any]:
+        """Return the diffusers config, without private keys."""
+        assert self.model is not None
+        config: Any = self.model.config
+        return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def load_codec(
+    name: str = EMBEDDED,
+    *,
+    revision: str | None = None,
+    input_range: Literal["symmetric", "unit"] = "symmetric",
+    posterior: Literal["mean", "sample"] = "mean",
+    device: str | torch.device = "cpu",
+) -> Codec:
+    """Load a codec by name.
+
+    Args:
+        name: ``embedded`` (the one inside the default checkpoint), ``none`` (pixels), a diffusers
+            folder, or a hub id such as ``stabilityai/sd-vae-ft-mse``.
+        revision: of a hub id.
+        input_range: what range the VAE is fed.
+        posterior: mean or sample.
+        device: torch device.
+
+    Raises:
+        InputError: a folder that is no diffusers autoencoder.
+        WeightsUnavailableError: a hub id that is neither cached nor reachable.
+    """
+    options: dict[str, Any] = {
+        "revision": revision,
+        "input_range": input_range,
+        "posterior": posterior,
+        "device": device,
+    }
+    if name == PIXELS:
+        return Codec(None, name=name, **options)
+    if name == EMBEDDED:
+        from lcmem_cli.engine.models.checkpoint import embedded_checkpoint, load_checkpoint
+
+        checkpoint = load_checkpoint(embedded_checkpoint())
+        model = checkpoint.codec_model()
+        assert model is not None
+        return Codec(model, name=name, **options)
+    folder = Path(name)
+    if folder.is_dir():
+        return Codec(_from_pretrained(name, folder=folder, revision=None), name=name, **options)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise InputError(
+            f"codec '{name}': no such folder, and not a hub id like stabilityai/sd-vae-ft-mse"
+        )
+    return Codec(_from_pretrained(name, folder=None, revision=revision), name=name, **options)
+
+
+def build_model(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
+    """Build an autoencoder with random weights from a diffusers config.
+
+    Raises:
+        CheckpointError: the class or the config is not usable.
+    """
+    import diffusers
+
+    if class_name not in _CLASSES:
+        raise CheckpointError(f"codec class '{class_name}' is not one of {', '.join(_CLASSES)}")
+    try:
+        model: torch.nn.Module = getattr(diffusers, class_name).from_config(config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"codec config does not describe a {class_name}: {error}") from error
+    return model
+
+
+def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) -> torch.nn.Module:
+    import diffusers
+
+    class_name = "AutoencoderKL"
+    if folder is not None:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            class_name = str(config["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"codec '{name}': no diffusers autoencoder there (config.json with _class_name)"
+            ) from error
+        if class_name not in _CLASSES:
+            raise InputError(f"codec '{name}': {class_name} is not one of {', '.join(_CLASSES)}")
+    elif "tae" in name.lower():
+        class_name = "AutoencoderTiny"
+    try:
+        model: torch.nn.Module = getattr(diffusers, class_name).from_pretrained(
+            name, revision=revision, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if folder is not None:
+            raise InputError(f"codec '{name}': cannot be loaded: {error}") from error
+        raise WeightsUnavailableError(
+            f"codec '{name}': not in the local cache, and the hub could not be reached.\n"
+            f"On a machine with internet run: hf download {name}\n"
+            "then copy the folder here and pass its path, or set HF_HOME to a copy of its cache. "
+            "Offline, --codec embedded always works."
+        ) from error
+    return model
+
+
+def _hash_model(model: torch.nn.Module) -> str:
+    """Hash the encoder's weights: two codecs with equal hashes make equal latents."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for key, value in sorted(model.state_dict().items()):
+        if key.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

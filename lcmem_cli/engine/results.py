@@ -1,0 +1,99 @@
+"""Typed results that travel from the engine to the command line, to JSON and to reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from lcmem_cli.engine.errors import FingerprintMismatchError, InputError
+from lcmem_cli.engine.files import jsonable
+
+SCHEMA_VERSION = 1
+
+
+class Result:
+    """Mixin for frozen dataclasses that can be written as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, with the schema version."""
+        assert dataclasses.is_dataclass(self) and not isinstance(self, type)
+        values: dict[str, Any] = jsonable(dataclasses.asdict(self))
+        return {"schema": SCHEMA_VERSION, **values}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """An image that could not be used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """A decision threshold together with what it is worth and what it belongs to.
+
+    Attributes:
+        value: a pair is called a match when ``score >= value``.
+        kind: ``"fpr"`` (share of negatives at or above) or ``"recall"`` (share of positives).
+        rate: the rate that was asked for, in (0, 1).
+        fingerprint: of the detector whose scores it applies to.
+        fitted_on: what data it was fitted on, in words.
+        num_positives: positive pairs behind it.
+        num_negatives: negative pairs behind it.
+        achieved_fpr: share of the negatives at or above ``value`` in the fitting data.
+        achieved_recall: share of the positives at or above ``value`` in the fitting data.
+    """
+
+    value: float
+    kind: Literal["fpr", "recall"]
+    rate: float
+    fingerprint: str
+    fitted_on: str
+    num_positives: int
+    num_negatives: int
+    achieved_fpr: float | None = None
+    achieved_recall: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not math.isfinite(self.value):
+            raise InputError(f"threshold is not a finite number: {self.value}")
+        if not 0 < self.rate < 1:
+            raise InputError(f"threshold rate must lie in (0, 1), not {self.rate}")
+
+    @property
+    def name(self) -> str:
+        """Short name used by ``--threshold`` options, such as ``fpr0.01`` or ``recall0.95``."""
+        return f"{self.kind}{self.rate:g}"
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse to be used with another detector than the one it was fitted for.
+
+        Raises:
+            FingerprintMismatchError: the fingerprints differ.
+        """
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                f"threshold {self.name} was fitted for detector {self.fingerprint[:12]} and does "
+                f"not apply to {fingerprint[:12]}: scores of two detectors are on different "
+                "scales; fit one for this detector (lcmem benchmark)"
+            )
+
+    def decide(self, score: float, fingerprint: str) -> bool:
+        """Return whether a score of the detector with this fingerprint counts as a match."""
+        self.check(fingerprint)
+        return score >= self.value
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Threshold:
+        """Rebuild from ``dataclasses.asdict``.
+
+        Raises:
+            InputError: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"not a threshold: {error}") from error
