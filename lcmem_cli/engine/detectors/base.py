@@ -19,6 +19,8 @@ from lcmem_cli.engine.store.search import TopK, top_k_blocked
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+
     Images = Sequence[Image.Image | str | Path] | torch.Tensor
 
 FloatArray = NDArray[np.floating[Any]]
@@ -103,6 +105,26 @@ class Detector(abc.ABC):
         if not rows:
             return np.zeros((0, self.num_features), dtype=np.float32)
         return np.concatenate(rows)
+
+    @staticmethod
+    def load(
+        checkpoint: str | Path | None = None, *, codec: str | None = None, device: str = "auto"
+    ) -> LCMemDetector:
+        """Load an LCMem detector; other kinds are loaded by ``lcmem_cli.load_detector``.
+
+        Args:
+            checkpoint: an lcmem ``.safetensors`` file; the embedded model by default.
+            codec: folder or hub id of the codec where the checkpoint does not hold it. It is
+                loaded only when images are embedded, so latents can be scored without one.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+        Example:
+            >>> detector = Detector.load()
+            >>> detector.score("a.png", "b.png")
+        """
+        from lcmem_cli.engine.detectors.lcmem import load_lcmem
+
+        return load_lcmem(checkpoint, codec=codec, device=device)
 
     def score(self, image_a: Image.Image | str | Path, image_b: Image.Image | str | Path) -> float:
         """Score two images; the order does not matter."""

@@ -1,0 +1,158 @@
+"""The LCMem detector: codec, Siamese network, head on the absolute feature difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.distributed import resolve_device
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.store.search import (
+    TopK,
+    weighted_l1_matrix,
+    weighted_l1_pairs,
+    weighted_l1_top_k,
+)
+
+
+class LCMemDetector(Detector):
+    """Scores ``sigmoid(w · |f1 - f2| + b)`` with ``f = sigmoid(backbone(codec(image)))``.
+
+    Because the logit is a signed weighted L1 distance, any number of pairs costs one network call
+    per distinct image (method: arXiv 2512.14421).
+
+    Args:
+        checkpoint: what to run.
+        name: how the user named it.
+        codec: folder or hub id that replaces the recorded codec's name; its weights must be the
+            recorded ones where the checkpoint knows them.
+        device: torch device string.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, name: str, codec: str | None = None, device: str = "cpu"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.name = name
+        self.device = torch.device(device)
+        self.fingerprint = checkpoint.fingerprint
+        self.input_size = checkpoint.image_size
+        self.num_features = checkpoint.network.num_features
+        self.thresholds = checkpoint.thresholds
+        self.network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
+        if self.device.type == "cpu":
+            self.network = self.network.to(memory_format=torch.channels_last)
+        head = self.network.head
+        self.weight: NDArray[np.float32] = head.weight.detach().cpu().numpy().reshape(-1).copy()
+        self.bias = float(head.bias.detach())
+        self._codec_name = codec
+        self._codec: Codec | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The codec, loaded when first needed.
+
+        Raises:
+            InputError: the codec that was found is not the one that the network was trained with.
+            WeightsUnavailableError: its weights are not on this machine.
+        """
+        if self._codec is None:
+            self._codec = self._load_codec()
+        return self._codec
+
+    def _load_codec(self) -> Codec:
+        spec = self.checkpoint.codec
+        options: dict[str, Any] = {"input_range": spec.input_range, "device": self.device}
+        model = self.checkpoint.codec_model()
+        if model is not None and self._codec_name is None:
+            return Codec(model, name=spec.name, revision=spec.revision, **options)
+        name = self._codec_name or spec.name
+        codec = load_codec(name, revision=spec.revision if name == spec.name else None, **options)
+        if spec.weights_hash and codec.spec.weights_hash != spec.weights_hash:
+            raise InputError(
+                f"{self.name} was trained on latents of another codec: it needs {spec.describe()}, "
+                f"this is {codec.spec.describe()}; pass the right one with --codec"
+            )
+        if codec.spec.latent_channels != self.checkpoint.network.in_channels:
+            raise InputError(
+                f"{self.name} takes latents of {self.checkpoint.network.in_channels} channels, "
+                f"codec {name} makes {codec.spec.latent_channels}"
+            )
+        return codec
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.embed_latents(self.codec.encode(batch))
+
+    @torch.inference_mode()
+    def embed_latents(self, latents: torch.Tensor) -> NDArray[np.float32]:
+        """Embed raw latents; they are normalised inside.
+
+        Args:
+            latents: ``[n, C, h, w]`` float32, as the codec makes them. Convolutional backbones take
+                any ``h, w``; scores are only meant for the size of the training.
+
+        Returns:
+            float32 ``[n, num_features]`` in [0, 1].
+
+        Raises:
+            InputError: wrong number of dimensions or channels.
+        """
+        channels = self.checkpoint.network.in_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise InputError(
+                f"latents must have the shape [n, {channels}, h, w], not {list(latents.shape)}"
+            )
+        latents = latents.to(self.device, torch.float32)
+        if self.device.type == "cpu":
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        features: NDArray[np.float32] = self.network(latents).cpu().numpy()
+        return features
+
+    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""
+        return self._probability(weighted_l1_pairs(a, b, self.weight))
+
+    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return probabilities ``[n, m]`` of every row of ``a`` with every row of ``b``."""
+        return self._probability(weighted_l1_matrix(a, b, self.weight))
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory."""
+        found = weighted_l1_top_k(queries, bank, self.weight, k)
+        return TopK(self._probability(found.scores), found.rows)
+
+    def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
+        """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
+        from scipy.special import expit
+
+        result: NDArray[np.float64] = expit(distance.astype(np.float64) + self.bias)
+        return result
+
+
+def load_lcmem(
+    checkpoint: str | Path | None = None, *, codec: str | None = None, device: str = "auto"
+) -> LCMemDetector:
+    """Load a detector from a checkpoint file, by default the embedded one.
+
+    Args:
+        checkpoint: ``.safetensors`` file, or ``None``.
+        codec: where to find the codec if its weights are not in the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not a checkpoint.
+    """
+    path = embedded_checkpoint() if checkpoint is None else Path(checkpoint)
+    name = "lcmem" if checkpoint is None else f"lcmem:{checkpoint}"
+    return LCMemDetector(
+        load_checkpoint(path), name=name, codec=codec, device=resolve_device(device)
+    )

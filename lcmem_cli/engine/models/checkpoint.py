@@ -1,0 +1,245 @@
+"""One ``.safetensors`` file that holds everything needed to rebuild a detector and to score."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError
+from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.models.codec import CodecSpec, build_model
+from lcmem_cli.engine.models.siamese import (
+    NetworkSpec,
+    SiameseNetwork,
+    build_network,
+    load_strictly,
+)
+from lcmem_cli.engine.results import Threshold
+
+FORMAT_VERSION = 1
+HEADER_KEY = "lcmem"
+MAX_HEADER_BYTES = 16 << 20
+MAX_EMBEDDED_CODEC_BYTES = 32 << 20
+_NETWORK, _CODEC = "network.", "codec."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A detector at rest.
+
+    Attributes:
+        stage: ``stage1``, ``finetune`` or ``converted``.
+        network: shape of the network.
+        network_state: its weights, by the names of ``SiameseNetwork.state_dict``.
+        codec: what made the latents that the network was trained on.
+        codec_config: diffusers config, if the codec's weights are inside.
+        codec_state: encoder weights, if they are inside.
+        image_size: side in pixels that images are resized to before the codec.
+        thresholds: fitted decision thresholds.
+        training: resolved config, data digests and results of the training, for people.
+        fingerprint: SHA-256 over all of the above that changes a score; set when saved or loaded.
+    """
+
+    stage: Literal["stage1", "finetune", "converted"]
+    network: NetworkSpec
+    network_state: dict[str, torch.Tensor]
+    codec: CodecSpec
+    codec_config: dict[str, Any] | None
+    codec_state: dict[str, torch.Tensor] | None
+    image_size: int
+    thresholds: tuple[Threshold, ...] = ()
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+
+    def build(self, *, source: str = "checkpoint") -> SiameseNetwork:
+        """Return the network with its weights, in evaluation mode, float32."""
+        state = {
+            key: value.to(torch.float32) if value.is_floating_point() else value
+            for key, value in self.network_state.items()
+        }
+        return build_network(self.network, state, source=source)
+
+    def codec_model(self) -> nn.Module | None:
+        """Return the autoencoder that is inside the file (encoder only), or ``None``."""
+        if self.codec_config is None or self.codec_state is None:
+            return None
+        model: Any = build_model(self.codec.class_name, self.codec_config)
+        model.decoder = nn.Identity()
+        if hasattr(model, "post_quant_conv"):
+            model.post_quant_conv = None
+        state = {key: value.to(torch.float32) for key, value in self.codec_state.items()}
+        load_strictly(model, state, source="codec inside the checkpoint")
+        built: nn.Module = model
+        return built
+
+    def with_fingerprint(self) -> Checkpoint:
+        """Return a copy whose fingerprint is computed from its content."""
+        return dataclasses.replace(self, fingerprint=compute_fingerprint(self))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the header as plain values, with counts in place of the weights."""
+        return {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "image_size": self.image_size,
+            "network": dataclasses.asdict(self.network),
+            "num_parameters": sum(v.numel() for v in self.network_state.values()),
+            "codec": dataclasses.asdict(self.codec),
+            "codec_inside": self.codec_state is not None,
+            "thresholds": [dataclasses.asdict(t) for t in self.thresholds],
+            "training": self.training,
+        }
+
+
+def compute_fingerprint(checkpoint: Checkpoint) -> str:
+    """Hash everything that changes a score: weights, shapes, codec, preprocessing."""
+    codec = dataclasses.asdict(checkpoint.codec)
+    for label in ("name", "revision"):  # what it is called does not change what it computes
+        codec.pop(label)
+    header = {
+        "network": dataclasses.asdict(checkpoint.network),
+        "codec": codec,
+        "image_size": checkpoint.image_size,
+    }
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key, value in sorted(checkpoint.network_state.items()):
+        digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Write a checkpoint atomically and return it with its fingerprint.
+
+    Args:
+        path: target, by convention ``*.safetensors``.
+        checkpoint: what to write; its fingerprint is computed here.
+    """
+    from safetensors.torch import save_file
+
+    checkpoint = checkpoint.with_fingerprint()
+    tensors = {_NETWORK + k: v.contiguous() for k, v in checkpoint.network_state.items()}
+    if checkpoint.codec_state is not None:
+        tensors |= {_CODEC + k: v.contiguous() for k, v in checkpoint.codec_state.items()}
+    header = {
+        "format": FORMAT_VERSION,
+        "stage": checkpoint.stage,
+        "network": dataclasses.asdict(checkpoint.network),
+        "codec": dataclasses.asdict(checkpoint.codec),
+        "codec_config": checkpoint.codec_config,
+        "image_size": checkpoint.image_size,
+        "thresholds": [dataclasses.asdict(t) for t in checkpoint.thresholds],
+        "training": checkpoint.training,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    return checkpoint
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Nothing in the file is ever executed.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not an lcmem checkpoint, or of a newer format.
+        CorruptFileError: the content does not match the fingerprint in its header.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    try:
+        if header["format"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: checkpoint format {header['format']!r}; this version of lcmem reads "
+                f"format {FORMAT_VERSION}: install a version that matches"
+            )
+        tensors = load_file(path)
+        codec_state = {k[len(_CODEC) :]: v for k, v in tensors.items() if k.startswith(_CODEC)}
+        network = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
+        checkpoint = Checkpoint(
+            stage=header["stage"],
+            network=NetworkSpec(**network),
+            network_state={
+                k[len(_NETWORK) :]: v for k, v in tensors.items() if k.startswith(_NETWORK)
+            },
+            codec=CodecSpec(**header["codec"]),
+            codec_config=header["codec_config"],
+            codec_state=codec_state or None,
+            image_size=header["image_size"],
+            thresholds=tuple(Threshold.from_dict(t) for t in header["thresholds"]),
+            training=header["training"],
+            fingerprint=header["fingerprint"],
+        )
+        found = compute_fingerprint(checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a complete lcmem checkpoint: {error}") from error
+    if found != checkpoint.fingerprint:
+        raise CorruptFileError(
+            f"{path}: content does not match its fingerprint ({found[:12]} instead of "
+            f"{str(checkpoint.fingerprint)[:12]}): the file is damaged or was edited; get it again"
+        )
+    return checkpoint
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the lcmem header of a checkpoint without its weights.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not an lcmem checkpoint.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file (header of {length} bytes); for the authors' "
+                    ".pth files see: lcmem convert"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(json.loads(raw)["__metadata__"][HEADER_KEY])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not an lcmem checkpoint; convert it with: "
+            "lcmem convert"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its lcmem header is not an object")
+    return header
+
+
+def embedded_checkpoint() -> Path:
+    """Return the path of the checkpoint that ships with the package."""
+    return Path(__file__).resolve().parents[2] / "assets" / "default" / "lcmem-default.safetensors"
+
+
+def halve(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a copy whose network weights are stored in float16; computing stays in float32.
+
+    Thresholds are dropped: they belong to the unrounded weights.
+    """
+    state = {
+        k: v.to(torch.float16) if v.dtype == torch.float32 else v
+        for k, v in checkpoint.network_state.items()
+    }
+    return dataclasses.replace(
+        checkpoint, network_state=state, thresholds=(), fingerprint=""
+    ).with_fingerprint()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.dim() else flat.numpy().tobytes()

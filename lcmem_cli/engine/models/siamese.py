@@ -1,0 +1,255 @@
+"""The Siamese network: one backbone for both images, a linear layer on the feature difference.
+
+Method: Dombrowski, Nützel, Kainz, "LCMem", arXiv 2512.14421.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lcmem_cli.engine.errors import CheckpointError, InputError, nearest
+
+Normalisation = Literal["sample", "dataset", "none", "imagenet"]
+
+STD_FLOOR_SAMPLE = 1e-8
+STD_FLOOR_DATASET = 1e-12
+TARGET_STD = 0.5
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+BACKBONE_ALIASES = {
+    "ConvNeXt-Tiny": "convnext_tiny",
+    "ConvNeXt-Small": "convnext_small",
+    "ConvNeXt-Base": "convnext_base",
+    "ConvNeXt-Large": "convnext_large",
+    "ResNet-50": "resnet50",
+    "ResNet-101": "resnet101",
+    "DINOv3": "vit_base_patch16_dinov3",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """Everything needed to build a Siamese network without its weights.
+
+    Attributes:
+        backbone: timm model name.
+        in_channels: channels of the input (latents, or 3 for pixels).
+        num_features: width of a feature row.
+        input_size: side of the network's input in latent pixels.
+        normalisation: of the input, see ``normalise``.
+        stem_stride: stride of the first convolution, ``None`` for the backbone's own.
+        mean: per channel, for ``dataset`` normalisation only.
+        std: per channel, for ``dataset`` normalisation only.
+    """
+
+    backbone: str
+    in_channels: int
+    num_features: int
+    input_size: int
+    normalisation: Normalisation
+    stem_stride: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def normalise(
+    latents: torch.Tensor,
+    how: Normalisation,
+    *,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Normalise a batch of network inputs.
+
+    Args:
+        latents: ``[B, C, h, w]``, raw.
+        how: ``sample`` brings every channel of every sample to mean 0 and standard deviation 0.5
+            (unbiased, floor 1e-8; a constant channel becomes 0); ``dataset`` does the same with
+            stored statistics; ``imagenet`` expects [0, 1] and uses ImageNet's; ``none``.
+        mean: ``[C]``, for ``dataset``.
+        std: ``[C]``, for ``dataset``.
+
+    Returns:
+        The same shape.
+    """
+    if how == "none":
+        return latents
+    if how == "sample":
+        centred = latents - latents.mean(dim=(2, 3), keepdim=True)
+        count = latents.shape[2] * latents.shape[3]
+        variance = centred.square().sum(dim=(2, 3), keepdim=True) / max(count - 1, 1)
+        return centred / variance.sqrt().clamp_min(STD_FLOOR_SAMPLE) * TARGET_STD
+    if how == "imagenet":
+        mean = latents.new_tensor(IMAGENET_MEAN)
+        std = latents.new_tensor(IMAGENET_STD)
+        return (latents - mean[:, None, None]) / std[:, None, None]
+    assert mean is not None and std is not None
+    scale = TARGET_STD / std.clamp_min(STD_FLOOR_DATASET)
+    return (latents - mean[:, None, None]) * scale[:, None, None]
+
+
+class SiameseNetwork(nn.Module):
+    """Backbone, sigmoid, and a linear head on ``|f1 - f2|``.
+
+    Args:
+        spec: what to build.
+        drop_path_rate: stochastic depth while training.
+        pretrained: let timm fetch its pretrained weights.
+
+    Raises:
+        InputError: timm does not know the backbone, or it does not take these options.
+    """
+
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+
+    def __init__(
+        self, spec: NetworkSpec, *, drop_path_rate: float = 0.0, pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = build_backbone(spec, drop_path_rate=drop_path_rate, pretrained=pretrained)
+        self.head = nn.Linear(spec.num_features, 1)
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            tensor = None if values is None else torch.tensor(values, dtype=torch.float32)
+            self.register_buffer(name, tensor, persistent=False)
+        if spec.normalisation == "dataset" and (spec.mean is None or spec.std is None):
+            raise InputError("normalisation 'dataset' needs the statistics of the latents")
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Embed raw latents ``[B, C, h, w]``; returns features ``[B, num_features]`` in [0, 1]."""
+        inputs = normalise(latents, self.spec.normalisation, mean=self.mean, std=self.std)
+        features: torch.Tensor = torch.sigmoid(self.backbone(inputs))
+        return features
+
+    def logits(self, features_a: torch.Tensor, features_b: torch.Tensor) -> torch.Tensor:
+        """Return ``w · |f1 - f2| + b``: ``[B, n], [B, n] -> [B]``."""
+        logits: torch.Tensor = self.head((features_a - features_b).abs())
+        return logits.squeeze(-1)
+
+
+def resolve_backbone(name: str) -> str:
+    """Return the timm name of a backbone given by timm's or the paper's name.
+
+    Raises:
+        InputError: neither knows it.
+    """
+    import timm
+
+    resolved = BACKBONE_ALIASES.get(name, name)
+    base = resolved.partition(".")[0]
+    if not timm.is_model(base):
+        choices = [*BACKBONE_ALIASES, *timm.list_models()]
+        raise InputError(f"network.backbone: timm has no model '{name}'; {nearest(name, choices)}")
+    return resolved
+
+
+def build_backbone(
+    spec: NetworkSpec, *, drop_path_rate: float = 0.0, pretrained: bool = False
+) -> nn.Module:
+    """Build the timm model of a spec, with ``num_features`` outputs.
+
+    Raises:
+        InputError: the backbone cannot be built with these options.
+        WeightsUnavailableError: ``pretrained`` and the weights cannot be fetched.
+    """
+    import timm
+
+    from lcmem_cli.engine.errors import WeightsUnavailableError
+
+    options: dict[str, Any] = {
+        "in_chans": spec.in_channels,
+        "num_classes": spec.num_features,
+        "pretrained": pretrained,
+    }
+    if drop_path_rate > 0:
+        options["drop_path_rate"] = drop_path_rate
+    name = resolve_backbone(spec.backbone)
+    # Transformers need to be told the input side; convolutional networks do not take it.
+    attempts = [{**options, "img_size": spec.input_size}, options]
+    if drop_path_rate > 0:
+        attempts.append({k: v for k, v in options.items() if k != "drop_path_rate"})
+    model = None
+    failure: Exception | None = None
+    for attempt in attempts:
+        try:
+            model = timm.create_model(name, **attempt)
+            break
+        except TypeError as error:
+            failure = error
+        except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained:
+                raise InputError(
+                    f"network.backbone: {name} does not fit inputs of {spec.in_channels} x "
+                    f"{spec.input_size} x {spec.input_size}: {error}"
+                ) from error
+            raise WeightsUnavailableError(
+                f"pretrained weights of {name} are not in the local cache and the hub could not "
+                "be reached; fetch them on a machine with internet and set network.weights to "
+                'the file, or use network.weights = "random"'
+            ) from error
+    if model is None:
+        raise InputError(f"network.backbone: {name} cannot be built: {failure}") from failure
+    if spec.stem_stride is not None:
+        stem = first_convolution(model)
+        stem.stride = (spec.stem_stride, spec.stem_stride)
+    built: nn.Module = model
+    return built
+
+
+def first_convolution(backbone: nn.Module) -> nn.Conv2d:
+    """Return the convolution that sees the network's input.
+
+    Raises:
+        InputError: the backbone does not begin with one.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            return module
+    raise InputError("network.stem_stride: this backbone has no convolution")
+
+
+def build_network(
+    spec: NetworkSpec, state: dict[str, torch.Tensor], *, source: str
+) -> SiameseNetwork:
+    """Build a network and load its weights strictly, in evaluation mode.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape; each is named.
+    """
+    network = SiameseNetwork(spec)
+    load_strictly(network, state, source=source)
+    return network.eval()
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], *, source: str) -> None:
+    """Load a state dict and refuse any missing, unexpected or misshapen tensor by name.
+
+    Raises:
+        CheckpointError: naming the first few offenders of each kind.
+    """
+    expected = module.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    misshapen = sorted(
+        f"{key} {list(state[key].shape)} instead of {list(expected[key].shape)}"
+        for key in set(state) & set(expected)
+        if state[key].shape != expected[key].shape
+    )
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: weights do not fit the network; " + "; ".join(problems))
+    module.load_state_dict(state, strict=True)
