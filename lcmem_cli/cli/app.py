@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 
 from lcmem_cli import __version__
 from lcmem_cli.cli import render
+from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.config import config_app
+from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.engine.errors import LcmemError
 
 EXIT_INTERRUPTED = 130
@@ -81,3 +83,5 @@ def main(
 
 
 app.add_typer(config_app, name="config")
+app.command("audit")(audit_command)
+app.command("filter")(filter_command)

@@ -1,0 +1,200 @@
+"""``lcmem audit``: does a generated set reproduce its training set?"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from lcmem_cli.cli import render
+from lcmem_cli.cli.options import (
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    OutputOption,
+    SeedOption,
+    WorkersOption,
+)
+
+if TYPE_CHECKING:
+    from lcmem_cli.engine.evaluation.audit_result import AuditResult
+    from lcmem_cli.engine.evaluation.set_metrics import Spread
+
+EXIT_GATE_FAILED = 3
+_SHOWN_PAIRS = 10
+
+
+class NullChoice(str, enum.Enum):
+    """What takes the place of held-out images."""
+
+    LEAVE_ONE_OUT = "leave-one-out"
+    SPLIT = "split"
+
+
+def audit_command(
+    generated: Annotated[
+        Path, typer.Argument(help="Generated images: a folder, a filelist or a saved index.")
+    ],
+    against: Annotated[
+        Path, typer.Option("--against", help="The generator's training set, likewise.")
+    ],
+    output: OutputOption,
+    held_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--held-out", help="Real images that the generator never saw, likewise."),
+    ] = None,
+    null: Annotated[
+        Optional[NullChoice],  # noqa: UP045
+        typer.Option(
+            "--null",
+            help="Without --held-out: compare training images with those of other identities "
+            "(leave-one-out, the default; approximate), or split some off (exact, but they are "
+            "not searched).",
+        ),
+    ] = None,
+    fpr: Annotated[
+        float, typer.Option("--fpr", help="Chance of flagging an image that copies nothing.")
+    ] = 0.01,
+    bh: Annotated[
+        bool,
+        typer.Option(
+            "--bh",
+            help="Hold --fpr as the share of false ones among the flagged (Benjamini-Hochberg).",
+        ),
+    ] = False,
+    detector: Annotated[str, typer.Option("--detector", help="What compares the images.")] = (
+        "lcmem"
+    ),
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Matches to list per image.")] = 5,
+    fail_over: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--fail-over", help="Exit 3 if more than this share of images is flagged."),
+    ] = None,
+    max_unreadable: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--max-unreadable",
+            min=0,
+            help="Unreadable images to tolerate (default: any number); they are always listed. "
+            "More: exit 1.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = Device.AUTO,
+    batch_size: BatchSizeOption = 32,
+    workers: WorkersOption = -1,
+    as_json: JsonOption = False,
+) -> None:
+    """Find generated images that match a training image more closely than real images do.
+
+    Writes audit.json, matches.csv, matches.parquet and report.html, which shows the flagged pairs.
+    """
+    from lcmem_cli.engine.distributed import current_ranks
+    from lcmem_cli.engine.evaluation.audit import audit
+
+    result = audit(
+        generated,
+        against,
+        held_out=held_out,
+        null=None if null is None else null.value,
+        fpr=fpr,
+        bh=bh,
+        detector=detector,
+        top_k=top_k,
+        fail_over=fail_over,
+        max_unreadable=max_unreadable,
+        seed=seed,
+        device=device.value,
+        batch_size=batch_size,
+        workers=workers,
+        output=output,
+        reporter=render.reporter(),
+    )
+    if current_ranks(device.value).is_main:
+        render.emit(result, as_json=as_json, human=lambda: _show(result, output))
+    if result.gate_failed:
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+def _show(result: AuditResult, output: Path) -> None:
+    from lcmem_cli.engine.evaluation.audit_result import percent
+
+    render.line(result.statement)
+    render.line(result.verdict)
+    if result.num_flagged:
+        render.line(
+            f"Exposed: {result.num_exposed_images:,} training images of "
+            f"{result.num_exposed_identities:,} identities."
+        )
+    render.line()
+    for title, lines in (
+        ("What this shows", result.shows),
+        ("What it does not show", result.does_not_show),
+    ):
+        render.line(f"{title}:")
+        for text in lines:
+            render.line(f"  - {text}")
+    render.line()
+    render.table(
+        ["set", "images", "distinct", "identities", "unreadable", "source"],
+        [
+            [
+                name,
+                f"{images.num_images:,}",
+                f"{images.num_distinct:,}",
+                f"{images.num_identities:,}",
+                f"{len(images.unreadable):,}",
+                images.source,
+            ]
+            for name, images in (
+                ("generated", result.generated),
+                ("training", result.training),
+                ("held-out", result.held_out),
+            )
+            if images is not None
+        ],
+    )
+    render.table(["over the whole set", "generated", "real"], _figures(result))
+    if result.flagged:
+        render.table(
+            ["generated", "training image", "score", "p-value"],
+            [
+                [match.query, match.match, f"{match.score:.4f}", f"{match.p_value:.4f}"]
+                for match in result.flagged[:_SHOWN_PAIRS]
+            ],
+            title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
+        )
+    if result.gate_failed:
+        assert result.fail_over is not None
+        render.line(
+            f"Gate failed: more than {percent(result.fail_over)} of the images are flagged."
+        )
+    render.line(f"See {output / 'report.html'}")
+
+
+def _figures(result: AuditResult) -> list[list[str]]:
+    def number(value: float | None, form: str = ".4g") -> str:
+        return "-" if value is None else format(value, form)
+
+    def median(spread: Spread | None) -> float | None:
+        return None if spread is None else spread.median
+
+    metrics = result.metrics
+    copying = None if metrics.copying is None else metrics.copying.value
+    return [
+        [
+            "median best-match score",
+            number(median(metrics.generated_scores)),
+            number(median(metrics.null_scores)),
+        ],
+        ["AuthPct", number(metrics.auth_pct, ".1f"), number(metrics.null_auth_pct, ".1f")],
+        ["C_T (below -3: copying)", number(copying, "+.2f"), "-"],
+        [
+            "first / second neighbour, median",
+            number(median(metrics.generated_ratio), ".3f"),
+            number(median(metrics.null_ratio), ".3f"),
+        ],
+    ]

@@ -1,0 +1,522 @@
+"""Does a generated set reproduce its training set?
+
+Each generated image gets the score of its best match over the whole training set. Real images
+that cannot have been copied give the scores that such a best match has by itself (the null), and a
+conformal threshold on them flags at most a stated share of images that copy nothing. A
+false-positive rate per pair would say nothing: over N training images it multiplies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.distributed import Ranks, current_ranks
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.evaluation.audit_files import cache_folder, write_audit
+from lcmem_cli.engine.evaluation.audit_null import (
+    Null,
+    check_size,
+    held_out_null,
+    leave_one_out_null,
+    search,
+    smallest_rate,
+    split_null,
+)
+from lcmem_cli.engine.evaluation.audit_result import (
+    AuditResult,
+    CopiedImage,
+    FlagRule,
+    Match,
+    NullKind,
+    NullSummary,
+    Times,
+    meaning_of_rate,
+    statement,
+    verdict,
+    what_it_shows,
+)
+from lcmem_cli.engine.evaluation.audit_sets import ImageSet, embed_set, list_set
+from lcmem_cli.engine.evaluation.calibration import (
+    benjamini_hochberg,
+    clopper_pearson,
+    conformal_p_values,
+    conformal_threshold,
+)
+from lcmem_cli.engine.evaluation.set_metrics import (
+    SMALL_RATIO,
+    Scores,
+    SetMetrics,
+    Spread,
+    authentic_percentage,
+    copying_statistic,
+    linear_scale,
+    neighbour_ratios,
+    num_cells,
+    score_distances,
+)
+from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.report.html import Distribution
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store.index import Index
+from lcmem_cli.engine.store.search import TopK
+
+MOST_COPIED = 12
+
+Source = str | Path | Index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Best matches of every distinct generated content.
+
+    Attributes:
+        rows: ``[d, k]`` rows of the training set; an identical image comes first.
+        scores: ``[d, k]``.
+        best: ``[d]`` highest score.
+        exact: ``[d]`` whether the first match is an identical image.
+    """
+
+    rows: NDArray[np.int64]
+    scores: Scores
+    best: Scores
+    exact: NDArray[np.bool_]
+
+
+def audit(
+    generated: Source,
+    against: Source,
+    *,
+    held_out: Source | None = None,
+    null: Literal["split", "leave-one-out"] | None = None,
+    fpr: float = 0.01,
+    bh: bool = False,
+    detector: str | Detector = "lcmem",
+    top_k: int = 5,
+    fail_over: float | None = None,
+    max_unreadable: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = -1,
+    output: str | Path | None = None,
+    reporter: Reporter = SILENT,
+) -> AuditResult:
+    """Find generated images that match a training image more closely than real images do.
+
+    Args:
+        generated: folder, filelist or index of generated images.
+        against: the generator's training set.
+        held_out: real images like the training set's that the generator never saw.
+        null: what takes their place where there are none: ``"leave-one-out"`` (the default;
+            searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
+            some training images are not searched). See ``audit_null``.
+        fpr: chance of flagging an image that copies nothing, in (0, 1); with ``bh`` the share of
+            false ones among the flagged.
+        bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.
+        detector: name, or a loaded detector.
+        top_k: matches to list per generated image.
+        fail_over: share of flagged images over which ``result.gate_failed`` is true.
+        max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
+        seed: of the split, the leave-one-out sample and the cells of ``C_T``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        batch_size: images per network call.
+        workers: decoding workers; -1: from the CPUs.
+        output: folder for ``audit.json``, ``matches.csv``, ``matches.parquet`` and
+            ``report.html``. Features are cached there, so a killed audit continues.
+        reporter: told progress and warnings.
+
+    Raises:
+        InputError: an argument is wrong, a set is empty, or the null is too small for the rate.
+        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
+        FolderBusyError: another process writes to ``output``.
+
+    Example:
+        >>> result = audit("generated/", "training/", held_out="held-out/", output="audit/")
+        >>> print(result.statement)
+    """
+    _check_arguments(fpr, null, held_out, top_k, fail_over)
+    clock, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
+    sources = {"generated": generated, "training": against, "held-out": held_out}
+    listings = {w: list_set(s, what=w) for w, s in sources.items() if s is not None}
+    kind: NullKind = "held-out" if held_out is not None else null or "leave-one-out"
+    real = listings["held-out" if kind == "held-out" else "training"]
+    check_size(len(real.records), fpr, kind=kind, source=real.source)
+    ranks = current_ranks(device)
+    if isinstance(detector, str):
+        detector = load_detector(detector, device=device)
+    folder = None if output is None else Path(output)
+    with contextlib.ExitStack() as stack:
+        if folder is not None and ranks.is_main:
+            stack.enter_context(folder_lock(folder))
+        cache = None if folder is None else FeatureCache(cache_folder(folder), detector.fingerprint)
+        sets = {
+            what: embed_set(
+                listing,
+                detector,
+                batch_size=batch_size,
+                workers=workers,
+                cache=cache,
+                ranks=ranks,
+                reporter=reporter,
+            )
+            for what, listing in listings.items()
+        }
+        _check_unreadable(sets.values(), max_unreadable)
+        study = _Study(
+            detector=detector,
+            queries=sets["generated"],
+            training=sets["training"],
+            held_out=sets.get("held-out"),
+            ranks=ranks,
+            rate=fpr,
+            seed=seed,
+        )
+        real_images = study.null(kind)
+        check_size(
+            len(real_images.rows),
+            fpr,
+            kind=kind,
+            source=real.source,
+            num_removed=len(real_images.removed),
+        )
+        found = study.best_matches(real_images.bank, max(2, top_k))
+        result = study.conclude(
+            real_images, found, bh=bh, top_k=top_k, fail_over=fail_over, started=started
+        )
+        for warning in result.warnings:
+            reporter.warn(warning)
+        seconds = round(time.monotonic() - clock, 3)
+        result = dataclasses.replace(
+            result, times=Times(started=started.isoformat(timespec="seconds"), seconds=seconds)
+        )
+        if folder is not None and ranks.is_main:
+            write_audit(
+                folder,
+                result,
+                generated_files=study.queries.file_of,
+                training_files=study.training.file_of,
+                distribution=study.distribution(real_images, found, result.rule),
+                settings={
+                    **{what: listing.source for what, listing in listings.items()},
+                    "null": kind,
+                    "fpr": fpr,
+                    "bh": bh,
+                    "detector": detector.name,
+                    "fingerprint": detector.fingerprint,
+                    "top_k": top_k,
+                    "seed": seed,
+                },
+                workers=workers,
+                reporter=reporter,
+            )
+        ranks.barrier()
+    return result
+
+
+def _check_arguments(
+    rate: float, null: str | None, held_out: Source | None, top_k: int, fail_over: float | None
+) -> None:
+    if not 0 < rate < 1:
+        raise InputError(f"--fpr must lie in (0, 1), not {rate:g}; for example 0.01")
+    if null is not None and null not in ("split", "leave-one-out"):
+        raise InputError(f"--null must be split or leave-one-out, not '{null}'")
+    if null is not None and held_out is not None:
+        raise InputError("--null has no effect with --held-out: leave one of the two out")
+    if top_k < 1:
+        raise InputError(f"--top-k must be at least 1, not {top_k}")
+    if fail_over is not None and not 0 <= fail_over < 1:
+        raise InputError(f"--fail-over is a share of the images, in [0, 1), not {fail_over:g}")
+
+
+def _check_unreadable(sets: Iterable[ImageSet], limit: int | None) -> None:
+    unreadable = [item for part in sets for item in part.summary.unreadable]
+    if limit is None or len(unreadable) <= limit:
+        return
+    lines = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:10])
+    more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+    raise UnreadableLimitError(
+        f"{len(unreadable)} images could not be read, --max-unreadable allows {limit}{lines}{more}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Study:
+    """What one audit works with."""
+
+    detector: Detector
+    queries: ImageSet
+    training: ImageSet
+    held_out: ImageSet | None
+    ranks: Ranks
+    rate: float
+    seed: int
+
+    def null(self, kind: NullKind) -> Null:
+        """Return the real images that generated ones are compared with."""
+        if kind == "held-out":
+            assert self.held_out is not None
+            return held_out_null(self.detector, self.training, self.held_out, self.ranks)
+        if kind == "split":
+            return split_null(
+                self.detector, self.training, rate=self.rate, seed=self.seed, ranks=self.ranks
+            )
+        return leave_one_out_null(self.detector, self.training, seed=self.seed, ranks=self.ranks)
+
+    def best_matches(self, bank: NDArray[np.int64], k: int) -> _Found:
+        """Search every distinct generated content; an identical training image is put first."""
+        top = self._search(self.queries.features, bank, k)
+        rows, scores = bank[top.rows], top.scores.copy()
+        best = scores[:, 0].copy()
+        known = {digest: row for row, digest in enumerate(self.training.hashes)}
+        exact = np.zeros(len(rows), dtype=np.bool_)
+        for query, digest in enumerate(self.queries.hashes):
+            row = known.get(digest)
+            if row is None:
+                continue
+            exact[query] = True
+            place = np.flatnonzero(rows[query] == row)
+            last = int(place[0]) if len(place) else rows.shape[1] - 1
+            score = self.detector.score_features(
+                self.queries.features[query : query + 1], self.training.features[row : row + 1]
+            )
+            rows[query] = np.concatenate([[row], np.delete(rows[query], last)])
+            scores[query] = np.concatenate([score, np.delete(scores[query], last)])
+        return _Found(rows=rows, scores=scores, best=best, exact=exact)
+
+    def distribution(self, null: Null, found: _Found, rule: FlagRule) -> Distribution:
+        """Return the scores to draw."""
+        threshold = None
+        if rule.threshold is not None:
+            threshold = float(self._linear(np.array([rule.threshold]))[0])
+        return Distribution(
+            generated=self._linear(found.best[self.queries.rows]),
+            null=self._linear(null.scores[:, 0]),
+            threshold=threshold,
+            label="best-match score" + (", as logit" if self._is_probability else ""),
+        )
+
+    def conclude(
+        self,
+        null: Null,
+        found: _Found,
+        *,
+        bh: bool,
+        top_k: int,
+        fail_over: float | None,
+        started: datetime.datetime,
+    ) -> AuditResult:
+        """Flag, count, and put the finding into words."""
+        queries, training = self.queries, self.training
+        null_scores = null.scores[:, 0]
+        rule = self._rule(found.best[queries.rows], null_scores, bh)
+        over = np.zeros(found.scores.shape, dtype=np.bool_)
+        if rule.threshold is not None:
+            over = found.scores > rule.threshold
+        flagged = found.exact | over.any(axis=1)
+        over[:, 0] = flagged  # an identical image stands first and is flagged whatever its score
+        image_flags = flagged[queries.rows]
+        num_flagged, num_queries = int(image_flags.sum()), len(image_flags)
+        num_exact = int(found.exact[queries.rows].sum())
+        exposed = Counter(int(found.rows[row, 0]) for row in queries.rows[image_flags])
+        interval = clopper_pearson(num_flagged, num_queries)
+        summary = self._null_summary(null)
+        shows, does_not_show = what_it_shows(rule, summary)
+        return AuditResult(
+            statement=statement(num_flagged, num_queries, rule, null.kind, interval),
+            verdict=verdict(num_flagged, num_exact, rule, num_queries, interval),
+            shows=shows,
+            does_not_show=does_not_show,
+            warnings=tuple(self._warnings(null, summary, rule)),
+            detector=self.detector.name,
+            fingerprint=self.detector.fingerprint,
+            rule=rule,
+            null=summary,
+            num_queries=num_queries,
+            num_flagged=num_flagged,
+            share_flagged=num_flagged / num_queries,
+            confidence_interval=interval,
+            expected_by_chance=None if bh else self.rate * num_queries,
+            num_exact_copies=num_exact,
+            num_exposed_images=len(exposed),
+            num_exposed_identities=len({training.id_of(row) for row in exposed}),
+            fail_over=fail_over,
+            generated=queries.summary,
+            training=training.summary,
+            held_out=None if self.held_out is None else self.held_out.summary,
+            metrics=self._set_metrics(null, found),
+            most_copied=tuple(
+                CopiedImage(path=training.name_of(row), id=training.id_of(row), count=count)
+                for row, count in sorted(
+                    exposed.items(), key=lambda item: (-item[1], training.first_image[item[0]])
+                )[:MOST_COPIED]
+            ),
+            matches=self._matches(found, over, null_scores, top_k),
+            times=Times(started=started.isoformat(timespec="seconds"), seconds=0.0),
+        )
+
+    def _matches(
+        self, found: _Found, over: NDArray[np.bool_], null_scores: Scores, top_k: int
+    ) -> tuple[Match, ...]:
+        shape = found.scores.shape
+        p_values = conformal_p_values(found.scores.ravel(), null_scores).reshape(shape)
+        return tuple(
+            Match(
+                query=self.queries.names[image],
+                rank=rank + 1,
+                match=self.training.name_of(found.rows[row, rank]),
+                match_id=self.training.id_of(found.rows[row, rank]),
+                score=float(found.scores[row, rank]),
+                p_value=float(p_values[row, rank]),
+                flagged=bool(over[row, rank]),
+                exact=bool(found.exact[row]) and rank == 0,
+            )
+            for image, row in enumerate(self.queries.rows)
+            for rank in range(min(top_k, shape[1]))
+        )
+
+    def _rule(self, best: Scores, null_scores: Scores, bh: bool) -> FlagRule:
+        if not bh:
+            threshold = conformal_threshold(null_scores, self.rate)
+            return FlagRule(kind="fpr", rate=self.rate, threshold=threshold)
+        p_values = conformal_p_values(best, null_scores)
+        flagged = benjamini_hochberg(p_values, self.rate)
+        if not flagged.any():
+            return FlagRule(kind="fdr", rate=self.rate, threshold=None)
+        threshold = conformal_threshold(null_scores, float(p_values[flagged].max()))
+        return FlagRule(kind="fdr", rate=self.rate, threshold=threshold)
+
+    def _set_metrics(self, null: Null, found: _Found) -> SetMetrics:
+        rows = self.queries.rows
+        best, null_best = found.best[rows], null.scores[:, 0]
+        null_features = null.images.features[null.rows]
+        auth = null_auth = copying = None
+        if len(null.bank) >= 2:
+            auth = authentic_percentage(best, self._neighbours(null.bank, found.rows[rows, 0]))
+        if null.kind != "leave-one-out":
+            if len(null.bank) >= 2:
+                neighbours = self._neighbours(null.bank, null.matches)
+                null_auth = authentic_percentage(null_best, neighbours)
+            landmarks = self._landmarks(null.bank, num_cells(len(best), len(null_best)))
+            cells = self._search(self.queries.features, landmarks, 1).rows[rows, 0]
+            null_cells = self._search(null_features, landmarks, 1).rows[:, 0]
+            copying = copying_statistic(best, null_best, cells, null_cells)
+        ordered = np.sort(found.scores, axis=1)[:, ::-1]
+        ratios = self._ratios(self.queries.features, ordered)
+        null_ratios = self._ratios(null_features, null.scores)
+        per_image = ratios[rows] if len(ratios) else ratios
+        return SetMetrics(
+            generated_scores=Spread.of(best),
+            null_scores=Spread.of(null_best),
+            auth_pct=auth,
+            null_auth_pct=null_auth,
+            copying=copying,
+            generated_ratio=Spread.of(per_image),
+            null_ratio=Spread.of(null_ratios),
+            share_small_ratio=float(np.mean(per_image < SMALL_RATIO)) if len(per_image) else None,
+        )
+
+    def _search(self, queries: FloatArray, bank: NDArray[np.int64], k: int) -> TopK:
+        """Search rows of the training set; result rows count within ``bank``."""
+        whole = len(bank) == self.training.num_distinct
+        features = self.training.features if whole else self.training.features[bank]
+        return search(self.detector, queries, features, k, self.ranks)
+
+    def _landmarks(self, bank: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """Draw training images; the most alike of them is an image's cell for ``C_T``."""
+        rng = np.random.default_rng(self.seed)
+        return np.sort(rng.choice(bank, min(count, len(bank)), replace=False))
+
+    def _neighbours(self, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:
+        """Return the score of training rows with their nearest other row of the bank."""
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        top = self._search(self.training.features[distinct], bank, 2)
+        itself = bank[top.rows[:, 0]] == distinct
+        scores: Scores = np.where(itself, top.scores[:, 1], top.scores[:, 0])
+        return scores[inverse]
+
+    def _ratios(self, features: FloatArray, scores: Scores) -> Scores:
+        """Return first-to-second-neighbour ratios ``[n]``; none where there is no second."""
+        if scores.shape[1] < 2 or np.isnan(scores[:, 1]).any():
+            return np.zeros(0)
+        identical = self._linear(self.detector.score_features(features, features))
+        distances = score_distances(self._linear(scores[:, :2]), identical[:, None])
+        return neighbour_ratios(distances[:, 0], distances[:, 1])
+
+    @property
+    def _is_probability(self) -> bool:
+        return isinstance(self.detector, LCMemDetector)
+
+    def _linear(self, scores: Scores) -> Scores:
+        return linear_scale(scores) if self._is_probability else scores
+
+    def _null_summary(self, null: Null) -> NullSummary:
+        not_searched = self.training.num_distinct - len(null.bank)
+        shared: set[str] = set()
+        if self.held_out is not None and self.held_out.labelled and self.training.labelled:
+            shared = set(self.held_out.ids) & set(self.training.ids)
+        return NullSummary(
+            kind=null.kind,
+            num_scores=len(null.rows),
+            smallest_rate=smallest_rate(len(null.rows)),
+            num_not_searched=not_searched,
+            removed=null.removed,
+            shared_identities=tuple(sorted(shared)),
+            meaning=meaning_of_rate(null.kind, self.rate, not_searched),
+        )
+
+    def _warnings(self, null: Null, summary: NullSummary, rule: FlagRule) -> list[str]:
+        """Return what weakens the finding, one sentence each."""
+        found = []
+        num_queries, num_null = len(self.queries.rows), len(null.rows)
+        for name, images in (
+            ("generated", self.queries),
+            ("training", self.training),
+            ("held-out", self.held_out),
+        ):
+            if images is not None and images.summary.unreadable:
+                count = len(images.summary.unreadable)
+                noun = "image" if count == 1 else "images"
+                found.append(f"{count} {name} {noun} could not be read and stood aside.")
+        repeated = num_queries - self.queries.num_distinct
+        if repeated:
+            found.append(
+                f"{repeated:,} of the generated images repeat others: the interval treats them as "
+                "independent."
+            )
+        if null.removed:
+            found.append(
+                f"{len(null.removed):,} real images of the null are also in the training set; they "
+                "were taken out."
+            )
+        if summary.shared_identities:
+            found.append(
+                f"{len(summary.shared_identities):,} identities stand in both training and "
+                "held-out set: their images match closely without being copied, so copies may be "
+                "missed."
+            )
+        if null.num_identities * 2 <= num_null:
+            found.append(
+                f"The {num_null:,} real images of the null show only {null.num_identities:,} "
+                "identities: the rate is less certain than their number suggests."
+            )
+        needed = int(np.ceil(num_queries / (rule.rate * (num_null + 1)) - 1e-9))
+        if rule.kind == "fdr" and needed > 1:
+            found.append(
+                f"With {num_null:,} real images Benjamini-Hochberg can only flag {needed:,} or "
+                "more images at once; fewer copies go unnoticed. More held-out images help."
+            )
+        return found

@@ -1,0 +1,282 @@
+"""The null of an audit: how well real images match a training set that does not hold them.
+
+What must hold for the false-positive rate to be true: a generated image that copies nothing and a
+real image of the null are alike before the training set, so that neither is more likely to have
+the higher best match (they are exchangeable). Three constructions:
+
+- ``held-out``: real images that the generator never saw, searched in the same bank as the
+  generated ones. Exact.
+- ``split``: identities are drawn from the training set and taken out of the bank, for the null
+  AND for the generated images. The bank being the same for both, the rate is exact; but copies
+  of the images taken out go unnoticed (unless the file is identical). Searching the generated
+  images in the whole training set instead would be wrong: a larger bank gives higher best
+  matches, so too many images would be flagged.
+- ``leave-one-out``: each training image is searched among those of all other identities. The
+  whole training set is searched for the generated images. The rate is approximate: the banks
+  differ by one identity, and the scores depend on each other (two images can be each other's best
+  match).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.data.images import load_pixels
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.evaluation.audit_result import NullKind, SharedPicture, percent
+from lcmem_cli.engine.evaluation.audit_sets import ImageSet
+from lcmem_cli.engine.evaluation.calibration import required_null_size
+from lcmem_cli.engine.store.search import TopK, merge_top_k
+
+SPLIT_SHARE = 0.25
+MAX_LEAVE_ONE_OUT = 10_000
+SAME_PICTURE_CORRELATION = 0.999
+MAX_PICTURE_CHECKS = 1000
+_PICTURE_SIZE = 64
+_FIRST_NEIGHBOURS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Null:
+    """Real images and their best matches.
+
+    Attributes:
+        kind: the construction.
+        bank: ``[b]`` rows of the training set that are searched, ascending.
+        images: the set that the null's images are from.
+        rows: ``[m]`` rows of ``images``.
+        matches: ``[m]`` row of the training set that each matches best.
+        scores: ``[m, 2]`` best and second-best score in the bank; the second is NaN where there is
+            none.
+        removed: images that are also in the training set.
+    """
+
+    kind: NullKind
+    bank: NDArray[np.int64]
+    images: ImageSet
+    rows: NDArray[np.int64]
+    matches: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    removed: tuple[SharedPicture, ...]
+
+    @property
+    def num_identities(self) -> int:
+        """Identities among its images."""
+        return len(np.unique(self.images.groups[self.rows]))
+
+
+def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
+    """Find the ``k`` best rows of the bank; every process searches its part of it."""
+    k = min(k, len(bank))
+    if not len(queries):
+        return TopK(np.zeros((0, k)), np.zeros((0, k), dtype=np.int64))
+    if ranks.size == 1:
+        return detector.top_k(queries, bank, k)
+    low, high = (len(bank) * part // ranks.size for part in (ranks.rank, ranks.rank + 1))
+    parts = []
+    if high > low:
+        found = detector.top_k(queries, bank[low:high], k)
+        parts = [TopK(found.scores, found.rows + low)]
+    return merge_top_k([part for gathered in ranks.gather(parts) for part in gathered], k)
+
+
+def held_out_null(detector: Detector, training: ImageSet, held_out: ImageSet, ranks: Ranks) -> Null:
+    """Search held-out real images in the training set.
+
+    Images whose content is in the training set, or that show the picture of their best match saved
+    anew, are taken out: they would raise the null and hide copies.
+    """
+    known = {digest: row for row, digest in enumerate(training.hashes)}
+    exact = {row: known[digest] for row, digest in enumerate(held_out.hashes) if digest in known}
+    rows = np.array([r for r in range(held_out.num_distinct) if r not in exact], dtype=np.int64)
+    found = search(detector, held_out.features[rows], training.features, 2, ranks)
+    null = Null(
+        kind="held-out",
+        bank=np.arange(training.num_distinct),
+        images=held_out,
+        rows=rows,
+        matches=found.rows[:, 0],
+        scores=_two_columns(found.scores),
+        removed=tuple(
+            _shared(held_out, row, training, match, "exact") for row, match in exact.items()
+        ),
+    )
+    return without_same_pictures(null, training, ranks)
+
+
+def split_null(
+    detector: Detector, training: ImageSet, *, rate: float, seed: int, ranks: Ranks
+) -> Null:
+    """Take identities out of the training set and search them in the rest.
+
+    A quarter of the images, or as many as the rate needs, but at most half.
+    """
+    groups = training.groups
+    order = np.random.default_rng(seed).permutation(np.unique(groups))
+    sizes = np.bincount(groups)[order]
+    wanted = max(math.ceil(SPLIT_SHARE * len(groups)), required_null_size(rate))
+    count = int(np.searchsorted(np.cumsum(sizes), min(wanted, len(groups) // 2))) + 1
+    count = min(count, len(order) - 1)
+    chosen = np.isin(groups, order[:count])
+    rows, bank = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+    found = search(detector, training.features[rows], training.features[bank], 2, ranks)
+    null = Null(
+        kind="split",
+        bank=bank,
+        images=training,
+        rows=rows,
+        matches=bank[found.rows[:, 0]],
+        scores=_two_columns(found.scores),
+        removed=(),
+    )
+    return without_same_pictures(null, training, ranks)
+
+
+def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ranks: Ranks) -> Null:
+    """Search training images among those of other identities.
+
+    Of more than ``MAX_LEAVE_ONE_OUT`` images a seeded sample is used.
+    """
+    count = training.num_distinct
+    sample = np.arange(count)
+    if count > MAX_LEAVE_ONE_OUT:
+        rng = np.random.default_rng(seed)
+        sample = np.sort(rng.choice(count, MAX_LEAVE_ONE_OUT, replace=False))
+    matches = np.full(len(sample), -1, dtype=np.int64)
+    scores = np.full((len(sample), 2), np.nan)
+    pending = np.arange(len(sample))
+    k = min(count, _FIRST_NEIGHBOURS)
+    while len(pending):
+        found = search(detector, training.features[sample[pending]], training.features, k, ranks)
+        other = training.groups[found.rows] != training.groups[sample[pending]][:, None]
+        settled = (other.sum(axis=1) >= 2) | (k == count)
+        for position in np.flatnonzero(settled):
+            best = np.flatnonzero(other[position])[:2]
+            if len(best):
+                matches[pending[position]] = found.rows[position, best[0]]
+            scores[pending[position], : len(best)] = found.scores[position, best]
+        pending = pending[~settled]
+        k = min(count, 4 * k)
+    usable = matches >= 0
+    null = Null(
+        kind="leave-one-out",
+        bank=np.arange(count),
+        images=training,
+        rows=sample[usable],
+        matches=matches[usable],
+        scores=scores[usable],
+        removed=(),
+    )
+    return without_same_pictures(null, training, ranks)
+
+
+def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
+    """Take out images that show the same picture as their best match, saved anew.
+
+    Compared are 64 x 64 grey pixels; a correlation of at least 0.999 counts as the same. Checked
+    are the thousand images with the highest scores: the others do not move a threshold.
+    """
+    order = np.argsort(-null.scores[:, 0], kind="stable")[:MAX_PICTURE_CHECKS]
+    same: list[int] = []
+    if ranks.is_main:
+        for position in order:
+            image = null.images.files[null.images.first_image[null.rows[position]]]
+            match = training.files[training.first_image[null.matches[position]]]
+            if same_picture(image, match):
+                same.append(int(position))
+    same = sorted(ranks.broadcast(same))
+    if not same:
+        return null
+    keep = np.ones(len(null.rows), dtype=bool)
+    keep[same] = False
+    removed = tuple(
+        _shared(null.images, int(null.rows[p]), training, int(null.matches[p]), "resaved")
+        for p in same
+    )
+    return dataclasses.replace(
+        null,
+        rows=null.rows[keep],
+        matches=null.matches[keep],
+        scores=null.scores[keep],
+        removed=null.removed + removed,
+    )
+
+
+def same_picture(
+    a: Path, b: Path, load: Callable[[Path, int], NDArray[np.uint8]] = load_pixels
+) -> bool:
+    """Return whether two files show the same picture, one perhaps saved anew or resized.
+
+    False where one of them cannot be read.
+    """
+    try:
+        grey = [load(path, _PICTURE_SIZE).mean(axis=2).ravel() for path in (a, b)]
+    except (LcmemError, OSError):
+        return False
+    x, y = (pixels - pixels.mean() for pixels in grey)
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if norm < 1e-9:  # at least one is a plain surface
+        return bool(np.abs(grey[0] - grey[1]).max() < 1)
+    return float(x @ y) / norm >= SAME_PICTURE_CORRELATION
+
+
+def check_size(
+    count: int, rate: float, *, kind: NullKind, source: str, num_removed: int = 0
+) -> None:
+    """Refuse a rate for which the null is too small.
+
+    Args:
+        count: different real images.
+        rate: false positives per image.
+        kind: construction of the null.
+        source: where they come from.
+        num_removed: images taken out because they are in the training set.
+
+    Raises:
+        InputError: says how many images are needed, and which rate these allow.
+    """
+    needed = required_null_size(rate)
+    if count >= needed:
+        return
+    gives = {
+        "held-out": f"{source} gives {count} held-out images",
+        "split": f"splitting {source} gives {count} real images",
+        "leave-one-out": f"{source} gives {count} images to leave out",
+    }[kind]
+    lost = f" ({num_removed} more are in the training set)" if num_removed else ""
+    smallest = smallest_rate(count)
+    allows = f"these allow --fpr {smallest:g} or more" if smallest < 1 else "these allow no rate"
+    raise InputError(
+        f"a false-positive rate of {percent(rate)} per image needs at least {needed:,} different "
+        f"real images, {gives}{lost}; {allows}; give more real images with --held-out, or accept "
+        "a larger rate"
+    )
+
+
+def smallest_rate(count: int) -> float:
+    """Return the smallest rate that ``count`` null scores allow, rounded up to four digits."""
+    exact = 1 / (count + 1)
+    scale = 10.0 ** (3 - math.floor(math.log10(exact)))
+    return float(math.ceil(exact * scale - 1e-9) / scale)
+
+
+def _two_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    if scores.shape[1] >= 2:
+        return scores[:, :2]
+    return np.column_stack([scores, np.full(len(scores), np.nan)])
+
+
+def _shared(images: ImageSet, row: int, training: ImageSet, match: int, kind: str) -> SharedPicture:
+    return SharedPicture(
+        path=images.name_of(row),
+        match=training.name_of(match),
+        kind="exact" if kind == "exact" else "resaved",
+    )

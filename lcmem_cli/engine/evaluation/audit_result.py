@@ -1,0 +1,334 @@
+"""What an audit found, as typed values, and the sentences that say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
+from lcmem_cli.engine.files import jsonable
+from lcmem_cli.engine.results import Result, Unreadable
+
+AUDIT_SCHEMA = 1
+AUDIT_FORMAT = "lcmem-audit"
+
+NullKind = Literal["held-out", "split", "leave-one-out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetSummary:
+    """One of the sets that went into an audit.
+
+    Attributes:
+        source: as the user named it.
+        folder: absolute folder that the paths of its images are relative to.
+        num_images: images listed.
+        num_distinct: different contents among the readable ones.
+        num_identities: different labels; every image its own where there are no labels.
+        duplicates: groups of paths with the same content, in order of their first image.
+        unreadable: images that could not be used.
+    """
+
+    source: str
+    folder: str
+    num_images: int
+    num_distinct: int
+    num_identities: int
+    duplicates: tuple[tuple[str, ...], ...]
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def num_readable(self) -> int:
+        """Images that were used."""
+        return self.num_images - len(self.unreadable)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedPicture:
+    """An image of the null that is also in the training set, so it was taken out of the null.
+
+    Attributes:
+        path: the held-out image.
+        match: the training image.
+        kind: ``exact``: equal content; ``resaved``: the same picture saved anew.
+    """
+
+    path: str
+    match: str
+    kind: Literal["exact", "resaved"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullSummary:
+    """The real images that say what a match looks like when nothing was copied.
+
+    Attributes:
+        kind: where they come from.
+        num_scores: scores in the null.
+        smallest_rate: the smallest false-positive rate per image that so many scores allow.
+        num_not_searched: training images that were split off and so are not looked for.
+        removed: images taken out because their picture is in the training set.
+        shared_identities: labels that occur in both sets, where the labels can be compared.
+        meaning: what the rate means with this null.
+    """
+
+    kind: NullKind
+    num_scores: int
+    smallest_rate: float
+    num_not_searched: int
+    removed: tuple[SharedPicture, ...]
+    shared_identities: tuple[str, ...]
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlagRule:
+    """How it was decided what to flag.
+
+    Attributes:
+        kind: ``fpr``: false positives per image; ``fdr``: false ones among the flagged
+            (Benjamini-Hochberg).
+        rate: the rate held.
+        threshold: a match is flagged when its score EXCEEDS this; ``None`` where Benjamini-Hochberg
+            flags nothing.
+    """
+
+    kind: Literal["fpr", "fdr"]
+    rate: float
+    threshold: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Match:
+    """One generated image and one of its best training images.
+
+    Attributes:
+        query: path of the generated image, relative to its set's folder.
+        rank: from 1.
+        match: path of the training image, relative to its set's folder.
+        match_id: its identity.
+        score: the detector's score of the pair.
+        p_value: chance that the best match of an unseen real image scores at least as high.
+        flagged: whether the score is over the threshold, or the contents are equal.
+        exact: whether the contents are equal.
+    """
+
+    query: str
+    rank: int
+    match: str
+    match_id: str
+    score: float
+    p_value: float
+    flagged: bool
+    exact: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CopiedImage:
+    """A training image and how many flagged generated images have it as their best match."""
+
+    path: str
+    id: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Times:
+    """The only part of a result that differs between two runs."""
+
+    started: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditResult(Result):
+    """Whether a generated set reproduces its training set.
+
+    Attributes:
+        statement: the finding in one sentence.
+        verdict: how it compares with what chance alone would flag.
+        shows: what the finding supports.
+        does_not_show: what it does not.
+        warnings: what weakens it.
+        detector: name of the detector.
+        fingerprint: of the detector.
+        rule: how images were flagged.
+        null: the real images compared with.
+        num_queries: readable generated images.
+        num_flagged: flagged ones.
+        share_flagged: their share.
+        confidence_interval: 95 % Clopper-Pearson interval of the share.
+        expected_by_chance: images that the rate lets through when nothing is copied; ``None``
+            under Benjamini-Hochberg.
+        num_exact_copies: generated images whose content is that of a training image.
+        num_exposed_images: training images that are the best match of a flagged image.
+        num_exposed_identities: their identities.
+        fail_over: share of flagged images over which the gate fails, if one was asked for.
+        generated: the generated set.
+        training: the training set.
+        held_out: the held-out set, if one was given.
+        metrics: figures about the whole set.
+        most_copied: training images by number of flagged images, most first.
+        matches: every readable generated image with its best matches.
+        times: when, and how long.
+    """
+
+    statement: str
+    verdict: str
+    shows: tuple[str, ...]
+    does_not_show: tuple[str, ...]
+    warnings: tuple[str, ...]
+    detector: str
+    fingerprint: str
+    rule: FlagRule
+    null: NullSummary
+    num_queries: int
+    num_flagged: int
+    share_flagged: float
+    confidence_interval: tuple[float, float]
+    expected_by_chance: float | None
+    num_exact_copies: int
+    num_exposed_images: int
+    num_exposed_identities: int
+    fail_over: float | None
+    generated: SetSummary
+    training: SetSummary
+    held_out: SetSummary | None
+    metrics: SetMetrics
+    most_copied: tuple[CopiedImage, ...]
+    matches: tuple[Match, ...]
+    times: Times
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether more images are flagged than ``fail_over`` allows."""
+        return self.fail_over is not None and self.share_flagged > self.fail_over
+
+    @property
+    def flagged(self) -> tuple[Match, ...]:
+        """The flagged images with their best match, highest score first, exact copies before."""
+        found = [match for match in self.matches if match.rank == 1 and match.flagged]
+        return tuple(sorted(found, key=lambda match: (not match.exact, -match.score, match.query)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values.
+
+        Of the matches only the flagged images with their best one; ``matches.csv`` has them all.
+        """
+        rest = dataclasses.replace(self, matches=())
+        values: dict[str, Any] = jsonable(dataclasses.asdict(rest))
+        times = values.pop("times")
+        del values["matches"]
+        return {
+            "format": AUDIT_FORMAT,
+            "schema": AUDIT_SCHEMA,
+            **values,
+            "gate_failed": self.gate_failed,
+            "flagged": [dataclasses.asdict(match) for match in self.flagged],
+            "times": times,
+        }
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage: ``0.0123`` is ``1.23 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def statement(
+    num_flagged: int,
+    num_queries: int,
+    rule: FlagRule,
+    null: NullKind,
+    interval: tuple[float, float],
+) -> str:
+    """Return the finding in one sentence."""
+    verb = "matches" if num_flagged == 1 else "match"
+    compared = {
+        "held-out": "held-out real images do",
+        "split": "real images split off from the training set do",
+        "leave-one-out": "real training images match those of other identities",
+    }[null]
+    rate = (
+        f"at a false-positive rate of {percent(rule.rate)} per image"
+        if rule.kind == "fpr"
+        else f"at a false-discovery rate of {percent(rule.rate)} among the flagged"
+    )
+    share = percent(num_flagged / num_queries)
+    low, high = (percent(bound) for bound in interval)
+    return (
+        f"{num_flagged:,} of {num_queries:,} generated images {verb} a training image more "
+        f"closely than {compared}, {rate} ({share}; 95 % CI {low} to {high})."
+    )
+
+
+def verdict(
+    num_flagged: int,
+    num_exact: int,
+    rule: FlagRule,
+    num_queries: int,
+    interval: tuple[float, float],
+) -> str:
+    """Return how the finding compares with chance."""
+    sentences = []
+    others = num_flagged - num_exact
+    if num_exact:
+        copies = "image is" if num_exact == 1 else "images are"
+        sentences.append(f"{num_exact:,} generated {copies} identical to a training image.")
+    expected = rule.rate * num_queries
+    if not num_flagged:
+        sentences.append("Nothing is flagged.")
+    elif not others:
+        pass  # chance makes no identical images
+    elif rule.kind == "fdr":
+        sentences.append(
+            f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
+        )
+    elif interval[0] > rule.rate:
+        sentences.append(f"Chance alone would flag about {expected:.3g}: this is more.")
+    else:
+        sentences.append(
+            f"Chance alone would flag about {expected:.3g}: the number is no evidence of copying; "
+            "look at the pairs."
+        )
+    return " ".join(sentences)
+
+
+def meaning_of_rate(kind: NullKind, rate: float, num_not_searched: int) -> str:
+    """Return what the stated rate means with a null."""
+    if kind == "held-out":
+        return (
+            f"Of images that are like the held-out ones and copy nothing, {percent(rate)} at most "
+            "are flagged on average."
+        )
+    if kind == "split":
+        return (
+            "Of images that are like the training images split off and copy nothing, "
+            f"{percent(rate)} at most are flagged on average. Weaker than with held-out images: "
+            f"{num_not_searched:,} training images were split off, and copies of them are found "
+            "only where the file is identical."
+        )
+    return (
+        f"About {percent(rate)} of images that copy nothing are flagged. Weaker than with held-out "
+        "images: each training image was compared with those of other identities, so the rate is "
+        "approximate, and copies are missed where one identity has several labels."
+    )
+
+
+def what_it_shows(rule: FlagRule, null: NullSummary) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what the finding supports and what it does not, in sentences."""
+    shows = (
+        null.meaning,
+        "A flagged image resembles its training image, for this detector, more than "
+        f"{null.num_scores:,} real images resemble any training image"
+        + (f", up to the stated rate of {percent(rule.rate)}." if rule.kind == "fpr" else "."),
+        "Every generated image was compared with every training image that was searched; no "
+        "approximate search was used.",
+    )
+    does_not = (
+        "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
+        "the pairs.",
+        "That an image which is not flagged is free of copied content: the detector compares "
+        "whole pictures and misses what it was not made to see.",
+        "Anything about images that this generator has not made yet, or about other generators.",
+    )
+    return shows, does_not

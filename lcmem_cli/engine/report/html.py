@@ -1,0 +1,274 @@
+"""The audit's page: one file that opens offline and runs nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli import __version__
+from lcmem_cli.engine.results import Result
+
+if TYPE_CHECKING:
+    import jinja2
+
+TEMPLATE_NAME = "report.html.j2"
+_NUM_BINS = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportPair:
+    """A flagged image beside its training image.
+
+    Attributes:
+        query: name of the generated image.
+        match: name of the training image.
+        match_id: its identity.
+        score: of the detector.
+        p_value: in (0, 1].
+        exact: whether the contents are equal.
+        query_picture: index into the page's pictures.
+        match_picture: index into the page's pictures.
+    """
+
+    query: str
+    match: str
+    match_id: str
+    score: float
+    p_value: float
+    exact: bool
+    query_picture: int
+    match_picture: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportCopied:
+    """One of the most-copied training images, with the index of its picture."""
+
+    path: str
+    id: str
+    count: int
+    picture: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """Best-match scores to draw.
+
+    Attributes:
+        generated: ``[n]`` on a linear scale.
+        null: ``[m]`` on the same scale.
+        threshold: on the same scale, if there is one.
+        label: of the axis.
+    """
+
+    generated: NDArray[np.float64]
+    null: NDArray[np.float64]
+    threshold: float | None
+    label: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bin of the plot: its range and the share of each set in it, and its place in pixels."""
+
+    low: float
+    high: float
+    generated: float
+    null: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plot:
+    """The geometry of the distribution plot, in the units of its view box."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    bars: tuple[Bar, ...]
+    generated_path: str
+    null_path: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    threshold_x: float | None
+    label: str
+
+
+def render_report(
+    result: Result,
+    *,
+    pairs: Sequence[ReportPair],
+    most_copied: Sequence[ReportCopied],
+    pictures: Sequence[str | None],
+    distribution: Distribution,
+    max_lines: int = 200,
+) -> str:
+    """Return the page as HTML.
+
+    Names are escaped wherever they occur; scripts and styles are allowed by their hashes alone.
+
+    Args:
+        result: an ``AuditResult`` (this package knows results only by their fields).
+        pairs: flagged pairs to show, best first; more than these may be flagged.
+        most_copied: training images to show.
+        pictures: data URIs, ``None`` where a picture cannot be shown.
+        distribution: scores to draw.
+        max_lines: the most lines of a list (duplicates, unreadable images) to write out.
+    """
+    data = {
+        "pairs": [
+            {
+                "q": printable(pair.query),
+                "m": printable(pair.match),
+                "id": printable(pair.match_id),
+                "s": pair.score,
+                "p": pair.p_value,
+                "x": pair.exact,
+                "a": pair.query_picture,
+                "b": pair.match_picture,
+            }
+            for pair in pairs
+        ],
+        "pictures": list(pictures),
+    }
+    environment = _environment()
+    assets = {name: _asset(name) for name in ("report.css", "report.js")}
+    return environment.get_template(TEMPLATE_NAME).render(
+        result=result,
+        pairs=pairs,
+        most_copied=most_copied,
+        pictures=pictures,
+        plot=draw_distribution(distribution),
+        data=script_json(data),
+        css=assets["report.css"],
+        js=assets["report.js"],
+        policy=content_policy(assets["report.js"], assets["report.css"]),
+        max_lines=max_lines,
+        version=__version__,
+    )
+
+
+def content_policy(script: str, style: str) -> str:
+    """Return a Content-Security-Policy that allows this script, this style and data pictures."""
+    return (
+        "default-src 'none'; img-src data:; "
+        f"script-src {_source_hash(script)}; style-src {_source_hash(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def script_json(value: Any) -> str:
+    """Return JSON that may stand inside a ``<script>`` element, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def printable(text: str) -> str:
+    """Return a name that can be shown: control and direction characters become escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for c in text
+    )
+
+
+def draw_distribution(distribution: Distribution) -> Plot:
+    """Turn scores into the outline of two histograms over the same bins.
+
+    The height of a bin is the share of its set, so that sets of different sizes compare.
+    """
+    width, height, left, right, top, bottom = 960, 300, 56, 16, 16, 52
+    values = np.concatenate([distribution.generated, distribution.null])
+    if distribution.threshold is not None:
+        values = np.append(values, distribution.threshold)
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, _NUM_BINS + 1)
+    shares = [
+        np.histogram(part, edges)[0] / max(1, len(part))
+        for part in (distribution.generated, distribution.null)
+    ]
+    peak = max(0.01, *(float(share.max()) for share in shares))
+
+    def x(value: float) -> float:
+        return round(left + (value - low) / (high - low) * (width - left - right), 2)
+
+    def y(share: float) -> float:
+        return round(height - bottom - share / peak * (height - top - bottom), 2)
+
+    def outline(share: NDArray[np.float64]) -> str:
+        steps = [f"M{x(low)},{y(0)}"]
+        for index, value in enumerate(share):
+            steps.append(f"V{y(float(value))}H{x(float(edges[index + 1]))}")
+        return "".join([*steps, f"V{y(0)}Z"])
+
+    bars = tuple(
+        Bar(low=float(a), high=float(b), generated=float(g), null=float(n))
+        for a, b, g, n in zip(edges[:-1], edges[1:], *shares, strict=True)
+        if g or n
+    )
+    return Plot(
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        bars=bars,
+        generated_path=outline(shares[0]),
+        null_path=outline(shares[1]),
+        x_ticks=tuple((x(tick), f"{tick:g}") for tick in _ticks(low, high, 8)),
+        y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
+        threshold_x=None if distribution.threshold is None else x(distribution.threshold),
+        label=distribution.label,
+    )
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Return at most about ``count`` round numbers within a range."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _source_hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _asset(name: str) -> str:
+    return (resources.files("lcmem_cli") / "assets" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["printable"] = printable
+    environment.filters["percent"] = lambda share: f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
+    environment.filters["prose"] = lambda text: printable(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    environment.filters["number"] = lambda value: f"{value:,}"
+    environment.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
+    return environment

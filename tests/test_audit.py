@@ -1,0 +1,600 @@
+import csv
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from audit_images import SmallCorrelation, altered, picture, save_all
+from PIL import Image
+from scipy.stats import binom
+from typer.testing import CliRunner
+
+import lcmem_cli
+from lcmem_cli.cli.app import app
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.audit_files import read_audit
+from lcmem_cli.engine.evaluation.audit_null import same_picture, search, smallest_rate
+from lcmem_cli.engine.evaluation.calibration import clopper_pearson
+from lcmem_cli.engine.evaluation.set_metrics import (
+    MIN_CELL_SIZE,
+    Spread,
+    authentic_percentage,
+    copying_statistic,
+    linear_scale,
+    neighbour_ratios,
+    num_cells,
+    score_distances,
+)
+
+HOSTILE_NAMES = (
+    'it\'s "quoted".png',
+    "<script>alert(1)</script>".replace("/", "\u2215") + ".png",
+    "</script><img src=x onerror=alert(1)>".replace("/", "\u2215") + ".png",
+    "new\nline, comma;\ttab.png",
+    os.fsdecode(b"not-utf8-\xff\xfe.png"),
+    "l" * 240 + ".png",
+    "=1+1.png",
+    "\u202egnp.exe.png",
+)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """40 training images, 30 fresh and 5 altered copies as generated, 60 held out."""
+    root = tmp_path_factory.mktemp("sets")
+    save_all(root / "train", range(40))
+    save_all(root / "held-out", range(1000, 1060))
+    save_all(root / "generated", range(2000, 2030))
+    for seed in range(0, 10, 2):
+        altered(picture(seed)).save(root / "generated" / f"copy-of-{seed:05d}.png")
+    return root
+
+
+def run(root, **options):
+    options = {"held_out": root / "held-out", "fpr": 0.05, "detector": SmallCorrelation()} | options
+    return audit(root / "generated", root / "train", **options)
+
+
+def test_planted_copies_are_flagged_beside_their_originals(sets):
+    result = run(sets)
+    best = {match.query: match for match in result.matches if match.rank == 1}
+    for name, match in best.items():
+        if name.startswith("copy-of-"):
+            assert match.flagged and not match.exact
+            assert match.match == name.removeprefix("copy-of-")
+            assert match.p_value == 1 / 61
+    false = sum(m.flagged for name, m in best.items() if not name.startswith("copy-of-"))
+    assert false <= binom.ppf(0.9999, 30, 0.05)
+    assert result.num_flagged == 5 + false
+    assert result.confidence_interval == clopper_pearson(result.num_flagged, 35)
+    assert result.statement.startswith(f"{result.num_flagged} of 35 generated images match ")
+    assert "at a false-positive rate of 5 % per image" in result.statement
+    assert [item.count for item in result.most_copied][:5] == [1] * 5
+    assert result.metrics.copying is not None
+
+
+def test_false_flags_stay_in_their_binomial_interval_over_random_splits(tmp_path):
+    seeds = np.arange(5000, 5240)
+    rng, rate, repeats, size = np.random.default_rng(0), 0.1, 8, 60
+    detector, flagged = SmallCorrelation(), 0
+    for repeat in range(repeats):
+        order = rng.permutation(seeds)
+        parts = {"train": order[:40], "generated": order[40:100], "held-out": order[100:]}
+        for name, part in parts.items():
+            save_all(tmp_path / str(repeat) / name, part)
+        flagged += run(tmp_path / str(repeat), fpr=rate, detector=detector).num_flagged
+    low, high = binom.ppf([0.0005, 0.9995], repeats * size, rate)
+    assert low <= flagged <= high
+
+
+def test_every_query_lists_its_best_matches_in_order(sets):
+    result = run(sets, top_k=3)
+    assert len(result.matches) == 35 * 3
+    for start in range(0, len(result.matches), 3):
+        group = result.matches[start : start + 3]
+        assert [match.rank for match in group] == [1, 2, 3]
+        assert len({match.query for match in group}) == 1
+        assert group[0].score >= group[1].score >= group[2].score
+        for match in group:
+            over = match.score > result.rule.threshold
+            assert match.flagged == over == (match.p_value <= 0.05)
+
+
+def test_files_agree_with_the_result(sets, tmp_path):
+    result = run(sets, output=tmp_path)
+    document, rows = read_audit(tmp_path)
+    assert document == json.loads(json.dumps(result.to_dict()))
+    assert len(rows) == 35
+    table = pq.read_table(tmp_path / "matches.parquet").to_pylist()
+    with (tmp_path / "matches.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == list(table[0])
+    assert len(lines) == len(table) == len(result.matches)
+    for line, row, match in zip(lines, table, result.matches, strict=True):
+        assert line["query"] == row["query"] == match.query
+        assert float(line["score"]) == row["score"] == match.score
+        assert (line["flagged"] == "true") == row["flagged"] == match.flagged
+    assert (tmp_path / "config.toml").is_file() and (tmp_path / "environment.json").is_file()
+
+
+def test_two_runs_differ_in_their_times_only(sets, tmp_path):
+    for name in ("a", "b"):
+        run(sets, output=tmp_path / name)
+    for file in ("matches.csv", "matches.parquet", "report.html", "config.toml"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    documents = [json.loads((tmp_path / name / "audit.json").read_text()) for name in ("a", "b")]
+    for document in documents:
+        assert set(document.pop("times")) == {"started", "seconds"}
+    assert documents[0] == documents[1]
+
+
+def test_an_interrupted_audit_continues_without_embedding_again(sets, tmp_path, monkeypatch):
+    from lcmem_cli.engine.evaluation import audit_files
+
+    run(sets, output=tmp_path / "whole")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_files, "render_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(sets, output=tmp_path / "resumed")
+    assert not (tmp_path / "resumed" / "audit.json").exists()
+    detector = SmallCorrelation()
+    run(sets, output=tmp_path / "resumed", detector=detector)
+    assert detector.num_embedded == 0
+    for file in ("matches.csv", "matches.parquet", "report.html"):
+        whole, resumed = (tmp_path / name / file for name in ("whole", "resumed"))
+        assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_set_against_itself_is_all_exact_copies(sets):
+    result = audit(
+        sets / "train",
+        sets / "train",
+        held_out=sets / "held-out",
+        fpr=0.05,
+        detector=SmallCorrelation(),
+    )
+    assert result.num_flagged == result.num_exact_copies == result.num_exposed_images == 40
+    assert all(match.match == match.query for match in result.flagged)
+    assert "40 generated images are identical to a training image." in result.verdict
+
+
+def test_an_exact_copy_is_flagged_and_first_even_where_another_image_scores_higher(tmp_path):
+    class Inverted(SmallCorrelation):
+        def score_features(self, a, b):
+            return -super().score_features(a, b)
+
+        def score_matrix(self, a, b):
+            return -super().score_matrix(a, b)
+
+    save_all(tmp_path / "train", range(10))
+    save_all(tmp_path / "generated", [3])
+    save_all(tmp_path / "held-out", range(100, 130))
+    for top_k in (1, 10):
+        result = run(tmp_path, detector=Inverted(), top_k=top_k)
+        assert result.matches[0].match == "00003.png"
+        assert result.matches[0].exact and result.matches[0].flagged
+        assert len({match.match for match in result.matches}) == top_k
+
+
+def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
+    shutil.copytree(sets, tmp_path / "sets")
+    root = tmp_path / "sets"
+    shutil.copy(root / "train" / "00007.png", root / "train" / "again.png")
+    shutil.copy(root / "train" / "00008.png", root / "held-out" / "leaked.png")
+    picture(9).save(root / "held-out" / "resaved.jpg", quality=95)
+    shutil.copy(root / "generated" / "02000.png", root / "generated" / "twice.png")
+    result, clean = run(root), run(sets)
+    assert result.training.duplicates == (("00007.png", "again.png"),)
+    assert result.generated.duplicates == (("02000.png", "twice.png"),)
+    removed = {item.path: (item.match, item.kind) for item in result.null.removed}
+    assert removed == {
+        "leaked.png": ("00008.png", "exact"),
+        "resaved.jpg": ("00009.png", "resaved"),
+    }
+    assert result.null.num_scores == clean.null.num_scores == 60
+    assert result.rule.threshold == clean.rule.threshold
+    assert result.num_queries == clean.num_queries + 1
+    assert any(
+        "2 real images of the null are also in the training set" in w for w in result.warnings
+    )
+    assert any("1 of the generated images repeat others" in w for w in result.warnings)
+
+
+def test_same_picture_tells_resaved_from_merely_alike(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    picture(1).resize((96, 96)).save(tmp_path / "b.jpg", quality=70)
+    altered(picture(1)).rotate(4).save(tmp_path / "c.png")
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / "d.png")
+    Image.new("RGB", (30, 20), (9, 9, 9)).save(tmp_path / "e.png")
+    Image.new("RGB", (30, 20), (90, 9, 9)).save(tmp_path / "f.png")
+    assert same_picture(tmp_path / "a.png", tmp_path / "b.jpg")
+    assert not same_picture(tmp_path / "a.png", tmp_path / "c.png")
+    assert same_picture(tmp_path / "d.png", tmp_path / "e.png")
+    assert not same_picture(tmp_path / "e.png", tmp_path / "f.png")
+    assert not same_picture(tmp_path / "a.png", tmp_path / "d.png")
+    assert not same_picture(tmp_path / "a.png", tmp_path / "missing.png")
+
+
+def test_unreadable_images_are_named_and_limited(sets, tmp_path):
+    shutil.copytree(sets, tmp_path / "sets")
+    (tmp_path / "sets" / "generated" / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "sets" / "held-out" / "empty.png").write_bytes(b"")
+    result = run(tmp_path / "sets", max_unreadable=2, output=tmp_path / "out")
+    assert [item.path for item in result.generated.unreadable] == ["broken.png"]
+    assert result.generated.unreadable[0].reason
+    assert (result.generated.num_images, result.generated.num_readable) == (36, 35)
+    assert result.num_queries == 35
+    assert "broken.png" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(UnreadableLimitError, match=r"2 images .* allows 1[\s\S]*broken.png"):
+        run(tmp_path / "sets", max_unreadable=1)
+
+
+def test_too_few_real_images_for_the_rate_says_what_is_needed_and_possible(sets):
+    with pytest.raises(InputError, match=r"needs at least 99 .* gives 60 .* --fpr 0.0164 or more"):
+        run(sets, fpr=0.01)
+    assert run(sets, fpr=0.0164).rule.rate == 0.0164
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 60, 98, 99, 100, 12345])
+def test_the_smallest_rate_is_enough_for_its_count(count):
+    assert 1 / (count + 1) <= smallest_rate(count) <= 1.002 / (count + 1)
+
+
+def identity_folder(root: Path, identities: int = 12, each: int = 3) -> Path:
+    """Images of one identity are alike; those of two are not."""
+    for identity in range(identities):
+        folder = root / f"person{identity:02d}"
+        folder.mkdir(parents=True)
+        base = np.asarray(picture(identity), dtype=np.int16)
+        for number in range(each):
+            noise = np.random.default_rng([identity, number]).integers(-25, 26, base.shape)
+            Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(
+                folder / f"{number}.png"
+            )
+    return root
+
+
+def correlations(detector, a, b):
+    return detector.score_matrix(detector.embed(a), detector.embed(b))
+
+
+def test_leave_one_out_compares_with_other_identities(tmp_path):
+    train = identity_folder(tmp_path / "train")
+    shutil.copy(train / "person03" / "0.png", train / "person04" / "wrong-label.png")
+    generated = save_all(tmp_path / "generated", range(100, 103))
+    detector = SmallCorrelation()
+    result = audit(generated, train, fpr=0.1, detector=detector)
+    files = sorted(path for path in train.rglob("*.png") if path.name != "wrong-label.png")
+    people = np.array([path.parent.name for path in files])
+    people[people == "person04"] = "person03"  # they share an image, so they count as one
+    scores = correlations(detector, files, files)
+    scores[people[:, None] == people] = -np.inf
+    assert result.null.kind == "leave-one-out" and result.null.num_scores == len(files) == 36
+    assert result.metrics.null_scores.largest == pytest.approx(scores.max())
+    assert result.metrics.null_scores.median == pytest.approx(np.median(scores.max(axis=1)))
+    assert result.metrics.copying is None
+    assert "approximate" in result.null.meaning
+    assert "those of other identities" in result.statement
+
+
+def test_leave_one_out_reaches_past_a_large_identity(tmp_path):
+    train = identity_folder(tmp_path / "train", identities=2, each=40)
+    generated = save_all(tmp_path / "generated", [100])
+    result = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
+    assert result.null.num_scores == 80
+    assert result.metrics.null_scores.largest < 0.9
+
+
+def test_split_searches_null_and_generated_in_the_same_bank(tmp_path):
+    train = identity_folder(tmp_path / "train")
+    generated = save_all(tmp_path / "generated", range(100, 106))
+    for identity in range(12):
+        altered(Image.open(train / f"person{identity:02d}" / "0.png")).save(
+            generated / f"copy{identity:02d}.png"
+        )
+    result = audit(
+        generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), top_k=50, seed=3
+    )
+    searched = {match.match for match in result.matches}
+    assert len(searched) == 36 - result.null.num_not_searched
+    assert result.null.num_scores == result.null.num_not_searched == 9
+    assert len({Path(name).parent.name for name in searched}) == 9  # whole identities
+    for match in result.matches:
+        original = match.query.replace("copy", "person").removesuffix(".png") + "/0.png"
+        if match.rank == 1 and original in searched:
+            assert match.flagged and match.match == original
+    assert "9 training images were split off" in result.null.meaning
+    again = audit(
+        generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), top_k=50, seed=3
+    )
+    assert again.matches == result.matches
+
+
+def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path):
+    one_person = identity_folder(tmp_path / "one", identities=1, each=20)
+    generated = save_all(tmp_path / "generated", range(3))
+    for null in ("split", "leave-one-out"):
+        with pytest.raises(InputError, match="needs at least 9 different real images"):
+            audit(generated, one_person, null=null, fpr=0.1, detector=SmallCorrelation())
+
+
+def test_one_generated_and_one_training_image(tmp_path):
+    save_all(tmp_path / "train", [1])
+    save_all(tmp_path / "generated", [2])
+    save_all(tmp_path / "held-out", range(100, 130))
+    result = run(tmp_path, output=tmp_path / "out")
+    assert result.num_queries == 1 and len(result.matches) == 1
+    assert result.metrics.auth_pct is None and result.metrics.generated_ratio is None
+    assert result.metrics.share_small_ratio is None
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_identical_images_everywhere(tmp_path):
+    plain = Image.new("RGB", (20, 20), (7, 7, 7))
+    for name in ("train", "generated"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            plain.save(tmp_path / name / f"{number}.png")
+    save_all(tmp_path / "held-out", range(100, 130))
+    plain.save(tmp_path / "held-out" / "plain.png")
+    result = run(tmp_path, output=tmp_path / "out")
+    assert result.num_flagged == result.num_exact_copies == 4
+    assert result.num_exposed_images == result.training.num_distinct == 1
+    assert [item.path for item in result.null.removed] == ["plain.png"]
+    assert result.most_copied[0].count == 4
+
+
+@pytest.mark.parametrize("empty", ["generated", "train", "held-out"])
+def test_an_empty_set_is_refused_by_name(tmp_path, empty):
+    for name in {"generated", "train", "held-out"} - {empty}:
+        save_all(tmp_path / name, range(30))
+    (tmp_path / empty).mkdir()
+    with pytest.raises(InputError, match=empty):
+        run(tmp_path)
+
+
+def test_a_set_without_a_readable_image_is_refused(tmp_path):
+    for name in ("generated", "held-out"):
+        save_all(tmp_path / name, range(30))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"not one image of the training set[\s\S]*a.png"):
+        run(tmp_path)
+
+
+def test_hostile_names_survive_every_file(sets, tmp_path):
+    root = tmp_path / "sets"
+    shutil.copytree(sets, root)
+    for number, name in enumerate(HOSTILE_NAMES):
+        shutil.copy(root / "train" / f"{number:05d}.png", root / "generated" / name)
+        (root / "train" / f"{number:05d}.png").rename(root / "train" / name)
+    (root / "generated" / "bad\n<b>.png").write_bytes(b"nothing")
+    result = run(root, output=tmp_path / "out")
+    assert result.num_exact_copies == len(HOSTILE_NAMES)
+    _, rows = read_audit(tmp_path / "out")
+    matches = {row["query"]: row["match"] for row in rows}
+    assert {name: matches[name] for name in HOSTILE_NAMES} == {n: n for n in HOSTILE_NAMES}
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert {match["query"] for match in document["flagged"]} >= set(HOSTILE_NAMES)
+    assert pq.read_table(tmp_path / "out" / "matches.parquet").num_rows == len(result.matches)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "<img src=x" not in page and "<b>.png" not in page
+
+
+def test_benjamini_hochberg_flags_the_copies_and_says_what_it_holds(sets, tmp_path):
+    result = run(sets, bh=True, fpr=0.2)
+    assert result.rule.kind == "fdr" and result.expected_by_chance is None
+    assert {m.query for m in result.flagged} >= {f"copy-of-{s:05d}.png" for s in range(0, 10, 2)}
+    assert "false-discovery rate of 20 %" in result.statement
+    nothing = audit(
+        save_all(tmp_path / "fresh", range(3000, 3030)),
+        sets / "train",
+        held_out=sets / "held-out",
+        bh=True,
+        fpr=0.02,
+        detector=SmallCorrelation(),
+        output=tmp_path / "out",
+    )
+    assert nothing.rule.threshold is None and nothing.num_flagged == 0
+    assert any("can only flag 25 or more" in warning for warning in nothing.warnings)
+    assert "Nothing is flagged." in nothing.verdict
+
+
+def test_few_identities_in_the_null_are_warned_about(tmp_path, sets):
+    people = identity_folder(tmp_path / "people", identities=10, each=4)
+    result = run(sets, held_out=people)
+    assert any("show only 10 identities" in warning for warning in result.warnings)
+
+
+def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_path):
+    for name, folder in (("train", "train"), ("held", "held-out")):
+        with (tmp_path / f"{name}.csv").open("w") as file:
+            file.write("path,id\n")
+            for number, path in enumerate(sorted((sets / folder).glob("*.png"))):
+                file.write(f"{path},{name if number > 1 else 'person'}{number}\n")
+    result = audit(
+        sets / "generated",
+        tmp_path / "train.csv",
+        held_out=tmp_path / "held.csv",
+        fpr=0.05,
+        detector=SmallCorrelation(),
+    )
+    assert result.null.shared_identities == ("person0", "person1")
+    assert any("2 identities stand in both" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fpr": 0}, "--fpr must lie in"),
+        ({"fpr": 1.5}, "--fpr must lie in"),
+        ({"null": "split"}, "--null has no effect with --held-out"),
+        ({"null": "other", "held_out": None}, "--null must be split or leave-one-out"),
+        ({"top_k": 0}, "--top-k must be at least 1"),
+        ({"fail_over": 1.0}, "--fail-over is a share"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(sets, options, message):
+    detector = SmallCorrelation()
+    with pytest.raises(InputError, match=message):
+        run(sets, detector=detector, **options)
+    assert detector.num_embedded == 0
+
+
+def test_processes_that_share_the_bank_find_what_one_finds():
+    rng = np.random.default_rng(0)
+    queries, bank = rng.normal(size=(7, 12)), rng.normal(size=(11, 12))
+    detector, box, barrier = SmallCorrelation(), [None] * 3, threading.Barrier(3)
+
+    class Threads(Ranks):
+        def gather(self, value):
+            box[self.rank] = value
+            barrier.wait(10)
+            return list(box)
+
+    found = [None] * 3
+
+    def work(rank):
+        found[rank] = search(detector, queries, bank, 4, Threads(rank, 3))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = search(detector, queries, bank, 4, Ranks())
+    for part in found:
+        np.testing.assert_array_equal(part.rows, alone.rows)
+        np.testing.assert_allclose(part.scores, alone.scores, rtol=1e-12)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_audit_never_writes_beside_the_images(sets, tmp_path):
+    before = {path: digest(path) for path in sets.rglob("*") if path.is_file()}
+    run(sets, output=tmp_path)
+    assert {path: digest(path) for path in sets.rglob("*") if path.is_file()} == before
+
+
+def test_the_public_name_is_the_function():
+    assert lcmem_cli.audit is audit
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tmp_path):
+    arguments = [
+        "audit", sets / "generated", "--against", sets / "train", "--held-out", sets / "held-out",
+        "--fpr", "0.05", "--detector", "ncc", "-o", tmp_path / "out", "--fail-over",
+    ]  # fmt: skip
+    failed = command(*arguments, "0.1")
+    assert failed.exit_code == 3, failed.output
+    assert "generated images match a training image" in failed.stdout
+    assert "Gate failed: more than 10 % of the images are flagged." in failed.stdout
+    passed = command(*arguments, "0.9")
+    assert passed.exit_code == 0, passed.output
+    as_json = command(*arguments, "0.1", "--json")
+    assert as_json.exit_code == 3
+    document = json.loads(as_json.stdout)
+    assert document["gate_failed"] is True and document["schema"] == 1
+    assert document["statement"] in failed.stdout.replace("\n", " ")
+
+
+def test_the_command_reports_a_null_that_is_too_small(sets, tmp_path):
+    result = command(
+        "audit", sets / "generated", "--against", sets / "train", "--held-out",
+        sets / "held-out", "--detector", "ncc", "-o", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "needs at least 99 different real images" in result.stderr
+    assert result.stdout == ""
+
+
+# --- figures about the whole set -----------------------------------------------------------------
+
+
+def test_authentic_percentage_of_a_known_case():
+    scores = np.array([0.9, 0.5, 0.7, 0.2])
+    neighbours = np.array([0.8, 0.6, 0.7, 0.3])
+    assert authentic_percentage(scores, neighbours) == 50.0  # a tie is not authentic
+    assert authentic_percentage(np.zeros(0), np.zeros(0)) is None
+    with pytest.raises(InputError):
+        authentic_percentage(scores, neighbours[:2])
+
+
+def test_copying_statistic_has_the_sign_and_size_of_its_definition():
+    rng = np.random.default_rng(0)
+    null, same, near = rng.normal(size=200), rng.normal(size=200), rng.normal(2, 1, size=200)
+    cells = np.zeros(200, dtype=int)
+    assert abs(copying_statistic(same, null, cells, cells).value) < 3
+    assert copying_statistic(near, null, cells, cells).value < -10
+    assert copying_statistic(null, near, cells, cells).value > 10
+    n = MIN_CELL_SIZE
+    all_nearer = copying_statistic(
+        np.full(n, 2.0), np.full(5, 1.0), np.zeros(n, int), np.zeros(5, int)
+    )
+    assert all_nearer.value == pytest.approx(-(n * 5 / 2) / np.sqrt(n * 5 * (n + 6) / 12))
+
+
+def test_copying_statistic_weights_cells_by_held_out_images_and_skips_thin_ones():
+    n = MIN_CELL_SIZE
+    generated = np.concatenate([np.full(n, 2.0), np.full(n, 0.0), np.full(n - 1, 9.0)])
+    generated_cells = np.repeat([0, 1, 2], [n, n, n - 1])
+    held_out, held_out_cells = np.ones(60), np.repeat([0, 1, 2], [10, 30, 20])
+    found = copying_statistic(generated, held_out, generated_cells, held_out_cells)
+
+    def z(m):
+        return (n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
+
+    assert found.num_cells == 2
+    assert found.value == pytest.approx((-10 * z(10) + 30 * z(30)) / 40)
+    assert copying_statistic(np.ones(3), held_out, np.zeros(3, int), held_out_cells) is None
+
+
+def test_neighbour_ratios_and_distances():
+    scores = np.array([[0.9, 0.6], [1.0, 1.0], [1.2, 0.5]])
+    distances = score_distances(scores, np.ones((3, 1)))
+    np.testing.assert_allclose(distances, [[0.1, 0.4], [0, 0], [0, 0.5]])
+    np.testing.assert_allclose(neighbour_ratios(distances[:, 0], distances[:, 1]), [0.25, 1, 0])
+
+
+def test_small_helpers():
+    assert linear_scale(np.array([0.0, 0.5, 1.0])).tolist() == [-40, 0, 40]
+    assert [num_cells(n, 10**6) for n in (10, 100, 10**6)] == [1, 2, 10]
+    assert Spread.of(np.zeros(0)) is None
+    assert Spread.of(np.arange(5.0)).upper_quartile == 3
+
+
+@pytest.mark.slow
+def test_the_small_diffusion_models_copies_are_flagged_and_fresh_faces_are_not(shared_data):
+    root = shared_data.parent / "memorized"
+    if not root.is_dir():
+        pytest.skip("the set of memorised faces is not on this machine")
+    with (root / "truth.csv").open() as file:
+        truth = {row["name"]: row["copy"] for row in csv.DictReader(file)}
+    options = {"held_out": root / "heldout", "fpr": 0.01, "detector": "ncc"}
+    flagged = {m.query for m in audit(root / "generated", root / "train", **options).flagged}
+    copies = {name for name, copy in truth.items() if copy == "yes"}
+    assert len(flagged & copies) >= 0.9 * len(copies)
+    assert not flagged & {name for name, copy in truth.items() if copy == "no"}
+    assert audit(root / "fresh", root / "train", **options).num_flagged <= binom.ppf(
+        0.999, 60, 0.01
+    )

@@ -1,0 +1,172 @@
+import csv
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+
+import pytest
+from audit_images import SmallCorrelation, save_all
+from typer.testing import CliRunner
+
+from lcmem_cli.cli.app import app
+from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
+from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.filtering import filter_audit, target_names
+
+ODD_NAME = os.fsdecode(b'odd\n,"\xff.png')
+
+
+@pytest.fixture
+def audited(tmp_path):
+    """Six generated images in two subfolders: two exact copies, one unreadable beside them."""
+    save_all(tmp_path / "train", range(20))
+    save_all(tmp_path / "held-out", range(1000, 1040))
+    save_all(tmp_path / "generated" / "a", range(2000, 2002))
+    save_all(tmp_path / "generated" / "b", range(2002, 2004))
+    shutil.copy(tmp_path / "train" / "00001.png", tmp_path / "generated" / "b" / "copy.png")
+    shutil.copy(tmp_path / "train" / "00002.png", tmp_path / "generated" / "b" / ODD_NAME)
+    (tmp_path / "generated" / "broken.png").write_bytes(b"nothing")
+    audit(
+        tmp_path / "generated",
+        tmp_path / "train",
+        held_out=tmp_path / "held-out",
+        fpr=0.025,
+        detector=SmallCorrelation(),
+        output=tmp_path / "audit",
+    )
+    return tmp_path
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def state(folder):
+    return {
+        path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_lists_hold_every_readable_image_once(audited):
+    before = state(audited / "generated")
+    result = filter_audit(audited / "audit", audited / "out")
+    keep, reject = rows_of(audited / "out" / "keep.csv"), rows_of(audited / "out" / "reject.csv")
+    assert (len(keep), len(reject)) == (result.num_kept, result.num_rejected)
+    assert {"b/copy.png", f"b/{ODD_NAME}"} <= {row["id"] for row in reject}
+    listed = {Path(row["path"]) for row in keep + reject}
+    readable = {p for p in before if p.name != "broken.png"}
+    assert listed == {path.absolute() for path in readable} and len(keep + reject) == 6
+    assert [row["path"] for row in rows_of(audited / "out" / "unreadable.csv")] == [
+        str(audited / "generated" / "broken.png")
+    ]
+    assert [item.path for item in result.unreadable] == ["broken.png"]
+    assert not (audited / "out" / "kept").exists()
+    assert state(audited / "generated") == before
+
+
+@pytest.mark.parametrize("transfer", ["copy", "link"])
+def test_kept_files_are_copied_or_linked_in_their_subfolders(audited, transfer):
+    before = state(audited / "generated")
+    for _ in range(2):  # the second time everything is there already
+        result = filter_audit(audited / "audit", audited / "out", transfer=transfer)
+    kept = rows_of(audited / "out" / "keep.csv")
+    assert result.num_transferred == len(kept) > 0
+    for row in kept:
+        target = audited / "out" / "kept" / row["id"]
+        assert target.is_symlink() == (transfer == "link")
+        assert target.read_bytes() == Path(row["path"]).read_bytes()
+    files = [path for path in (audited / "out" / "kept").rglob("*") if path.is_file()]
+    assert len(files) == len(kept)
+    assert state(audited / "generated") == before
+
+
+def test_a_file_in_the_way_is_never_overwritten(audited):
+    target = audited / "out" / "kept" / "a" / "02000.png"
+    target.parent.mkdir(parents=True)
+    target.write_text("mine")
+    for transfer in ("copy", "link"):
+        with pytest.raises(InputError, match=r"02000.png: something else is here"):
+            filter_audit(audited / "audit", audited / "out", transfer=transfer)
+    assert target.read_text() == "mine"
+
+
+def test_a_link_that_points_to_the_original_is_not_copied_over(audited):
+    original = audited / "generated" / "a" / "02000.png"
+    content = original.read_bytes()
+    target = audited / "out" / "kept" / "a" / "02000.png"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(original)
+    with pytest.raises(InputError, match="something else is here"):
+        filter_audit(audited / "audit", audited / "out", transfer="copy")
+    assert original.read_bytes() == content
+
+
+def test_kept_files_that_have_gone_are_named(audited):
+    (audited / "generated" / "a" / "02001.png").unlink()
+    with pytest.raises(LcmemError, match=r"1 kept images are no longer[\s\S]*02001.png") as caught:
+        filter_audit(audited / "audit", audited / "out", transfer="copy")
+    assert caught.value.exit_code == 1
+    assert (audited / "out" / "keep.csv").is_file()
+
+
+def test_names_never_leave_the_folder_nor_collide():
+    names = ["a/x.png", "A/X.png", "/etc/passwd", "../up.png", "b/../../up.png", "a/y.png"]
+    targets = target_names(names)
+    assert targets[0] == PurePosixPath("a/x.png") and targets[5] == PurePosixPath("a/y.png")
+    assert len({str(target).casefold() for target in targets}) == len(names)
+    assert not any(target.is_absolute() or ".." in target.parts for target in targets)
+    assert target_names(names) == targets
+
+
+def test_limits_replace_the_flags_but_exact_copies_stay_rejected(audited):
+    everything = filter_audit(audited / "audit", audited / "out", reject_p=1.0)
+    assert (everything.num_kept, everything.num_rejected) == (0, 6)
+    only_exact = filter_audit(audited / "audit", audited / "out", reject_over=2.0)
+    assert (only_exact.num_kept, only_exact.num_rejected) == (4, 2)
+    assert "score over 2" in only_exact.rule
+    scores = sorted(float(row["score"]) for row in rows_of(audited / "out" / "keep.csv"))
+    half = filter_audit(audited / "audit", audited / "out", reject_over=scores[1])
+    assert half.num_kept == 2
+
+
+def test_bad_input_is_refused(audited):
+    with pytest.raises(InputError, match=r"no audit\.json here"):
+        filter_audit(audited / "train", audited / "out")
+    with pytest.raises(InputError, match="exclude each other"):
+        filter_audit(audited / "audit", audited / "out", reject_over=0.1, reject_p=0.1)
+    with pytest.raises(InputError, match="finite"):
+        filter_audit(audited / "audit", audited / "out", reject_over=float("nan"))
+    assert not (audited / "out").exists()
+
+
+def test_damaged_or_foreign_audits_are_refused(audited):
+    path, table = audited / "audit" / "audit.json", audited / "audit" / "matches.csv"
+    text, lines = path.read_text(), table.read_bytes()
+    table.write_bytes(lines[: len(lines) // 2])
+    with pytest.raises(CorruptFileError, match=r"matches.csv"):
+        filter_audit(audited / "audit", audited / "out")
+    table.write_bytes(lines)
+    path.write_text(json.dumps(json.loads(text) | {"schema": 99}))
+    with pytest.raises(InputError, match="schema 99"):
+        filter_audit(audited / "audit", audited / "out")
+    for damaged in (text[:50], "[]"):
+        path.write_text(damaged)
+        with pytest.raises(CorruptFileError, match="not valid"):
+            filter_audit(audited / "audit", audited / "out")
+
+
+def test_the_command_prints_counts_and_json(audited):
+    def command(*arguments):
+        return CliRunner().invoke(app, ["filter", *(str(argument) for argument in arguments)])
+
+    shown = command(audited / "audit", "-o", audited / "out", "--copy")
+    assert shown.exit_code == 0, shown.output
+    assert "rejected (flagged by the audit)" in shown.stdout
+    assert "1 could not be read" in shown.stdout
+    document = json.loads(command(audited / "audit", "-o", audited / "out", "--json").stdout)
+    assert document["num_kept"] + document["num_rejected"] == 6
+    assert command(audited / "audit", "-o", audited / "out", "--copy", "--link").exit_code == 2
