@@ -1,0 +1,315 @@
+"""Decoding: every supported file becomes an upright 8-bit RGB image, or an error with a reason.
+
+Rules that change pixel values, in one place:
+
+- Transparency is composited over black.
+- Integer data of more than 8 bits are divided by the smallest of 255, 4095 and 65535 that their
+  maximum fits in, so that 8 or 12 bits kept in a 16-bit file are neither black nor clipped to
+  white; signed data and data of more than 16 bits are stretched from minimum to maximum.
+- Floating-point data within [0, 1] are taken as they are, others are stretched from minimum to
+  maximum.
+- DICOM: modality lookup table or rescale, then the file's first window (without one: minimum to
+  maximum), MONOCHROME1 inverted, first frame only.
+- Of an animation or a file of several pages the first image is used.
+
+Where a rule had to guess a scale, ``image.info[DEPTH_NOTE]`` says so.
+"""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from lcmem_cli.engine.errors import LcmemError, MissingExtraError
+from lcmem_cli.engine.files import sha256_file
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+# Pillow refuses more than this when it opens a file, before it decodes.
+MAX_PIXELS = 2 * 89_478_485
+DEPTH_NOTE = "lcmem_depth"
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+IMAGE_SUFFIXES = DICOM_SUFFIXES | {
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
+    ".webp",
+}  # fmt: skip
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PHOTOMETRIC_TAG = 262
+_WHITE_IS_ZERO = 0
+_DEPTHS = ((255, 8), (4095, 12), (65535, 16))
+
+# The limit below is stricter and raises; Pillow's warning at half its own limit adds nothing.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class UnreadableImageError(LcmemError):
+    """A file could not be turned into an image.
+
+    Attributes:
+        path: the file.
+        reason: why, in a few words, without the path.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+
+def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file; see the module's text for the rules.
+
+    Args:
+        path: JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, or DICOM.
+        max_pixels: a file that declares more is refused before it is decoded. Values above the
+            default have no effect, because Pillow refuses those files itself.
+
+    Returns:
+        A loaded RGB image, turned upright by its EXIF tag.
+
+    Raises:
+        UnreadableImageError: missing, empty, truncated, too large, or no image.
+        MissingExtraError: a DICOM file, and pydicom is not installed.
+    """
+    path = Path(path)
+    try:
+        if _is_dicom(path):
+            return _load_dicom(path, max_pixels)
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_pixels(path, image.width, image.height, max_pixels)
+            image.load()
+            return _upright(_to_rgb(path, image))
+    except (UnreadableImageError, MissingExtraError):
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImageError(
+            path, "not an image in a known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, DICOM)"
+        ) from None
+    except Exception as error:  # decoders raise anything at all on damaged files
+        raise UnreadableImageError(path, _reason(error)) from error
+
+
+def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """Resize an RGB image to a square and scale it to [0, 1].
+
+    Args:
+        image: any size; the aspect ratio is not kept (arXiv 2512.14421).
+        size: side of the result in pixels.
+
+    Returns:
+        ``[3, size, size]`` float32 in [0, 1]; bilinear with antialias.
+    """
+    return pixels_to_tensor(resized_pixels(image, size))
+
+
+def load_pixels(path: Path, size: int) -> NDArray[np.uint8]:
+    """Decode an image file and resize it as ``to_tensor`` does.
+
+    Returns:
+        ``[size, size, 3]`` uint8; divided by 255 it is what ``to_tensor`` returns.
+
+    Raises:
+        UnreadableImageError: see ``load_image``.
+        MissingExtraError: see ``load_image``.
+    """
+    return resized_pixels(load_image(path), size)
+
+
+def resized_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Resize an RGB image to ``[size, size, 3]`` uint8, bilinear with antialias."""
+    square = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(square, dtype=np.uint8)
+
+
+def pixels_to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """Turn ``[..., H, W, 3]`` uint8 into ``[..., 3, H, W]`` float32 in [0, 1]."""
+    channels_first = np.moveaxis(pixels, -1, -3)
+    return torch.from_numpy(np.divide(channels_first, 255, dtype=np.float32, order="C"))
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal.
+
+    Raises:
+        UnreadableImageError: the file cannot be read.
+    """
+    try:
+        _check_regular(path)
+        return sha256_file(path)
+    except OSError as error:
+        raise UnreadableImageError(path, _reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = " ".join(str(error).split())
+    return f"cannot be decoded ({text[:160] or type(error).__name__})"
+
+
+def _check_regular(path: Path) -> int:
+    """Return the size of a regular file; opening a pipe would wait for ever."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise UnreadableImageError(path, "is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImageError(path, "is not a regular file")
+    return status.st_size
+
+
+def _check_pixels(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise UnreadableImageError(path, f"has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise UnreadableImageError(
+            path, f"{width} x {height} pixels, more than the limit of {max_pixels:,}"
+        )
+
+
+def _is_dicom(path: Path) -> bool:
+    if _check_regular(path) == 0:
+        raise UnreadableImageError(path, "empty file")
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # damaged metadata do not make the pixels unusable
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        pixels, note = _scale(path, values)
+        tags: Any = getattr(image, "tag_v2", {})
+        if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+            pixels = 255 - pixels
+        grey = Image.fromarray(pixels)
+        result = grey.convert("RGB")
+        result.info.update({"exif": image.info["exif"]} if "exif" in image.info else {})
+        if note:
+            result.info[DEPTH_NOTE] = note
+        return result
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        result = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+        result.info.update({"exif": image.info["exif"]} if "exif" in image.info else {})
+        return result
+    return image.convert("RGB")
+
+
+def _scale(path: Path, values: NDArray[Any]) -> tuple[NDArray[np.uint8], str | None]:
+    """Bring grey values of any type to 8 bits; also return what was guessed, if anything."""
+    if not np.isfinite(values).all():
+        raise UnreadableImageError(path, "holds values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if np.issubdtype(values.dtype, np.floating):
+        if low >= 0 and high <= 1:
+            return _to_bytes(values, 0, 1), None
+        return _to_bytes(values, low, high), "floating-point values stretched to their range"
+    for limit, bits in _DEPTHS:
+        if low >= 0 and high <= limit:
+            note = None if bits == 16 else f"{bits}-bit values in a 16-bit file"
+            return _to_bytes(values, 0, limit), note
+    return _to_bytes(values, low, high), "wide or signed integers stretched to their range"
+
+
+def _to_bytes(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    if high <= low:
+        return np.zeros(values.shape, dtype=np.uint8)
+    unit = (values.astype(np.float64) - low) / (high - low)
+    return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _load_dicom(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        import pydicom
+        from pydicom.pixels import pixel_array
+    except ImportError:
+        raise MissingExtraError(f"{path}: reading DICOM", "dicom") from None
+    data = pydicom.dcmread(path, force=True)
+    if "Rows" not in data or "Columns" not in data:
+        raise UnreadableImageError(path, "not a DICOM image (no rows and columns)")
+    _check_pixels(path, int(data.Columns), int(data.Rows), max_pixels)
+    values = pixel_array(data, index=0)
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        values = pydicom.pixels.apply_color_lut(values, data)
+        return Image.fromarray(_to_bytes(values, 0, np.iinfo(values.dtype).max))
+    if values.ndim == 3:
+        return Image.fromarray(_to_bytes(values, 0, 2 ** int(data.BitsStored) - 1))
+    return Image.fromarray(_to_bytes(_dicom_grey(path, data, values), 0, 1)).convert("RGB")
+
+
+def _dicom_grey(path: Path, data: Dataset, stored: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a grey DICOM image as it is meant to be shown, black 0 and white 1."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = np.asarray(apply_modality_lut(stored, data))
+    if not np.isfinite(values).all():
+        raise UnreadableImageError(path, "holds values that are not finite")
+    if "VOILUTSequence" in data:
+        bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
+        unit = np.asarray(apply_voi(values, data), dtype=np.float64) / (2**bits - 1)
+    elif "WindowCenter" in data and "WindowWidth" in data:
+        unit = _window(
+            values.astype(np.float64),
+            _first(data.WindowCenter),
+            _first(data.WindowWidth),
+            str(data.get("VOILUTFunction") or "LINEAR"),
+        )
+    else:
+        shown = values
+        if "PixelPaddingValue" in data and (stored != data.PixelPaddingValue).any():
+            shown = values[stored != data.PixelPaddingValue]
+        low, high = float(shown.min()), float(shown.max())
+        unit = (values.astype(np.float64) - low) / max(high - low, 1e-12)
+    unit = unit.clip(0, 1)
+    return 1 - unit if data.PhotometricInterpretation == "MONOCHROME1" else unit
+
+
+def _window(
+    values: NDArray[np.float64], centre: float, width: float, function: str
+) -> NDArray[np.float64]:
+    """Apply a window as DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3 define it, to the range [0, 1]."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - centre) / max(width, 1e-12)))
+    if function == "LINEAR_EXACT":
+        return (values - centre) / max(width, 1e-12) + 0.5
+    if width <= 1:  # a step
+        return np.asarray(values > centre - 0.5, dtype=np.float64)
+    return (values - (centre - 0.5)) / (width - 1) + 0.5
+
+
+def _first(value: Any) -> float:
+    """Return a DICOM number, or the first of several."""
+    try:
+        return float(value)
+    except TypeError:
+        return float(value[0])

@@ -1,0 +1,140 @@
+"""Decoding many files in threads, in order and in bounded memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.data.images import (
+    DEPTH_NOTE,
+    UnreadableImageError,
+    load_image,
+    pixels_to_tensor,
+    resized_pixels,
+)
+from lcmem_cli.engine.errors import MissingExtraError
+
+Transform = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedBatch:
+    """Images of ``batch_size`` consecutive paths, those that could not be read left out.
+
+    Attributes:
+        indices: position of each image in the list of paths, ascending.
+        images: ``[len(indices), 3, size, size]`` float32 in [0, 1]; perhaps of length zero.
+        unreadable: position and reason of each path that gave no image.
+        notes: position and remark of each image whose bit depth had to be guessed.
+    """
+
+    indices: list[int]
+    images: torch.Tensor
+    unreadable: list[tuple[int, str]]
+    notes: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """One path's outcome: 8-bit pixels, or a transformed image, or a reason."""
+
+    pixels: NDArray[np.uint8] | None = None
+    image: torch.Tensor | None = None
+    reason: str | None = None
+    note: str | None = None
+
+
+def iter_images(
+    paths: Sequence[Path],
+    size: int,
+    *,
+    workers: int,
+    batch_size: int,
+    transform: Transform | None = None,
+) -> Iterator[LoadedBatch]:
+    """Load images in order; the next batch is decoded while the caller works on this one.
+
+    At most ``2 * batch_size + 2 * workers`` images are held. An image's pixels depend neither on
+    ``workers`` nor on ``batch_size``. A file that cannot be read, or has gone, becomes an entry of
+    ``unreadable``; it never raises.
+
+    Args:
+        paths: files to load.
+        size: side of the square images in pixels.
+        workers: decoding threads; 0 decodes in the calling thread.
+        batch_size: paths per batch.
+        transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
+            returns an image of the same shape. It runs in the decoding thread.
+
+    Yields:
+        One ``LoadedBatch`` for every ``batch_size`` paths.
+    """
+
+    def load(index: int) -> _Loaded:
+        try:
+            image = load_image(paths[index])
+        except UnreadableImageError as error:
+            return _Loaded(reason=error.reason)
+        except MissingExtraError as error:
+            return _Loaded(reason=str(error))
+        note = image.info.get(DEPTH_NOTE)
+        pixels = resized_pixels(image, size)
+        if transform is None:
+            return _Loaded(pixels=pixels, note=note)
+        return _Loaded(image=transform(pixels_to_tensor(pixels), index), note=note)
+
+    outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
+    try:
+        for start in range(0, len(paths), batch_size):
+            part = range(start, min(start + batch_size, len(paths)))
+            yield _collate(part, [next(outcomes) for _ in part], size)
+    finally:
+        outcomes.close()
+
+
+def _in_order(
+    load: Callable[[int], _Loaded], count: int, *, workers: int, ahead: int
+) -> collections.abc.Generator[_Loaded, None, None]:
+    if workers == 0:
+        yield from map(load, range(count))
+        return
+    waiting: collections.deque[Future[_Loaded]] = collections.deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lcmem-load")
+    try:
+        for index in range(count):
+            waiting.append(pool.submit(load, index))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> LoadedBatch:
+    readable = [(index, o) for index, o in zip(part, outcomes, strict=True) if o.reason is None]
+    pixels = [outcome.pixels for _, outcome in readable if outcome.pixels is not None]
+    images = [outcome.image for _, outcome in readable if outcome.image is not None]
+    if images:
+        batch = torch.stack(images)
+    elif pixels:
+        batch = pixels_to_tensor(np.stack(pixels))
+    else:
+        batch = torch.zeros(0, 3, size, size)
+    return LoadedBatch(
+        indices=[index for index, _ in readable],
+        images=batch,
+        unreadable=[
+            (index, outcome.reason)
+            for index, outcome in zip(part, outcomes, strict=True)
+            if outcome.reason is not None
+        ],
+        notes=[(index, outcome.note) for index, outcome in readable if outcome.note is not None],
+    )
