@@ -1,0 +1,291 @@
+"""Training a small AutoencoderKL on the user's own images.
+
+Architecture: the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752), made
+small; the loss is the mean absolute error plus a light Kullback-Leibler term, without the
+adversarial and perceptual parts, which latents for comparison do not need.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lcmem_cli.engine.config import CodecConfig
+from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.distributed import resolve_device, resolve_workers
+from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
+from lcmem_cli.engine.files import atomic_path, write_text
+from lcmem_cli.engine.models.codec import Codec, CodecSpec
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result
+from lcmem_cli.engine.training.run import open_training_folder
+
+STATE_NAME = "state.pt"
+CODEC_FOLDER = "codec"
+HISTORY_NAME = "history.csv"
+STEPS_BETWEEN_RECORDS = 50
+SECONDS_BETWEEN_STATES = 60.0
+MAX_VALIDATION_IMAGES = 256
+_BATCHES_AHEAD = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecTrainingResult(Result):
+    """A trained codec.
+
+    Attributes:
+        codec: its spec; the name is the folder that ``--codec`` takes.
+        num_encoder_parameters: parameters that encoding uses.
+        val_mean_absolute_error: of reconstructions of VAL images, on the scale [0, 1].
+        val_psnr: peak signal-to-noise ratio of the same, in decibels.
+        steps: optimiser steps.
+    """
+
+    codec: CodecSpec
+    num_encoder_parameters: int
+    val_mean_absolute_error: float
+    val_psnr: float
+    steps: int
+
+
+def build_autoencoder(config: CodecConfig) -> torch.nn.Module:
+    """Build the AutoencoderKL of a config with seeded random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(config.runtime.seed)
+    levels = len(config.model.block_channels)
+    model: torch.nn.Module = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.model.block_channels,
+        layers_per_block=config.model.layers_per_block,
+        latent_channels=config.model.latent_channels,
+        norm_num_groups=config.model.norm_groups,
+        mid_block_add_attention=False,
+        sample_size=config.image.size,
+    )
+    return model
+
+
+def train_codec(
+    config: CodecConfig,
+    *,
+    train_paths: Sequence[Path],
+    val_paths: Sequence[Path],
+    data_digest: str,
+    output: Path,
+    resume: bool = False,
+    reporter: Reporter = SILENT,
+) -> CodecTrainingResult:
+    """Train an autoencoder and write it as a diffusers folder, ``output/codec``.
+
+    Args:
+        config: shape, loss and schedule.
+        train_paths: readable training images.
+        val_paths: readable images that the reconstruction error is measured on.
+        data_digest: identifies the image list.
+        output: run folder.
+        resume: continue a run that stopped.
+        reporter: receives progress.
+
+    Raises:
+        InputError: no images, sizes that do not fit, or a folder of another run.
+        TrainingDivergedError: the loss became NaN or infinite.
+    """
+    factor = 2 ** (len(config.model.block_channels) - 1)
+    for key, side in (
+        ("image.size", config.image.size),
+        ("schedule.crop_size", config.schedule.crop_size),
+    ):
+        if side % factor:
+            raise InputError(f"{key}: {side} is not divisible by the codec's downsampling {factor}")
+    if config.schedule.crop_size > config.image.size:
+        raise InputError(
+            f"schedule.crop_size: {config.schedule.crop_size} is larger than image.size "
+            f"{config.image.size}"
+        )
+    if not train_paths or not val_paths:
+        raise InputError("training a codec needs TRAIN and VAL images")
+    with open_training_folder(output, config, data_digest, resume=resume) as run_digest:
+        trainer = _CodecTrainer(config, list(train_paths), output, run_digest, reporter)
+        trainer.run()
+        trainer.model.eval()
+        error, psnr = _reconstruction_error(trainer, val_paths[:MAX_VALIDATION_IMAGES])
+        folder = output / CODEC_FOLDER
+        model: Any = trainer.model.cpu()
+        model.save_pretrained(folder)
+        codec = Codec(model, name=str(folder), input_range=config.input_range)
+        return CodecTrainingResult(
+            codec=codec.spec,
+            num_encoder_parameters=sum(v.numel() for v in codec.encoder_state().values()),
+            val_mean_absolute_error=error,
+            val_psnr=psnr,
+            steps=config.schedule.steps,
+        )
+
+
+class _CodecTrainer:
+    def __init__(
+        self,
+        config: CodecConfig,
+        paths: list[Path],
+        folder: Path,
+        run_digest: str,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.paths, self.folder = config, paths, folder
+        self.run_digest, self.reporter = run_digest, reporter
+        self.device = torch.device(resolve_device(config.runtime.device))
+        self.model: Any = build_autoencoder(config).to(self.device)
+        self.adam = torch.optim.Adam(self.model.parameters(), lr=config.schedule.learning_rate)
+        self.step = 0
+        self.history: list[list[float]] = []
+        self.sums = [0.0, 0.0]
+
+    def run(self) -> None:
+        self._restore()
+        schedule = self.config.schedule
+        self.model.train()
+        if self.device.type == "cpu":
+            self.model.to(memory_format=torch.channels_last)
+        last_saved = time.monotonic()
+        with self.reporter.task("codec", schedule.steps, unit="step") as task:
+            task.advance(self.step)
+            for images in self._stream():
+                error, divergence = self._train_step(images)
+                self.sums[0] += error
+                self.sums[1] += divergence
+                self.step += 1
+                task.advance(error=error, kl=divergence)
+                if self.step % STEPS_BETWEEN_RECORDS == 0 or self.step == schedule.steps:
+                    count = (self.step - 1) % STEPS_BETWEEN_RECORDS + 1
+                    self.history.append([self.step, *(value / count for value in self.sums)])
+                    self.sums = [0.0, 0.0]
+                if time.monotonic() - last_saved > SECONDS_BETWEEN_STATES:
+                    self._save()
+                    last_saved = time.monotonic()
+        self._save()
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["step", "mean_absolute_error", "kl"])
+        writer.writerows([[int(row[0]), *row[1:]] for row in self.history])
+        write_text(self.folder / HISTORY_NAME, buffer.getvalue())
+
+    def _train_step(self, images: torch.Tensor) -> tuple[float, float]:
+        schedule = self.config.schedule
+        rate = schedule.learning_rate * (1 + math.cos(math.pi * self.step / schedule.steps)) / 2
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        inputs = images.to(self.device)
+        if self.config.input_range == "symmetric":
+            inputs = inputs * 2 - 1
+        if self.device.type == "cpu":
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        posterior = self.model.encode(inputs).latent_dist
+        generator = torch.Generator(self.device).manual_seed(
+            self.config.runtime.seed * 1_000_003 + self.step
+        )
+        decoded = self.model.decode(posterior.sample(generator=generator)).sample
+        error = F.l1_loss(decoded, inputs)
+        divergence = posterior.kl().sum() / inputs[:, 0].numel()
+        loss = error + self.config.loss.kl_weight * divergence
+        if not math.isfinite(float(loss.detach())):
+            raise TrainingDivergedError(
+                f"the loss became {float(loss.detach())} at step {self.step + 1}; the last good "
+                f"state is {self.folder / STATE_NAME}. Try a smaller schedule.learning_rate"
+            )
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.adam.step()
+        return float(error.detach()), float(divergence.detach())
+
+    def _stream(self) -> Iterator[torch.Tensor]:
+        """Yield batches of random crops; each is a function of the seed and the step."""
+        schedule = self.config.schedule
+        workers = resolve_workers(self.config.runtime.num_workers)
+
+        def crop(index: int, seed: int) -> torch.Tensor:
+            image = to_tensor(load_image(self.paths[index]), self.config.image.size)
+            rng = np.random.default_rng(seed)
+            room = self.config.image.size - schedule.crop_size
+            top, left = (int(v) for v in rng.integers(0, room + 1, 2))
+            piece = image[:, top : top + schedule.crop_size, left : left + schedule.crop_size]
+            return piece.flip(-1) if rng.random() < 0.5 else piece
+
+        waiting: collections.deque[list[Future[torch.Tensor]]] = collections.deque()
+        pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for step in range(self.step, schedule.steps):
+                rng = np.random.default_rng([self.config.runtime.seed, step])
+                rows = rng.integers(0, len(self.paths), schedule.batch_size)
+                seeds = rng.integers(0, 2**63 - 1, schedule.batch_size)
+                waiting.append(
+                    [pool.submit(crop, int(r), int(s)) for r, s in zip(rows, seeds, strict=True)]
+                )
+                if len(waiting) > _BATCHES_AHEAD:
+                    yield torch.stack([future.result() for future in waiting.popleft()])
+            while waiting:
+                yield torch.stack([future.result() for future in waiting.popleft()])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _save(self) -> None:
+        payload = {
+            "run_digest": self.run_digest,
+            "step": self.step,
+            "history": self.history,
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+        }
+        with atomic_path(self.folder / STATE_NAME) as temporary:
+            torch.save(payload, temporary)
+
+    def _restore(self) -> None:
+        path = self.folder / STATE_NAME
+        if not path.is_file():
+            return
+        try:
+            payload = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(payload["model"])
+            self.adam.load_state_dict(payload["adam"])
+            self.step, self.history = payload["step"], payload["history"]
+            self.sums = payload["sums"]
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+            raise CorruptFileError(
+                f"{path}: not a readable training state ({error}); remove it to start over"
+            ) from error
+        self.reporter.event("resumed", step=self.step)
+
+
+@torch.inference_mode()
+def _reconstruction_error(trainer: _CodecTrainer, paths: Sequence[Path]) -> tuple[float, float]:
+    """Return mean absolute error and PSNR of reconstructions on the scale [0, 1]."""
+    absolute, squared, count = 0.0, 0.0, 0
+    symmetric = trainer.config.input_range == "symmetric"
+    with trainer.reporter.task("reconstructions", len(paths), unit="image") as task:
+        for path in paths:
+            image = to_tensor(load_image(path), trainer.config.image.size)[None].to(trainer.device)
+            inputs = image * 2 - 1 if symmetric else image
+            decoded = trainer.model.decode(trainer.model.encode(inputs).latent_dist.mode()).sample
+            restored = ((decoded + 1) / 2 if symmetric else decoded).clamp(0, 1)
+            absolute += float((restored - image).abs().sum())
+            squared += float((restored - image).square().sum())
+            count += image.numel()
+            task.advance()
+    return absolute / count, -10 * math.log10(max(squared / count, 1e-12))

@@ -1,0 +1,166 @@
+"""Initial weights: a file of timm weights, and fitting the first convolution to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lcmem_cli.engine.errors import CheckpointError, InputError
+from lcmem_cli.engine.models.siamese import (
+    SiameseNetwork,
+    first_convolution,
+    load_strictly,
+    normalise,
+    resolve_backbone,
+)
+
+RIDGE = 1e-3
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from ``.safetensors`` or a PyTorch file, never executing code from it.
+
+    Prefixes that wrappers add (``module.``, ``_orig_mod.``) are removed, and a ``state_dict`` or
+    ``model`` level is entered.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not a file of tensors, or it holds objects that would have to be executed.
+    """
+    import pickle
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors, and loading it would execute code from "
+            f"the file. Save its plain state dict instead. ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        raise CheckpointError(f"{path}: not a readable weights file: {error}") from error
+    for level in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(level), dict):
+            state = state[level]
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path}: holds no state dict")
+    result: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: entry {key!r} is no tensor")
+        for prefix in ("module.", "_orig_mod."):
+            key = key.removeprefix(prefix)
+        result[key] = value
+    return result
+
+
+def load_backbone_weights(network: SiameseNetwork, path: Path) -> nn.Conv2d | None:
+    """Load a timm backbone's weights, adapting the ends to this network.
+
+    The classifier is left random. Where the first convolution takes another number of channels,
+    its weights are left to ``align_stem``. Files whose keys carry other names but whose tensors
+    have the same shapes in the same order are accepted.
+
+    Args:
+        network: to be changed in place.
+        path: state dict of the same timm model with its own input and classifier.
+
+    Returns:
+        The file's first convolution, if this network's takes other channels.
+
+    Raises:
+        CheckpointError: the weights are of another model.
+    """
+    import timm
+
+    name = resolve_backbone(network.spec.backbone)
+    state = read_state_dict(path)
+    reference: nn.Module = timm.create_model(name, pretrained=False)
+    expected = reference.state_dict()
+    if set(state) != set(expected):
+        shapes = [tuple(v.shape) for v in state.values()]
+        if shapes == [tuple(v.shape) for v in expected.values()]:
+            state = dict(zip(expected, state.values(), strict=True))
+    load_strictly(reference, state, source=str(path))
+    own = network.backbone.state_dict()
+    loaded = reference.state_dict()
+    skipped = {key for key in own if own[key].shape != loaded[key].shape}
+    network.backbone.load_state_dict({k: v for k, v in loaded.items() if k not in skipped}, False)
+    stem = first_convolution(reference)
+    return stem if stem.in_channels != network.spec.in_channels else None
+
+
+@torch.no_grad()
+def align_stem(
+    network: SiameseNetwork,
+    pretrained_stem: nn.Conv2d,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    pixel_mean: float = 0.5,
+    pixel_std: float = 0.5,
+) -> float:
+    """Fit the first convolution so that on latents it makes what the pretrained made of pixels.
+
+    A ridge regression from latent patches to the pretrained convolution's output at the same
+    places, in closed form and float64.
+
+    Args:
+        network: its first convolution is replaced in place.
+        pretrained_stem: the pretrained first convolution, on pixels.
+        batches: ``(images [B, 3, H, W] in [0, 1], raw latents [B, C, h, w])``.
+        pixel_mean: of the pretrained model's input normalisation.
+        pixel_std: of the pretrained model's input normalisation.
+
+    Returns:
+        Share of the output's variance that the fit explains, at most 1.
+
+    Raises:
+        InputError: the two convolutions do not end at the same resolution.
+    """
+    stem = first_convolution(network.backbone)
+    kernel = stem.kernel_size[0]
+    padding = kernel // 2
+    columns = stem.in_channels * kernel * kernel + 1
+    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    cross = torch.zeros(columns, stem.out_channels, dtype=torch.float64)
+    total = torch.zeros(stem.out_channels, dtype=torch.float64)
+    square = torch.zeros(stem.out_channels, dtype=torch.float64)
+    count = 0
+    for images, latents in batches:
+        target = pretrained_stem((images - pixel_mean) / pixel_std)
+        inputs = normalise(latents, network.spec.normalisation, mean=network.mean, std=network.std)
+        patches = F.unfold(inputs, kernel, padding=padding, stride=stem.stride)
+        side = int(patches.shape[-1] ** 0.5)
+        if target.shape[-1] != side:
+            raise InputError(
+                f"network.align_stem: the pretrained convolution ends at {target.shape[-1]} px, "
+                f"this one at {side} px; set network.stem_stride so that they agree"
+            )
+        rows = patches.transpose(1, 2).reshape(-1, columns - 1).double()
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+        wanted = target.flatten(2).transpose(1, 2).reshape(-1, stem.out_channels).double()
+        gram += rows.T @ rows
+        cross += rows.T @ wanted
+        total += wanted.sum(0)
+        square += wanted.square().sum(0)
+        count += len(rows)
+    scale = gram.diagonal().mean()
+    solution = torch.linalg.solve(
+        gram + RIDGE * scale * torch.eye(columns, dtype=torch.float64), cross
+    )
+    stem.weight.copy_(solution[:-1].T.reshape(stem.weight.shape).float())
+    if stem.bias is not None:
+        stem.bias.copy_(solution[-1].float())
+    residual = square - 2 * (solution * cross).sum(0) + (solution * (gram @ solution)).sum(0)
+    variance = square - total.square() / count
+    return float(1 - residual.sum() / variance.sum())

@@ -1,0 +1,402 @@
+"""The training loop that both stages share: epochs, validation, early stopping, resuming.
+
+Every draw is a function of the seed, the epoch and the step, so the saved state holds tensors and
+counters only, and a run that was killed and resumed on a CPU ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcmem_cli.engine.config import (
+    LossSection,
+    OptimiserSection,
+    RuntimeSection,
+    ScheduleSection,
+)
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
+from lcmem_cli.engine.files import atomic_path, write_text
+from lcmem_cli.engine.models.siamese import SiameseNetwork
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.training.losses import PairLoss, pair_loss
+from lcmem_cli.engine.training.sampling import PairBatch, PairSampler
+from lcmem_cli.engine.training.sources import PairSource
+from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
+
+STATE_NAME = "state.pt"
+HISTORY_NAME = "history.csv"
+SECONDS_BETWEEN_STATES = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """Mean losses of one epoch; the loss is ``alpha * bce + (1 - alpha) * ntxent``."""
+
+    epoch: int
+    train_loss: float
+    train_bce: float
+    train_ntxent: float
+    val_loss: float
+    val_bce: float
+    val_ntxent: float
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOutcome:
+    """What a training ends with.
+
+    Attributes:
+        state: weights of the epoch with the best validation loss.
+        history: one record an epoch.
+        best_epoch: number of the kept epoch, from 0.
+        stopped_early: whether patience ran out.
+    """
+
+    state: dict[str, torch.Tensor]
+    history: tuple[EpochRecord, ...]
+    best_epoch: int
+    stopped_early: bool
+
+
+@dataclasses.dataclass
+class _State:
+    """Everything that changes while training and is saved."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    best_epoch: int = -1
+    best_loss: float = math.inf
+
+
+class Trainer:
+    """Trains a Siamese network in a run folder.
+
+    Args:
+        network: on the training device; changed in place.
+        train: source and sampler of the training pairs.
+        validation: source and sampler of the validation pairs.
+        loss: see ``LossSection``.
+        optimiser: see ``OptimiserSection``.
+        schedule: see ``ScheduleSection``.
+        runtime: see ``RuntimeSection``.
+        folder: run folder; holds ``state.pt`` and ``history.csv``.
+        run_digest: identifies config, data and initial weights; a state of another is refused.
+        ranks: processes that share the work.
+        reporter: receives progress.
+    """
+
+    def __init__(
+        self,
+        network: SiameseNetwork,
+        *,
+        train: tuple[PairSource, PairSampler],
+        validation: tuple[PairSource, PairSampler],
+        loss: LossSection,
+        optimiser: OptimiserSection,
+        schedule: ScheduleSection,
+        runtime: RuntimeSection,
+        folder: Path,
+        run_digest: str,
+        ranks: Ranks | None = None,
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self.network = network
+        self.device = next(network.parameters()).device
+        self.train_source, self.train_sampler = train
+        self.val_source, val_sampler = validation
+        self.val_batches = val_sampler.validation()
+        self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
+        self.ranks = ranks or Ranks()
+        self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
+        self.state = _State()
+        self.adam = _build_adam(network, optimiser)
+        self.base_rates = [group["lr"] for group in self.adam.param_groups]
+        self.ema = copy.deepcopy(network).requires_grad_(False) if optimiser.ema_decay else None
+        self.best: dict[str, torch.Tensor] = {}
+        precision = _precision(runtime, self.device)
+        self.autocast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        if runtime.compile:
+            network.backbone.compile()
+        self.steps_per_epoch = len(self.train_sampler.epoch(0))
+        if not self.steps_per_epoch or not self.val_batches:
+            raise InputError("no batch of at least 3 identities can be made from TRAIN or VAL")
+
+    def run(self) -> TrainingOutcome:
+        """Train to the end, continuing from a saved state if there is one.
+
+        Raises:
+            TrainingDivergedError: the loss became NaN or infinite.
+            InputError: the saved state is of another run.
+        """
+        self._restore()
+        stopped = self._patience_is_out()
+        while self.state.epoch < self.schedule.epochs and not stopped:
+            self._train_epoch()
+            self._finish_epoch()
+            stopped = self._patience_is_out()
+        records = tuple(EpochRecord(**_record(row)) for row in self.state.history)
+        return TrainingOutcome(
+            state=self.best,
+            history=records,
+            best_epoch=self.state.best_epoch,
+            stopped_early=stopped and self.state.epoch < self.schedule.epochs,
+        )
+
+    def _train_epoch(self) -> None:
+        state = self.state
+        batches = self.train_sampler.epoch(state.epoch)
+        remaining = batches[state.step :]
+        parts = [rank_slice(len(batch), self.ranks) for batch in remaining]
+        self.network.train()
+        last_saved = time.monotonic()
+        description = f"epoch {state.epoch + 1}/{self.schedule.epochs}"
+        with self.reporter.task(description, len(batches), unit="step") as task:
+            task.advance(state.step)
+            stream = self.train_source.stream(remaining, parts)
+            for batch, (first, second) in zip(remaining, stream, strict=True):
+                loss = self._step(batch, first, second)
+                values = [float(loss.total), float(loss.bce), float(loss.ntxent)]
+                for index, value in enumerate(values):
+                    state.sums[index] += value * len(batch)
+                state.sums[3] += len(batch)
+                state.step += 1
+                task.advance(loss=values[0], bce=values[1], ntxent=values[2])
+                if time.monotonic() - last_saved > SECONDS_BETWEEN_STATES:
+                    self._save()
+                    last_saved = time.monotonic()
+
+    def _step(self, batch: PairBatch, first: torch.Tensor, second: torch.Tensor) -> PairLoss:
+        number = self.state.epoch * self.steps_per_epoch + self.state.step
+        factor = learning_rate_factor(
+            number, self.steps_per_epoch * self.schedule.epochs, self.optimiser
+        )
+        for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        self.adam.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros(1, device=self.device))  # creates its scale tensor
+        loss = forward_backward(
+            self.network,
+            self._loss_of,
+            first.to(self.device, non_blocking=True),
+            second.to(self.device, non_blocking=True),
+            num_pairs=len(batch),
+            ranks=self.ranks,
+            parts=self.schedule.accumulate,
+            step_seed=batch.step_seed,
+            autocast=self._autocast,
+            scale=self.scaler.get_scale(),
+        )
+        if not math.isfinite(float(loss.total)):
+            raise TrainingDivergedError(
+                f"the loss became {float(loss.total)} at epoch {self.state.epoch + 1}, step "
+                f"{self.state.step + 1}; the last good state is {self.folder / STATE_NAME}. Try a "
+                "smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0"
+            )
+        self.scaler.unscale_(self.adam)  # does nothing when disabled
+        if self.optimiser.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.optimiser.clip_norm)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        if self.ema is not None:
+            update_average(self.ema, self.network, self.optimiser.ema_decay, number)
+        return loss
+
+    def _finish_epoch(self) -> None:
+        state = self.state
+        train = [value / state.sums[3] for value in state.sums[:3]]
+        kept = self.ema or self.network
+        val = self._validate(kept)
+        state.history.append(
+            {
+                "epoch": state.epoch,
+                "train_loss": train[0],
+                "train_bce": train[1],
+                "train_ntxent": train[2],
+                "val_loss": val[0],
+                "val_bce": val[1],
+                "val_ntxent": val[2],
+                "learning_rate": self.adam.param_groups[0]["lr"],
+            }
+        )
+        if val[0] < state.best_loss:
+            state.best_loss, state.best_epoch = val[0], state.epoch
+            self.best = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}
+        self.reporter.event(
+            "epoch",
+            number=state.epoch + 1,
+            train=train[0],
+            bce=train[1],
+            ntxent=train[2],
+            val=val[0],
+            best=state.best_epoch + 1,
+        )
+        state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
+        if self.ranks.is_main:
+            self._write_history()
+        self._save()
+
+    @torch.no_grad()
+    def _validate(self, network: SiameseNetwork) -> list[float]:
+        network.eval()
+        parts = [rank_slice(len(batch), self.ranks) for batch in self.val_batches]
+        sums, count = [0.0, 0.0, 0.0], 0
+        stream = self.val_source.stream(self.val_batches, parts)
+        for batch, (first, second) in zip(self.val_batches, stream, strict=True):
+            features = embed_batch_for_loss(
+                network,
+                first.to(self.device),
+                second.to(self.device),
+                num_pairs=len(batch),
+                ranks=self.ranks,
+                autocast=self._autocast,
+            )
+            loss = self._loss_of(*features, network.head)
+            for index, part in enumerate(loss):
+                sums[index] += float(part) * len(batch)
+            count += len(batch)
+        return [value / count for value in sums]
+
+    def _loss_of(self, a: torch.Tensor, b: torch.Tensor, head: torch.nn.Linear) -> PairLoss:
+        return pair_loss(
+            a,
+            b,
+            head,
+            alpha=self.loss.alpha,
+            temperature=self.loss.temperature,
+            negatives=self.loss.negatives,
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _patience_is_out(self) -> bool:
+        waited = self.state.epoch - 1 - self.state.best_epoch
+        return bool(self.schedule.patience) and waited >= self.schedule.patience
+
+    def _save(self) -> None:
+        if not self.ranks.is_main:
+            return
+        payload = {
+            "run_digest": self.run_digest,
+            "progress": dataclasses.asdict(self.state),
+            "network": self.network.state_dict(),
+            "adam": self.adam.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+        }
+        with atomic_path(self.folder / STATE_NAME) as temporary:
+            torch.save(payload, temporary)
+
+    def _restore(self) -> None:
+        path = self.folder / STATE_NAME
+        if not path.is_file():
+            return
+        try:
+            payload = torch.load(path, map_location=self.device, weights_only=True)
+            if payload["run_digest"] != self.run_digest:
+                raise InputError(
+                    f"{path}: belongs to a run with another config, data or initial weights; "
+                    "resume with what that run was started with, or choose another folder"
+                )
+            self.state = _State(**payload["progress"])
+            self.network.load_state_dict(payload["network"])
+            self.adam.load_state_dict(payload["adam"])
+            if self.ema is not None:
+                self.ema.load_state_dict(payload["ema"])
+            self.scaler.load_state_dict(payload["scaler"])
+            self.best = {k: v.cpu() for k, v in payload["best"].items()}
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+            raise CorruptFileError(
+                f"{path}: not a readable training state ({error}); remove it to start over"
+            ) from error
+        self.reporter.event("resumed", epoch=self.state.epoch + 1, step=self.state.step)
+
+    def _write_history(self) -> None:
+        fields = [field.name for field in dataclasses.fields(EpochRecord)]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.state.history)
+        write_text(self.folder / HISTORY_NAME, buffer.getvalue())
+
+
+def learning_rate_factor(step: int, total_steps: int, optimiser: OptimiserSection) -> float:
+    """Return the factor of the learning rate at a step: linear warm-up, then a cosine.
+
+    Args:
+        step: from 0.
+        total_steps: of the whole training.
+        optimiser: ``warmup_steps`` and ``eta_min_ratio`` (1 keeps the rate constant).
+    """
+    if step < optimiser.warmup_steps:
+        return (step + 1) / optimiser.warmup_steps
+    span = max(1, total_steps - optimiser.warmup_steps)
+    progress = min(1.0, (step - optimiser.warmup_steps) / span)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return optimiser.eta_min_ratio + (1 - optimiser.eta_min_ratio) * cosine
+
+
+@torch.no_grad()
+def update_average(
+    average: SiameseNetwork, network: SiameseNetwork, decay: float, step: int
+) -> None:
+    """Move the averaged weights towards the current ones; early steps count more."""
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    current = network.state_dict()
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(current[key], rate)
+        else:
+            value.copy_(current[key])
+
+
+def _build_adam(network: SiameseNetwork, section: OptimiserSection) -> torch.optim.Optimizer:
+    """Return AdamW with one rate for head and projection, another for the backbone below them."""
+    backbone: Any = network.backbone
+    classifier = backbone.get_classifier()
+    new = {id(p) for p in network.head.parameters()} | {id(p) for p in classifier.parameters()}
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in new], "lr": section.learning_rate},
+        {
+            "params": [p for p in parameters if id(p) not in new],
+            "lr": section.learning_rate * section.backbone_scale,
+        },
+    ]
+    return torch.optim.AdamW(groups, weight_decay=section.weight_decay)
+
+
+def _precision(runtime: RuntimeSection, device: torch.device) -> str:
+    if runtime.mixed_precision != "auto":
+        if device.type == "cpu" and runtime.mixed_precision != "no":
+            raise InputError(
+                f'runtime.mixed_precision = "{runtime.mixed_precision}": a CPU computes in '
+                'float32 here (bfloat16 is far slower without the instructions); use "no"'
+            )
+        return runtime.mixed_precision
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _record(row: dict[str, float]) -> dict[str, Any]:
+    return {**row, "epoch": int(row["epoch"])}
