@@ -427,6 +427,7 @@ def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_pa
         sets / "generated",
         tmp_path / "train.csv",
         held_out=tmp_path / "held.csv",
+        basedir="/",
         fpr=0.05,
         detector=SmallCorrelation(),
     )
@@ -441,6 +442,7 @@ def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_pa
         ({"fpr": 1.5}, "--fpr must lie in"),
         ({"null": "split"}, "--null has no effect with --held-out"),
         ({"null": "other", "held_out": None}, "--null must be split or leave-one-out"),
+        ({"basedir": "."}, "--basedir has no effect"),
         ({"top_k": 0}, "--top-k must be at least 1"),
         ({"fail_over": 1.0}, "--fail-over is a share"),
     ],

@@ -10,6 +10,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    BasedirOption,
     BatchSizeOption,
     Device,
     DeviceOption,
@@ -46,6 +47,7 @@ def audit_command(
         Optional[Path],  # noqa: UP045
         typer.Option("--held-out", help="Real images that the generator never saw, likewise."),
     ] = None,
+    basedir: BasedirOption = None,
     null: Annotated[
         Optional[NullChoice],  # noqa: UP045
         typer.Option(
@@ -99,6 +101,7 @@ def audit_command(
         generated,
         against,
         held_out=held_out,
+        basedir=basedir,
         null=None if null is None else null.value,
         fpr=fpr,
         bh=bh,

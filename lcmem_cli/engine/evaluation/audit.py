@@ -101,6 +101,7 @@ def audit(
     against: Source,
     *,
     held_out: Source | None = None,
+    basedir: str | Path | None = None,
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
@@ -121,6 +122,7 @@ def audit(
         generated: folder, filelist or index of generated images.
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
+        basedir: folder that the paths of filelists are relative to (default: each filelist's).
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
             some training images are not searched). See ``audit_null``.
@@ -151,7 +153,14 @@ def audit(
     _check_arguments(fpr, null, held_out, top_k, fail_over)
     clock, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     sources = {"generated": generated, "training": against, "held-out": held_out}
-    listings = {w: list_set(s, what=w) for w, s in sources.items() if s is not None}
+    base = None if basedir is None else Path(basedir)
+    listings = {
+        what: list_set(source, what=what, basedir=base, max_missing=max_unreadable)
+        for what, source in sources.items()
+        if source is not None
+    }
+    if base is not None and not any(Path(part.source).is_file() for part in listings.values()):
+        raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
     kind: NullKind = "held-out" if held_out is not None else null or "leave-one-out"
     real = listings["held-out" if kind == "held-out" else "training"]
     check_size(len(real.records), fpr, kind=kind, source=real.source)
@@ -352,7 +361,7 @@ class _Study:
             expected_by_chance=None if bh else self.rate * num_queries,
             num_exact_copies=num_exact,
             num_exposed_images=len(exposed),
-            num_exposed_identities=len({training.id_of(row) for row in exposed}),
+            num_exposed_identities=len({training.identity_of(row) for row in exposed}),
             fail_over=fail_over,
             generated=queries.summary,
             training=training.summary,
@@ -467,7 +476,8 @@ class _Study:
         not_searched = self.training.num_distinct - len(null.bank)
         shared: set[str] = set()
         if self.held_out is not None and self.held_out.labelled and self.training.labelled:
-            shared = set(self.held_out.ids) & set(self.training.ids)
+            both = set(self.held_out.identities) & set(self.training.identities)
+            shared = {" ".join(filter(None, key)) for key in both}
         return NullSummary(
             kind=null.kind,
             num_scores=len(null.rows),

@@ -181,8 +181,12 @@ def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ran
 def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
     """Take out images that show the same picture as their best match, saved anew.
 
-    Compared are 64 x 64 grey pixels; a correlation of at least 0.999 counts as the same. Checked
-    are the thousand images with the highest scores: the others do not move a threshold.
+    Compared are 64 x 64 grey pixels; a correlation of at least 0.999 counts as the same. The limit
+    is strict on purpose: a copy that stays in the null makes the threshold too high, whereas a real
+    image taken out by mistake would make it too low. (Over 13 data sets, no two images of different
+    identities came above 0.981, and JPEGs of quality 75 of images of 128 px or more not below
+    0.998.) Checked are the thousand images with the highest scores: the others do not move a
+    threshold.
     """
     order = np.argsort(-null.scores[:, 0], kind="stable")[:MAX_PICTURE_CHECKS]
     same: list[int] = []

@@ -318,11 +318,10 @@ def what_it_shows(rule: FlagRule, null: NullSummary) -> tuple[tuple[str, ...], t
     """Return what the finding supports and what it does not, in sentences."""
     shows = (
         null.meaning,
-        "A flagged image resembles its training image, for this detector, more than "
-        f"{null.num_scores:,} real images resemble any training image"
-        + (f", up to the stated rate of {percent(rule.rate)}." if rule.kind == "fpr" else "."),
-        "Every generated image was compared with every training image that was searched; no "
-        "approximate search was used.",
+        "A flagged image is closer to its training image, as this detector sees them, than nearly "
+        f"all of {null.num_scores:,} real images are to any training image.",
+        "Every generated image was compared with every training image searched, without "
+        "approximation.",
     )
     does_not = (
         "That a flagged image was copied: two pictures may be alike for other reasons. Look at "

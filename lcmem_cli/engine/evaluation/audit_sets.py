@@ -30,7 +30,8 @@ class ImageSet:
         summary: sizes, duplicates and unreadable images.
         names: ``[n]`` paths as listed, relative to the set's folder.
         files: ``[n]`` paths to open.
-        ids: ``[n]`` identities.
+        ids: ``[n]`` identity labels.
+        identities: ``[n]`` data set and label, which together name an identity.
         rows: ``[n]`` feature row of each image.
         features: ``[d, k]``, one row per distinct content.
         hashes: ``[d]`` content hashes.
@@ -40,6 +41,7 @@ class ImageSet:
     names: tuple[str, ...]
     files: tuple[Path, ...]
     ids: tuple[str, ...]
+    identities: tuple[tuple[str, str], ...]
     rows: NDArray[np.int64]
     features: FloatArray
     hashes: tuple[str, ...]
@@ -74,14 +76,18 @@ class ImageSet:
         """Return the identity of the first image with the content of a feature row."""
         return self.ids[int(self.first_image[row])]
 
+    def identity_of(self, row: int) -> tuple[str, str]:
+        """Return the data set and label of the first image with a feature row's content."""
+        return self.identities[int(self.first_image[row])]
+
     @cached_property
     def groups(self) -> NDArray[np.int64]:
         """``[d]`` identity number of each content; identities that share a content are one."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.ids))}
-        id_nodes = self.num_distinct + np.array([numbers[name] for name in self.ids], dtype=int)
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(self.identities))}
+        id_nodes = self.num_distinct + np.array([numbers[key] for key in self.identities])
         size = self.num_distinct + len(numbers)
         edges = coo_array((np.ones(len(self.rows)), (self.rows, id_nodes)), shape=(size, size))
         groups: NDArray[np.int64] = connected_components(edges, directed=False)[1]
@@ -109,12 +115,21 @@ class Listing:
     index: Index | None = None
 
 
-def list_set(source: str | Path | Index, *, what: str) -> Listing:
+def list_set(
+    source: str | Path | Index,
+    *,
+    what: str,
+    basedir: Path | None = None,
+    max_missing: int | None = None,
+) -> Listing:
     """List a folder, a filelist or a saved index.
 
     Args:
         source: path, or an open index.
         what: name of the set in messages.
+        basedir: folder that the paths of a filelist are relative to.
+        max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
+            any number.
 
     Raises:
         InputError: nothing there, or no images.
@@ -132,7 +147,13 @@ def list_set(source: str | Path | Index, *, what: str) -> Listing:
             index=source,
         )
     else:
-        manifest = load_manifest(Path(source), need_split=False)
+        path = Path(source)
+        manifest = load_manifest(
+            path,
+            basedir=None if path.is_dir() else basedir,
+            need_split=False,
+            max_missing=max_missing,
+        )
         listing = Listing(
             what=what,
             source=str(source),
@@ -231,7 +252,7 @@ def _assemble(
             folder=str(listing.folder.absolute()),
             num_images=len(records),
             num_distinct=len(by_row),
-            num_identities=len({records[index].id for index in readable}),
+            num_identities=len({records[index].identity for index in readable}),
             duplicates=tuple(
                 tuple(records[index].path for index in members)
                 for members in by_row.values()
@@ -242,6 +263,7 @@ def _assemble(
         names=tuple(records[index].path for index in readable),
         files=tuple(files[index] for index in readable),
         ids=tuple(records[index].id for index in readable),
+        identities=tuple(records[index].identity for index in readable),
         rows=np.asarray([rows[index] for index in readable], dtype=np.int64),
         features=features,
         hashes=tuple(row_hashes),

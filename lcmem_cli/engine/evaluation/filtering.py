@@ -61,7 +61,7 @@ def filter_audit(
     """Write ``keep.csv``, ``reject.csv`` and ``unreadable.csv``; perhaps copy or link the kept.
 
     Without a limit of its own the audit's flags decide. Paths are absolute, and ``id`` is the
-    path as the audit lists it, so that the lists work from anywhere and as filelists. Kept files
+    path as the audit lists it; with ``--basedir`` the lists are filelists. Kept files
     go to ``kept/`` under the output folder, in the same subfolders; originals are only read.
 
     Args:
