@@ -134,7 +134,7 @@ def load_manifest(
     if source.is_dir():
         if basedir is not None:
             raise ManifestError(
-                f"--basedir has no effect with a folder ({source}); leave it out, or pass a filelist"
+                f"--basedir has no effect with a folder ({source}); leave it out or pass a filelist"
             )
         base = source
         records = _scan_folder(source)
