@@ -245,7 +245,8 @@ def _to_bytes(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8
     if high <= low:
         return np.zeros(values.shape, dtype=np.uint8)
     unit = (values.astype(np.float64) - low) / (high - low)
-    return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+    shades: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+    return shades
 
 
 def _load_dicom(path: Path, max_pixels: int) -> Image.Image:
@@ -299,7 +300,8 @@ def _window(
 ) -> NDArray[np.float64]:
     """Apply a window as DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3 define it, to the range [0, 1]."""
     if function == "SIGMOID":
-        return 1 / (1 + np.exp(-4 * (values - centre) / max(width, 1e-12)))
+        logistic: NDArray[np.float64] = 1 / (1 + np.exp(-4 * (values - centre) / max(width, 1e-12)))
+        return logistic
     if function == "LINEAR_EXACT":
         return (values - centre) / max(width, 1e-12) + 0.5
     if width <= 1:  # a step
