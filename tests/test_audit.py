@@ -3,7 +3,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from typer.testing import CliRunner
 
 import lcmem_cli
 from lcmem_cli.cli.app import app
+from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation.audit import audit
@@ -530,6 +535,52 @@ def test_the_command_reports_a_null_that_is_too_small(sets, tmp_path):
     assert result.stdout == ""
 
 
+def command_line(sets, output):
+    return [
+        "-m", "lcmem_cli", "audit", str(sets / "generated"), "--against", str(sets / "train"),
+        "--held-out", str(sets / "held-out"), "--fpr", "0.05", "--detector", "ncc",
+        "--device", "cpu", "-o", str(output),
+    ]  # fmt: skip
+
+
+def same_files(a, b):
+    for name in ("matches.csv", "matches.parquet", "report.html"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    documents = [json.loads((folder / "audit.json").read_text()) for folder in (a, b)]
+    assert documents[0].pop("times") and documents[1].pop("times")
+    assert documents[0] == documents[1]
+
+
+@pytest.mark.slow
+def test_a_killed_audit_ends_with_the_same_files(sets, tmp_path):
+    subprocess.run([sys.executable, *command_line(sets, tmp_path / "whole")], check=True)
+    killed = command_line(sets, tmp_path / "killed")
+    for milliseconds in (0, 100, 300, 1000):  # after the first feature is on disk
+        process = subprocess.Popen([sys.executable, *killed], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not list((tmp_path / "killed").glob("features/*")):
+            time.sleep(0.01)
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, *killed], check=True)
+    same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(sets, tmp_path):
+    subprocess.run([sys.executable, *command_line(sets, tmp_path / "one")], check=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launch, *command_line(sets, tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.stdout.count("generated images match") == 1
+    same_files(tmp_path / "one", tmp_path / "two")
+
+
 # --- figures about the whole set -----------------------------------------------------------------
 
 
@@ -585,18 +636,25 @@ def test_small_helpers():
     assert Spread.of(np.arange(5.0)).upper_quartile == 3
 
 
-@pytest.mark.slow
-def test_the_small_diffusion_models_copies_are_flagged_and_fresh_faces_are_not(shared_data):
-    root = shared_data.parent / "memorized"
+@pytest.fixture
+def memorized():
+    """Faces that a small diffusion model learned by heart, beside the shared data sets."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("LCMEM_DATA", beside)).parent / "memorized"
     if not root.is_dir():
-        pytest.skip("the set of memorised faces is not on this machine")
-    with (root / "truth.csv").open() as file:
+        pytest.skip("the memorised faces are not on this machine (LCMEM_DATA)")
+    return root
+
+
+def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorized):
+    with (memorized / "truth.csv").open(newline="") as file:
         truth = {row["name"]: row["copy"] for row in csv.DictReader(file)}
-    options = {"held_out": root / "heldout", "fpr": 0.01, "detector": "ncc"}
-    flagged = {m.query for m in audit(root / "generated", root / "train", **options).flagged}
+    detector = load_detector("ncc", input_size=64)
+    options = {"held_out": memorized / "heldout", "fpr": 0.01, "detector": detector}
+    generated = audit(memorized / "generated", memorized / "train", **options)
+    flagged = {match.query for match in generated.flagged}
     copies = {name for name, copy in truth.items() if copy == "yes"}
-    assert len(flagged & copies) >= 0.9 * len(copies)
+    assert len(flagged & copies) >= 0.9 * len(copies) > 0
     assert not flagged & {name for name, copy in truth.items() if copy == "no"}
-    assert audit(root / "fresh", root / "train", **options).num_flagged <= binom.ppf(
-        0.999, 60, 0.01
-    )
+    fresh = audit(memorized / "fresh", memorized / "train", **options)
+    assert fresh.num_flagged <= binom.ppf(0.999, 60, 0.01)
