@@ -12,8 +12,11 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from lcmem_cli.engine.data.perturb import TRANSFORMS, Apply, generator
+from lcmem_cli.engine.data.perturb import TRANSFORMS, Apply, blur, generator, resize
 from lcmem_cli.engine.errors import InputError, nearest
+
+# Of height to width of a freely shaped box, relative to the image's.
+_MAX_RATIO = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,9 @@ class Edit:
     """One transform with the range that its strength is drawn from.
 
     Attributes:
-        transform: a key of ``perturb.TRANSFORMS``, or ``FilledRotation``.
+        transform: a key of ``perturb.TRANSFORMS``, or one of this module's own variants:
+            ``FilledRotation`` (degrees), ``FreeCrop`` (share of the area), ``Cover`` (share of the
+            area), ``WideBlur`` (sigma as a share of the side).
         probability: that it is applied at all.
         low: smallest strength, in the transform's unit.
         high: largest strength.
@@ -84,7 +89,7 @@ class Augmentation:
         """Alter an image; the result is a function of the image and the seed.
 
         Args:
-            image: ``[3, H, W]`` float32 in [0, 1]; more than four pixels on each side.
+            image: ``[3, H, W]`` float32 in [0, 1].
             seed: any integer.
 
         Returns:
@@ -104,9 +109,49 @@ def _filled_rotation(image: torch.Tensor, degrees: float, _: np.random.Generator
     return result
 
 
+def _free_crop(image: torch.Tensor, area: float, rng: np.random.Generator) -> torch.Tensor:
+    """Cut out a part of any shape at a random place and enlarge it to the image's size."""
+    top, left, rows, columns = _free_box(image, area, rng)
+    return resize(image[:, top : top + rows, left : left + columns], *image.shape[-2:])
+
+
+def _cover(image: torch.Tensor, area: float, rng: np.random.Generator) -> torch.Tensor:
+    """Cover a part of any shape, at a random place, with black, grey, white or a colour."""
+    top, left, rows, columns = _free_box(image, area, rng)
+    colour = [rng.choice((0.0, 0.5, 1.0))] * 3 if rng.random() < 0.6 else rng.random(3).tolist()
+    result = image.clone()
+    result[:, top : top + rows, left : left + columns] = image.new_tensor(colour)[:, None, None]
+    return result
+
+
+def _wide_blur(image: torch.Tensor, share: float, _: np.random.Generator) -> torch.Tensor:
+    """Blur by a share of the image's side, with a kernel that is wide enough for it."""
+    sigma = share * min(image.shape[-2:])
+    return blur(image, sigma, 2 * math.ceil(2 * sigma) + 1)
+
+
+def _free_box(
+    image: torch.Tensor, area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a box with a share of the area."""
+    height, width = image.shape[-2:]
+    ratio = math.exp(rng.uniform(-0.5, 0.5) * math.log(_MAX_RATIO))
+    rows = min(height, max(1, round(height * math.sqrt(area) * ratio)))
+    columns = min(width, max(1, round(width * math.sqrt(area) / ratio)))
+    return (
+        int(rng.integers(height - rows + 1)),
+        int(rng.integers(width - columns + 1)),
+        rows,
+        columns,
+    )
+
+
 _APPLY: Mapping[str, Apply] = {
     **{name: transform.apply for name, transform in TRANSFORMS.items()},
     "FilledRotation": _filled_rotation,
+    "FreeCrop": _free_crop,
+    "Cover": _cover,
+    "WideBlur": _wide_blur,
 }
 
 NONE = Augmentation("none", ())
@@ -127,22 +172,23 @@ range [1, 1], so they do nothing and are left out; its blur is too small to be s
 STRONG = Augmentation(
     "strong",
     (
-        Edit(transform="HorizontalFlip", probability=0.3),
-        Edit(transform="VerticalFlip", probability=0.05),
-        Edit(transform="CropResize", probability=0.4, low=0.3, high=1),
-        Edit(transform="Aspect", probability=0.2, low=0.6, high=1.7, spread="log"),
-        Edit(transform="Rotation", probability=0.25, low=-35, high=35),
-        Edit(transform="Rotation", probability=0.1, low=-180, high=180),
-        Edit(transform="Rotation", probability=0.1, low=90, high=270, spread="step", step=90),
-        Edit(transform="Occlusion", probability=0.15, low=0.05, high=0.35),
-        Edit(transform="Caption", probability=0.15, low=0.08, high=0.25),
-        Edit(transform="Grayscale", probability=0.1),
-        Edit(transform="Hue", probability=0.12, low=-0.5, high=0.5),
-        Edit(transform="Brightness", probability=0.25, low=0.5, high=2.2, spread="log"),
-        Edit(transform="Contrast", probability=0.25, low=0.5, high=2.2, spread="log"),
-        Edit(transform="GaussianBlur", probability=0.25, low=0.3, high=8, spread="log"),
-        Edit(transform="LowResolution", probability=0.12, low=1.5, high=8, spread="log"),
-        Edit(transform="Noise", probability=0.25, low=0.01, high=0.35),
+        Edit(transform="FreeCrop", probability=0.6, low=0.3, high=1),
+        Edit(transform="Stretch", probability=0.1, low=0.5, high=1, spread="log"),
+        Edit(transform="HorizontalFlip", probability=0.35),
+        Edit(transform="VerticalFlip", probability=0.08),
+        Edit(transform="Rotation", probability=0.12, low=90, high=270, spread="step", step=90),
+        Edit(transform="Rotation", probability=0.3, low=-35, high=35),
+        Edit(transform="Rotation", probability=0.12, low=-180, high=180),
+        Edit(transform="Brightness", probability=0.35, low=0.5, high=2.2, spread="log"),
+        Edit(transform="Contrast", probability=0.35, low=0.5, high=2.2, spread="log"),
+        Edit(transform="Hue", probability=0.2, low=-0.5, high=0.5),
+        Edit(transform="Grayscale", probability=0.15),
+        Edit(transform="Cover", probability=0.15, low=0.05, high=0.35),
+        Edit(transform="Caption", probability=0.15, low=0.08, high=0.28),
+        Edit(transform="GaussianBlur", probability=0.15, low=0.3, high=8, spread="log"),
+        Edit(transform="WideBlur", probability=0.1, low=0.001, high=0.018, spread="log"),
+        Edit(transform="LowResolution", probability=0.15, low=1.5, high=8, spread="log"),
+        Edit(transform="Noise", probability=0.25, low=0.01, high=0.35, spread="log"),
         Edit(transform="JPEGCompression", probability=0.3, low=5, high=95),
     ),
 )

@@ -96,7 +96,9 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(path, formats=_FORMATS) as image:
             _check_pixels(path, image.width, image.height, max_pixels)
             image.load()
-            return _upright(_to_rgb(path, image))
+            method = _UPRIGHT.get(_orientation(image))
+            rgb = _to_rgb(path, image)
+            return rgb if method is None else rgb.transpose(method)
     except (UnreadableImageError, MissingExtraError):
         raise
     except UnidentifiedImageError:
@@ -195,33 +197,27 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Any:
+    """Return the EXIF orientation of a loaded image (Pillow has turned a TIFF already)."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        return image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # damaged metadata do not make the pixels unusable
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        pixels, note = _scale(path, values)
+        pixels, note = _scale(path, np.asarray(image))
         tags: Any = getattr(image, "tag_v2", {})
         if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
             pixels = 255 - pixels
-        grey = Image.fromarray(pixels)
-        result = grey.convert("RGB")
-        result.info.update({"exif": image.info["exif"]} if "exif" in image.info else {})
+        result = Image.fromarray(pixels).convert("RGB")
         if note:
             result.info[DEPTH_NOTE] = note
         return result
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        result = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-        result.info.update({"exif": image.info["exif"]} if "exif" in image.info else {})
-        return result
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
@@ -291,8 +287,8 @@ def _dicom_grey(path: Path, data: Dataset, stored: NDArray[Any]) -> NDArray[np.f
             shown = values[stored != data.PixelPaddingValue]
         low, high = float(shown.min()), float(shown.max())
         unit = (values.astype(np.float64) - low) / max(high - low, 1e-12)
-    unit = unit.clip(0, 1)
-    return 1 - unit if data.PhotometricInterpretation == "MONOCHROME1" else unit
+    shown_unit: NDArray[np.float64] = unit.clip(0, 1)
+    return 1 - shown_unit if data.PhotometricInterpretation == "MONOCHROME1" else shown_unit
 
 
 def _window(
