@@ -165,6 +165,7 @@ def audit(
     real = listings["held-out" if kind == "held-out" else "training"]
     check_size(len(real.records), fpr, kind=kind, source=real.source)
     ranks = current_ranks(device)
+    reporter = reporter if ranks.is_main else SILENT
     if isinstance(detector, str):
         detector = load_detector(detector, device=device)
     folder = None if output is None else Path(output)

@@ -80,12 +80,13 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
         return TopK(np.zeros((0, k)), np.zeros((0, k), dtype=np.int64))
     if ranks.size == 1:
         return detector.top_k(queries, bank, k)
-    low, high = (len(bank) * part // ranks.size for part in (ranks.rank, ranks.rank + 1))
-    parts = []
-    if high > low:
-        found = detector.top_k(queries, bank[low:high], k)
-        parts = [TopK(found.scores, found.rows + low)]
-    return merge_top_k([part for gathered in ranks.gather(parts) for part in gathered], k)
+    bounds = [len(bank) * part // ranks.size for part in range(ranks.size + 1)]
+    low, high = bounds[ranks.rank], bounds[ranks.rank + 1]
+    found = detector.top_k(queries, bank[low:high], k) if high > low else None
+    parts = {
+        offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
+    }
+    return merge_top_k(list(parts.values()), list(parts), k)
 
 
 def held_out_null(detector: Detector, training: ImageSet, held_out: ImageSet, ranks: Ranks) -> Null:
