@@ -11,8 +11,12 @@ from typer.core import TyperGroup
 from lcmem_cli import __version__
 from lcmem_cli.cli import render
 from lcmem_cli.cli.audit import audit_command
+from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.filter import filter_command
+from lcmem_cli.cli.infer import infer
+from lcmem_cli.cli.latents import latents
+from lcmem_cli.cli.train import finetune, train_codec, train_stage1
 from lcmem_cli.engine.errors import LcmemError
 
 EXIT_INTERRUPTED = 130
@@ -82,6 +86,14 @@ def main(
     render.configure(quiet=quiet, debug=debug, log_format=log_format)
 
 
+app.command("infer")(infer)
+app.command("latents")(latents)
+app.command("train-codec")(train_codec)
+app.command("train-stage1")(train_stage1)
+app.command("finetune")(finetune)
+app.command("calibrate")(calibrate)
+app.command("convert")(convert)
+app.command("info")(info)
 app.add_typer(config_app, name="config")
 app.command("audit")(audit_command)
 app.command("filter")(filter_command)

@@ -62,8 +62,9 @@ class NetworkSection(Section):
     """Stride of the first convolution. Latents are already smaller than the image, so 1 keeps the
     resolutions that a pretrained backbone saw; unset leaves the backbone's own."""
     align_stem: int = Field(0, ge=0, le=100_000)
-    """Images on which the first convolution is fitted by least squares to what the pretrained one
-    makes of the pixels; 0: adapt it as timm does."""
+    """Images on which a pretrained backbone's ends are fitted to latents: the first convolution by
+    least squares to what it made of the pixels, the projection to use the sigmoid's range, the
+    head to a plain negative distance. 0: leave the ends random."""
     drop_path_rate: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth while training."""
 
@@ -211,10 +212,18 @@ class Stage1Config(Section):
     runtime: RuntimeSection = RuntimeSection()
 
 
+class RegularisationSection(Section):
+    """Of a network whose shape the checkpoint gives."""
+
+    drop_path_rate: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth while training."""
+
+
 class FinetuneConfig(Section):
     """Everything ``lcmem finetune`` needs beside its data and the stage-1 checkpoint."""
 
     kind: Literal["finetune"]
+    regularisation: RegularisationSection = RegularisationSection()
     loss: LossSection = LossSection()
     sampling: SamplingSection = SamplingSection()
     augmentation: AugmentationSection = AugmentationSection()

@@ -24,13 +24,18 @@ from torch.nn import functional as F
 
 from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
 from lcmem_cli.engine.files import atomic_path, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
-from lcmem_cli.engine.training.run import open_training_folder
+from lcmem_cli.engine.training.run import (
+    check_unreadable,
+    open_training_folder,
+    readable_part,
+)
 
 STATE_NAME = "state.pt"
 CODEC_FOLDER = "codec"
@@ -79,6 +84,38 @@ def build_autoencoder(config: CodecConfig) -> torch.nn.Module:
         sample_size=config.image.size,
     )
     return model
+
+
+def train_codec_on(
+    config: CodecConfig,
+    filelist: Path,
+    *,
+    basedir: Path | None,
+    output: Path,
+    resume: bool = False,
+    max_unreadable: int = 0,
+    reporter: Reporter = SILENT,
+) -> CodecTrainingResult:
+    """Train a codec on the TRAIN images of a list; see ``train_codec``.
+
+    Raises:
+        UnreadableLimitError: more unreadable images than tolerated.
+    """
+    manifest, unreadable = readable_part(
+        load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
+        config.runtime.num_workers,
+        reporter,
+    )
+    check_unreadable(unreadable, max_unreadable)
+    return train_codec(
+        config,
+        train_paths=manifest.select("TRAIN").paths(),
+        val_paths=manifest.select("VAL").paths(),
+        data_digest=manifest.digest,
+        output=output,
+        resume=resume,
+        reporter=reporter,
+    )
 
 
 def train_codec(

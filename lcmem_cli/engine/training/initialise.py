@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lcmem_cli.engine.errors import CheckpointError, InputError
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.siamese import (
     SiameseNetwork,
     first_convolution,
@@ -17,51 +18,12 @@ from lcmem_cli.engine.models.siamese import (
     normalise,
     resolve_backbone,
 )
+from lcmem_cli.engine.models.weights import read_state_dict
 
 RIDGE = 1e-3
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from ``.safetensors`` or a PyTorch file, never executing code from it.
-
-    Prefixes that wrappers add (``module.``, ``_orig_mod.``) are removed, and a ``state_dict`` or
-    ``model`` level is entered.
-
-    Raises:
-        InputError: no such file.
-        CheckpointError: not a file of tensors, or it holds objects that would have to be executed.
-    """
-    import pickle
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: object = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused: it holds more than tensors, and loading it would execute code from "
-            f"the file. Save its plain state dict instead. ({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise CheckpointError(f"{path}: not a readable weights file: {error}") from error
-    for level in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(level), dict):
-            state = state[level]
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path}: holds no state dict")
-    result: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: entry {key!r} is no tensor")
-        for prefix in ("module.", "_orig_mod."):
-            key = key.removeprefix(prefix)
-        result[key] = value
-    return result
+LOGIT_STD = 1.5
+HEAD_SLOPE = 20.0
+HEAD_BIAS = 4.0
 
 
 def load_backbone_weights(network: SiameseNetwork, path: Path) -> nn.Conv2d | None:
@@ -105,21 +67,17 @@ def align_stem(
     network: SiameseNetwork,
     pretrained_stem: nn.Conv2d,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    pixel_mean: float = 0.5,
-    pixel_std: float = 0.5,
 ) -> float:
     """Fit the first convolution so that on latents it makes what the pretrained made of pixels.
 
     A ridge regression from latent patches to the pretrained convolution's output at the same
-    places, in closed form and float64.
+    places, in closed form and float64. The pixels are normalised per sample and channel, as the
+    latents are by default: what that removes the latents could not tell either.
 
     Args:
         network: its first convolution is replaced in place.
         pretrained_stem: the pretrained first convolution, on pixels.
         batches: ``(images [B, 3, H, W] in [0, 1], raw latents [B, C, h, w])``.
-        pixel_mean: of the pretrained model's input normalisation.
-        pixel_std: of the pretrained model's input normalisation.
 
     Returns:
         Share of the output's variance that the fit explains, at most 1.
@@ -137,7 +95,7 @@ def align_stem(
     square = torch.zeros(stem.out_channels, dtype=torch.float64)
     count = 0
     for images, latents in batches:
-        target = pretrained_stem((images - pixel_mean) / pixel_std)
+        target = pretrained_stem(normalise(images, "sample"))
         inputs = normalise(latents, network.spec.normalisation, mean=network.mean, std=network.std)
         patches = F.unfold(inputs, kernel, padding=padding, stride=stem.stride)
         side = int(patches.shape[-1] ** 0.5)
@@ -164,3 +122,39 @@ def align_stem(
     residual = square - 2 * (solution * cross).sum(0) + (solution * (gram @ solution)).sum(0)
     variance = square - total.square() / count
     return float(1 - residual.sum() / variance.sum())
+
+
+@torch.no_grad()
+def spread_features(network: SiameseNetwork, batches: Iterator[torch.Tensor]) -> None:
+    """Start from the pretrained backbone's own notion of likeness.
+
+    The projection becomes orthogonal, centred and scaled so that every feature uses the sigmoid's
+    range on these latents, and the head a plain negative L1 distance. A random head starts with
+    signs that training has to unlearn first.
+
+    Args:
+        network: projection and head are replaced in place; its mode is kept.
+        batches: raw latents ``[B, C, h, w]``, some hundred in all.
+    """
+    backbone: Any = network.backbone
+    projection = backbone.get_classifier()
+    if not isinstance(projection, nn.Linear):
+        return
+    nn.init.orthogonal_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    was_training = network.training
+    network.eval()
+    outputs = torch.cat(
+        [
+            network.backbone(
+                normalise(latents, network.spec.normalisation, mean=network.mean, std=network.std)
+            )
+            for latents in batches
+        ]
+    )
+    network.train(was_training)
+    scale = LOGIT_STD / outputs.std(dim=0).clamp_min(1e-6)
+    projection.weight.mul_(scale[:, None])
+    projection.bias.copy_(-outputs.mean(dim=0) * scale)
+    network.head.weight.fill_(-HEAD_SLOPE / projection.out_features)
+    network.head.bias.fill_(HEAD_BIAS)

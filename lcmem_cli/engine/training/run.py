@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcmem_cli.engine.config import Section
-from lcmem_cli.engine.distributed import Ranks
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.data.manifest import Manifest
+from lcmem_cli.engine.distributed import Ranks, resolve_workers
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.files import folder_lock, write_json
+from lcmem_cli.engine.reporter import Reporter
+from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.runs import write_run_files
 
 RUN_NAME = "run.json"
+_CHECK_SIZE = 16
 
 
 @contextlib.contextmanager
@@ -74,3 +79,30 @@ def open_training_folder(
             write_json(record, {"run_digest": digest, "data_digest": data_digest})
         ranks.barrier()
         yield digest
+
+
+def readable_part(
+    manifest: Manifest, num_workers: int, reporter: Reporter
+) -> tuple[Manifest, tuple[Unreadable, ...]]:
+    """Decode every image once, so that no training dies of one hours later."""
+    bad: dict[int, str] = {}
+    with reporter.task("checking images", len(manifest), unit="image") as task:
+        for batch in iter_images(
+            manifest.paths(), _CHECK_SIZE, workers=resolve_workers(num_workers), batch_size=64
+        ):
+            bad.update(batch.unreadable)
+            task.advance(len(batch.indices) + len(batch.unreadable))
+    kept = tuple(r for row, r in enumerate(manifest.records) if row not in bad)
+    unreadable = tuple(
+        Unreadable(path=manifest.records[row].path, reason=reason) for row, reason in bad.items()
+    )
+    return Manifest(kept, manifest.basedir, manifest.source), unreadable
+
+
+def check_unreadable(unreadable: tuple[Unreadable, ...], limit: int) -> None:
+    """Raise ``UnreadableLimitError`` where more images are unreadable than tolerated."""
+    if len(unreadable) > limit:
+        first = "; ".join(f"{u.path}: {u.reason}" for u in unreadable[:3])
+        raise UnreadableLimitError(
+            f"{len(unreadable)} image(s) cannot be read, --max-unreadable is {limit}: {first}"
+        )

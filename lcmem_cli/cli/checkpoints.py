@@ -1,0 +1,131 @@
+"""``lcmem info``, ``convert`` and ``calibrate``: what a file is, and converting or fitting one."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lcmem_cli.cli import render
+from lcmem_cli.cli.options import (
+    BasedirOption,
+    Device,
+    DeviceOption,
+    FilelistOption,
+    JsonOption,
+    WorkersOption,
+)
+
+
+class ReferenceRange(str, enum.Enum):
+    """What the VAE of a reference checkpoint was fed."""
+
+    UNIT = "unit"
+    SYMMETRIC = "symmetric"
+
+
+def info(
+    path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Checkpoint or latent store (default: the embedded model)."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every shard with its checksum.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a checkpoint or a latent store is."""
+    from lcmem_cli.engine.describe import describe
+
+    described = describe(path, verify=verify)
+
+    def show(values: dict[str, object], indent: str = "") -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                render.line(f"{indent}{key}")
+                show(value, indent + "  ")
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                for item in value:
+                    render.line(f"{indent}{key}")
+                    show(item, indent + "  ")
+            else:
+                render.line(f"{indent}{key:<18} {value}")
+
+    render.emit(described, as_json=as_json, human=lambda: show(described))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="The authors' .pth file.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    codec: Annotated[
+        str, typer.Option(help="Hub id or folder of the VAE it was trained with.")
+    ] = "stabilityai/sd-vae-ft-mse",
+    size: Annotated[int, typer.Option(min=16, help="Image side in pixels.")] = 512,
+    input_range: Annotated[
+        ReferenceRange, typer.Option(help="What its VAE was fed.")
+    ] = ReferenceRange.UNIT,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint of the published code, strictly: nothing missing, nothing left over."""
+    from lcmem_cli.engine.models.convert import convert_reference
+
+    checkpoint = convert_reference(
+        source, target, codec=codec, image_size=size, input_range=input_range.value
+    )
+
+    def human() -> None:
+        render.line(f"wrote {target}")
+        render.line(f"backbone    {checkpoint.network.backbone}, fingerprint")
+        render.line(f"            {checkpoint.fingerprint}")
+        render.line("thresholds  none; fit some with: lcmem calibrate")
+
+    render.emit(checkpoint.summary(), as_json=as_json, human=human)
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="An lcmem checkpoint.")],
+    filelist: FilelistOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write.")],
+    basedir: BasedirOption = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store the network in float16, before fitting.")
+    ] = False,
+    workers: WorkersOption = -1,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a checkpoint's thresholds on the VAL pairs of a list, and report TEST."""
+    from lcmem_cli.engine.evaluation.recalibrate import recalibrate
+
+    result = recalibrate(
+        checkpoint,
+        filelist,
+        basedir=basedir,
+        output=output,
+        half=half,
+        workers=workers,
+        device=device.value,
+        reporter=render.reporter(),
+    )
+
+    def human() -> None:
+        rows = [
+            (
+                t.name,
+                f"{t.value:.6f}",
+                "?" if t.achieved_fpr is None else f"{t.achieved_fpr:.3%}",
+                "?" if t.achieved_recall is None else f"{t.achieved_recall:.2%}",
+                f"{t.num_positives:,}",
+                f"{t.num_negatives:,}",
+            )
+            for t in result.thresholds
+        ]
+        columns = ["threshold", "score >=", "VAL FPR", "VAL recall", "positives", "negatives"]
+        render.table(columns, rows)
+        for name, values in result.test_auc.items():
+            render.line(f"TEST AUC {name:<18} {values['auc']:.4f}")
+        render.line(f"wrote {output} ({result.num_bytes / 1e6:.1f} MB)")
+
+    render.emit(result, as_json=as_json, human=human)

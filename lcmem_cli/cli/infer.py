@@ -1,0 +1,104 @@
+"""``lcmem infer``: do two images show the same, or is one a copy of the other?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lcmem_cli.cli import render
+from lcmem_cli.cli.options import (
+    BatchSizeOption,
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    MaxUnreadableOption,
+    WorkersOption,
+)
+
+
+def infer(
+    image_a: Annotated[Optional[Path], typer.Argument(help="First image.")] = None,  # noqa: UP045
+    image_b: Annotated[Optional[Path], typer.Argument(help="Second image.")] = None,  # noqa: UP045
+    pairs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--pairs", help="CSV with path_a,path_b, instead of two images."),
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    codec: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
+    ] = None,
+    threshold: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--threshold", help="One of the checkpoint's, such as fpr0.01, fpr0.001."),
+    ] = None,
+    save: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--save", help="Write a side-by-side picture (.png) of two images."),
+    ] = None,
+    batch_size: BatchSizeOption = 32,
+    workers: WorkersOption = -1,
+    device: DeviceOption = Device.AUTO,
+    max_unreadable: MaxUnreadableOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?"""
+    if (pairs is None) == (image_a is None or image_b is None):
+        raise typer.BadParameter("give two images, or --pairs FILE, and not both")
+    if save is not None and pairs is not None:
+        raise typer.BadParameter("--save draws two images; it does not go with --pairs")
+
+    from lcmem_cli.engine.detectors.base import Detector
+    from lcmem_cli.engine.evaluation.inference import (
+        read_pairs,
+        save_picture,
+        score_pairs,
+        verdict_text,
+    )
+
+    wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
+    result = score_pairs(
+        Detector.load(checkpoint, codec=codec, device=device.value),
+        wanted,
+        threshold=threshold,
+        batch_size=batch_size,
+        workers=workers,
+        max_unreadable=max_unreadable,
+        reporter=render.reporter(),
+    )
+    if save is not None:
+        save_picture(result.pairs[0], save, threshold=result.threshold)
+
+    def human() -> None:
+        if len(result.pairs) == 1 and result.pairs[0].score is not None:
+            render.line(f"score      {result.pairs[0].score:.6f}")
+            render.line(f"verdict    {verdict_text(result.pairs[0])}")
+        else:
+            rows = [
+                (p.path_a, p.path_b, "-" if p.score is None else f"{p.score:.6f}", verdict_text(p))
+                for p in result.pairs
+            ]
+            render.table(["image a", "image b", "score", "verdict"], rows)
+        if result.threshold is None:
+            render.line("threshold  none: this checkpoint has no fitted one (lcmem calibrate)")
+        else:
+            t = result.threshold
+            render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")
+            render.line(
+                f"           {t.num_positives:,} positive and {t.num_negatives:,} negative pairs; "
+                f"there it accepts {_percent(t.achieved_recall)} of the positives and "
+                f"{_percent(t.achieved_fpr)} of the negatives"
+            )
+        for bad in result.unreadable:
+            render.line(f"unreadable {bad.path}: {bad.reason}")
+        if save is not None:
+            render.line(f"picture    {save}")
+
+    render.emit(result, as_json=as_json, human=human)
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{share:.2%}"

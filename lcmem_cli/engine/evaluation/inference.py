@@ -1,0 +1,229 @@
+"""Scoring pairs of image files: one pair, or a table of them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lcmem_cli.engine.data.images import load_image, to_pixels
+from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.distributed import resolve_workers
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError, nearest
+from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result, Threshold, Unreadable
+
+MAX_PAIRS_BYTES = 1 << 30
+PAIR_COLUMNS = ("path_a", "path_b")
+_PICTURE_SIDE, _GAP = 320, 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """One scored pair.
+
+    Attributes:
+        path_a: first image.
+        path_b: second image.
+        score: of the detector; ``None`` where an image could not be read.
+        match: ``score >= threshold``; ``None`` without score or threshold.
+    """
+
+    path_a: str
+    path_b: str
+    score: float | None
+    match: bool | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceResult(Result):
+    """Scored pairs.
+
+    Attributes:
+        detector: its name.
+        fingerprint: its fingerprint.
+        pairs: in the order given.
+        threshold: what the verdicts were made with, and where it is from.
+        num_images_embedded: distinct images.
+        unreadable: images that could not be read.
+    """
+
+    detector: str
+    fingerprint: str
+    pairs: tuple[PairScore, ...]
+    threshold: Threshold | None
+    num_images_embedded: int
+    unreadable: tuple[Unreadable, ...]
+
+
+def score_pairs(
+    detector: Detector,
+    pairs: Sequence[tuple[Path, Path]],
+    *,
+    threshold: str | None = None,
+    batch_size: int = 32,
+    workers: int = -1,
+    max_unreadable: int = 0,
+    reporter: Reporter = SILENT,
+) -> InferenceResult:
+    """Score pairs of files; each distinct file is decoded and embedded once.
+
+    Args:
+        detector: what scores.
+        pairs: files; the order within a pair does not matter.
+        threshold: name of one of the detector's thresholds (``fpr0.01``); by default its first.
+        batch_size: images per network call; scores do not depend on it.
+        workers: decoding threads.
+        max_unreadable: tolerated unreadable images.
+        reporter: receives progress.
+
+    Raises:
+        InputError: unknown threshold.
+        UnreadableLimitError: more unreadable images than tolerated.
+    """
+    chosen = choose_threshold(detector, threshold)
+    number: dict[Path, int] = {}
+    for pair in pairs:
+        for path in pair:
+            number.setdefault(path, len(number))
+    files = list(number)
+    features = np.zeros((len(files), 0), dtype=np.float32)
+    bad: dict[int, str] = {}
+    with reporter.task("embedding", len(files), unit="image") as task:
+        for batch in iter_images(
+            files,
+            detector.input_size,
+            workers=min(len(files), resolve_workers(workers)),
+            batch_size=batch_size,
+        ):
+            bad.update(batch.unreadable)
+            if batch.indices:
+                rows = np.asarray(detector.embed_batch(batch.images))
+                if not features.shape[1]:
+                    features = np.zeros((len(files), rows.shape[1]), dtype=rows.dtype)
+                features[batch.indices] = rows
+            task.advance(len(batch.indices) + len(batch.unreadable))
+    unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
+    if len(unreadable) > max_unreadable:
+        raise UnreadableLimitError(
+            "\n".join(f"{item.path}: {item.reason}" for item in unreadable[:5])
+            + (f"\n… {len(unreadable)} in all" if len(unreadable) > 5 else "")
+        )
+    usable = [i for i, (a, b) in enumerate(pairs) if not {number[a], number[b]} & set(bad)]
+    scores: dict[int, float] = {}
+    if usable:
+        first = features[[number[pairs[i][0]] for i in usable]]
+        second = features[[number[pairs[i][1]] for i in usable]]
+        scores = dict(zip(usable, detector.score_features(first, second).tolist(), strict=True))
+
+    def verdict(score: float | None) -> bool | None:
+        if score is None or chosen is None:
+            return None
+        return chosen.decide(score, detector.fingerprint)
+
+    return InferenceResult(
+        detector=detector.name,
+        fingerprint=detector.fingerprint,
+        pairs=tuple(
+            PairScore(
+                path_a=str(a), path_b=str(b), score=scores.get(i), match=verdict(scores.get(i))
+            )
+            for i, (a, b) in enumerate(pairs)
+        ),
+        threshold=chosen,
+        num_images_embedded=len(files) - len(bad),
+        unreadable=unreadable,
+    )
+
+
+def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
+    """Return a detector's threshold by name, by default its first, ``None`` if it has none.
+
+    Raises:
+        InputError: it has none of that name.
+    """
+    known = {threshold.name: threshold for threshold in detector.thresholds}
+    if name is None:
+        return next(iter(known.values()), None)
+    if name not in known:
+        hint = nearest(name, known) if known else "it has none; fit some with: lcmem calibrate"
+        raise InputError(f"--threshold {name}: {detector.name} has no such threshold; {hint}")
+    return known[name]
+
+
+def read_pairs(path: Path) -> list[tuple[Path, Path]]:
+    """Read ``path_a,path_b`` rows; relative paths start from the file's folder.
+
+    Raises:
+        InputError: unreadable, too large, a missing column, or an incomplete row.
+    """
+    try:
+        if path.stat().st_size > MAX_PAIRS_BYTES:
+            raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in PAIR_COLUMNS if c not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(
+                    f"{path}: no column {', '.join(missing)}; expected path_a,path_b, found "
+                    f"{','.join(reader.fieldnames or []) or 'nothing'}"
+                )
+            rows = []
+            for row in reader:
+                a, b = row["path_a"], row["path_b"]
+                if not a or not b:
+                    raise InputError(f"{path}, line {reader.line_num}: path_a or path_b is empty")
+                rows.append((path.parent / a, path.parent / b))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: not a CSV file: {error}") from error
+    if not rows:
+        raise InputError(f"{path}: no pairs")
+    return rows
+
+
+def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:
+    """Draw both images and their absolute difference side by side.
+
+    Args:
+        pair: a scored pair of readable images.
+        target: ``.png`` file.
+        threshold: for the line of text.
+    """
+    from PIL import Image, ImageDraw
+
+    a, b = (to_pixels(load_image(Path(p)), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
+    difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
+    width = 3 * _PICTURE_SIDE + 4 * _GAP
+    canvas = Image.new("RGB", (width, _PICTURE_SIDE + 64), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (pixels, title) in enumerate(
+        ((a, Path(pair.path_a).name), (b, Path(pair.path_b).name), (difference, "difference"))
+    ):
+        left = _GAP + place * (_PICTURE_SIDE + _GAP)
+        canvas.paste(Image.fromarray(pixels), (left, 28))
+        draw.text((left, 8), _plain(title)[:48], fill="black", font_size=13)
+    text = f"score {pair.score:.4f}" if pair.score is not None else "no score"
+    if threshold is not None and pair.match is not None:
+        text += f"   {verdict_text(pair)}   threshold {threshold.value:.4f} ({threshold.name})"
+    draw.text((_GAP, _PICTURE_SIDE + 38), text, fill="black", font_size=15)
+    with atomic_path(target) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def verdict_text(pair: PairScore) -> str:
+    """Return the verdict in words."""
+    if pair.score is None or math.isnan(pair.score):
+        return "unreadable"
+    return {True: "MATCH", False: "no match", None: "no threshold"}[pair.match]
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text).encode("ascii", "replace").decode()

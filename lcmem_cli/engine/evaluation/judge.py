@@ -1,0 +1,240 @@
+"""The evaluation at the end of a training: thresholds from VAL, AUC per data set on TEST."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
+from lcmem_cli.engine.evaluation.metrics import bootstrap_intervals, pair_metrics, roc_curve
+from lcmem_cli.engine.models.checkpoint import Checkpoint
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.store.latents import LatentStore
+
+BATCH_SIZE = 32
+OVERALL = "overall"
+MAX_NEGATIVES_PER_DATASET = 20_000
+FITTED_RATES: tuple[tuple[str, float], ...] = (("fpr", 0.01), ("fpr", 0.001), ("recall", 0.95))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a network is worth.
+
+    Attributes:
+        auc: per data set and overall ``{"auc", "low", "high", "num_positives", "num_negatives"}``.
+        roc: per data set false- and true-positive rates and AUC, for plotting.
+        thresholds: fitted on the VAL pairs.
+    """
+
+    auc: dict[str, dict[str, Any]]
+    roc: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], float]]
+    thresholds: tuple[Threshold, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithinPairs:
+    """All positive pairs within identities and seeded random negatives within each data set.
+
+    Attributes:
+        first: rows of the first images.
+        second: rows of the second images.
+        labels: 1 where both show one identity.
+        dataset: number of the data set of each pair, into ``names``.
+        identity: number of each record's identity.
+        names: data sets.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    dataset: NDArray[np.int64]
+    identity: NDArray[np.int64]
+    names: tuple[str, ...]
+
+
+def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
+    """Return every positive pair, and as many negatives a data set as there are, up to a limit.
+
+    Pairs are drawn within one data set, because across data sets they are trivially easy.
+
+    Args:
+        records: images.
+        seed: of the negatives where they are too many.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    identity = np.asarray(
+        [numbers.setdefault(r.identity, len(numbers)) for r in records], dtype=np.int64
+    )
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        groups.setdefault(record.ds_name or "all", []).append(row)
+    rng = np.random.default_rng(seed)
+    parts: list[tuple[NDArray[np.int64], ...]] = []
+    for number, rows in enumerate(groups.values()):
+        members = np.asarray(rows, dtype=np.int64)
+        a, b = np.triu_indices(len(members), 1)
+        same = identity[members[a]] == identity[members[b]]
+        negatives = np.flatnonzero(~same)
+        if len(negatives) > MAX_NEGATIVES_PER_DATASET:
+            negatives = np.sort(rng.choice(negatives, MAX_NEGATIVES_PER_DATASET, replace=False))
+        chosen = np.concatenate([np.flatnonzero(same), negatives])
+        parts.append(
+            (
+                members[a[chosen]],
+                members[b[chosen]],
+                same[chosen].astype(np.int64),
+                np.full(len(chosen), number, dtype=np.int64),
+            )
+        )
+    first, second, labels, dataset = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return WithinPairs(
+        first=first,
+        second=second,
+        labels=labels,
+        dataset=dataset,
+        identity=identity,
+        names=tuple(groups),
+    )
+
+
+def judge(
+    checkpoint: Checkpoint,
+    source: LatentStore | Manifest,
+    *,
+    workers: int = -1,
+    device: str = "auto",
+    ranks: Ranks | None = None,
+    reporter: Reporter = SILENT,
+) -> Judgement:
+    """Embed VAL and TEST once, fit thresholds on VAL, and measure on TEST.
+
+    Args:
+        checkpoint: with its fingerprint.
+        source: latents, or images; both with splits.
+        workers: decoding threads.
+        device: where to compute.
+        ranks: processes that share the embedding.
+        reporter: receives progress.
+    """
+    ranks = ranks or Ranks()
+    detector = LCMemDetector(checkpoint, name="trained", device=resolve_device(device))
+    scores: dict[str, tuple[NDArray[np.float64], WithinPairs]] = {}
+    for split in ("VAL", "TEST"):
+        rows = [row for row, record in enumerate(source.records) if record.split == split]
+        if len(rows) < 2:
+            continue
+        mine = list(ranks.share(rows))
+        kept, features = _embed(detector, source, mine, workers, reporter, split)
+        gathered: dict[int, NDArray[np.float32]] = {}
+        for part_rows, part in ranks.gather((kept, features)):
+            gathered.update(zip(part_rows, part, strict=True))
+        order = sorted(gathered)
+        pairs = within_pairs([source.records[row] for row in order])
+        matrix = np.stack([gathered[row] for row in order])
+        scores[split] = (detector.score_features(matrix[pairs.first], matrix[pairs.second]), pairs)
+    thresholds = _fit(*scores["VAL"], detector.fingerprint) if "VAL" in scores else ()
+    auc, roc = _measure(*scores["TEST"]) if "TEST" in scores else ({}, {})
+    return Judgement(auc=auc, roc=roc, thresholds=thresholds)
+
+
+def _embed(
+    detector: LCMemDetector,
+    source: LatentStore | Manifest,
+    rows: list[int],
+    workers: int,
+    reporter: Reporter,
+    split: str,
+) -> tuple[list[int], NDArray[np.float32]]:
+    kept: list[int] = []
+    features: list[NDArray[np.float32]] = []
+    with reporter.task(f"embedding {split}", len(rows), unit="image") as task:
+        if isinstance(source, LatentStore):
+            for start in range(0, len(rows), BATCH_SIZE):
+                part = rows[start : start + BATCH_SIZE]
+                features.append(detector.embed_latents(source.latents(part)))
+                kept += part
+                task.advance(len(part))
+        else:
+            paths = source.paths()
+            for batch in iter_images(
+                [paths[row] for row in rows],
+                detector.input_size,
+                workers=resolve_workers(workers),
+                batch_size=BATCH_SIZE,
+            ):
+                if batch.indices:
+                    features.append(np.asarray(detector.embed_batch(batch.images)))
+                    kept += [rows[i] for i in batch.indices]
+                task.advance(len(batch.indices) + len(batch.unreadable))
+    width = (0, detector.num_features)
+    return kept, np.concatenate(features) if features else np.zeros(width, dtype=np.float32)
+
+
+def _fit(
+    scores: NDArray[np.float64], pairs: WithinPairs, fingerprint: str
+) -> tuple[Threshold, ...]:
+    """Fit every threshold that the numbers of pairs support."""
+    positives = int(pairs.labels.sum())
+    negatives = len(pairs.labels) - positives
+    fitted = []
+    for kind, rate in FITTED_RATES:
+        enough = negatives >= required_negatives(rate) if kind == "fpr" else positives > 0
+        if not enough or not positives or not negatives:
+            continue
+        fitted.append(
+            fit_threshold(
+                scores,
+                pairs.labels,
+                kind="fpr" if kind == "fpr" else "recall",
+                rate=rate,
+                fingerprint=fingerprint,
+                fitted_on=f"VAL pairs within {len(pairs.names)} data set(s): "
+                + ", ".join(pairs.names),
+            )
+        )
+    return tuple(fitted)
+
+
+def _measure(
+    scores: NDArray[np.float64], pairs: WithinPairs
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    auc: dict[str, dict[str, Any]] = {}
+    roc: dict[str, Any] = {}
+    for number, name in [*enumerate(pairs.names), (-1, OVERALL)]:
+        chosen = pairs.dataset == number if number >= 0 else np.ones(len(scores), dtype=bool)
+        labels = pairs.labels[chosen]
+        if name == OVERALL and len(pairs.names) == 1:
+            continue
+        try:
+            value = pair_metrics(scores[chosen], labels)["auc"]
+        except InputError:  # one class only, such as a set of single images
+            continue
+        interval = bootstrap_intervals(
+            scores[chosen],
+            labels,
+            pairs.identity[pairs.first[chosen]],
+            pairs.identity[pairs.second[chosen]],
+            replicates=200,
+        )["auc"]
+        low, high = interval or (None, None)
+        auc[name] = {
+            "auc": value,
+            "low": low,
+            "high": high,
+            "num_positives": int(labels.sum()),
+            "num_negatives": int(len(labels) - labels.sum()),
+        }
+        fpr, tpr = roc_curve(scores[chosen], labels)[:2]
+        roc[name] = (fpr, tpr, value)
+    return auc, roc

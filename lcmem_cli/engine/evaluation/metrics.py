@@ -1,0 +1,436 @@
+"""How well scores separate pairs of one identity from pairs of two.
+
+Conventions (method.md section 5, arXiv 2512.14421): a pair is called positive when
+``score >= threshold``; thresholds are observed scores; ratios are ratios of counts. A count is
+compared with a rate by one correctly rounded division, so that 99 of 100 reaches 0.99 and 5 of 6
+reaches 5 / 6, which a product such as ``0.29 * 100 = 28.999...`` would not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lcmem_cli.engine.errors import InputError
+
+DEFAULT_TARGET_RECALL = 0.99
+METRIC_KEYS = (
+    "auc",
+    "precision_bestF1",
+    "recall_bestF1",
+    "threshold_bestF1",
+    "precision_atR",
+    "recall_target",
+    "recall_achieved_atR",
+    "threshold_atR",
+    "fpr_atR",
+)
+INTERVAL_KEYS = (
+    "auc",
+    "precision_bestF1",
+    "recall_bestF1",
+    "precision_atR",
+    "recall_achieved_atR",
+    "fpr_atR",
+)
+_BOOTSTRAP_CELLS = 4_000_000  # replicates times pairs held at once: 32 MB an array
+
+
+def pair_metrics(
+    scores: ArrayLike, labels: ArrayLike, *, target_recall: float = DEFAULT_TARGET_RECALL
+) -> dict[str, float]:
+    """Compute the metrics of the reference's table from the scores of labelled pairs.
+
+    The thresholds are picked on the very scores that they are judged on, as the published tables
+    do; for thresholds fitted elsewhere see ``calibration.fit_threshold``.
+
+    Args:
+        scores: ``[n]``, larger is more alike.
+        labels: ``[n]``, 1 (or true) for two images of one identity, else 0.
+        target_recall: recall that the ``_atR`` values must reach, in (0, 1].
+
+    Returns:
+        ``auc`` (Mann-Whitney, a tie counts one half); precision, recall and the lowest threshold
+        of the best F1; precision, recall, false-positive rate and threshold at the highest
+        threshold whose recall is at least the target. Keys as in ``METRIC_KEYS``.
+
+    Raises:
+        InputError: one class only, a target outside (0, 1], NaN or infinite scores, or arrays
+            that do not belong together.
+
+    Example:
+        >>> pair_metrics([0.9, 0.8, 0.3, 0.1], [1, 0, 1, 0])["auc"]
+        0.75
+    """
+    check_target_recall(target_recall)
+    counts = _count(*check_labelled(scores, labels))
+    best = counts.best_f1()
+    at_recall = counts.at_recall(target_recall)
+    return {
+        "auc": counts.auc(),
+        "precision_bestF1": counts.precision(best),
+        "recall_bestF1": counts.recall(best),
+        "threshold_bestF1": float(counts.thresholds[best]),
+        "precision_atR": counts.precision(at_recall),
+        "recall_target": float(target_recall),
+        "recall_achieved_atR": counts.recall(at_recall),
+        "threshold_atR": float(counts.thresholds[at_recall]),
+        "fpr_atR": counts.fpr(at_recall),
+    }
+
+
+def roc_curve(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the ROC curve, one point for each distinct score.
+
+    Args:
+        scores: ``[n]``.
+        labels: ``[n]``.
+
+    Returns:
+        False-positive rates and true-positive rates, both rising from 0 to 1, and the thresholds
+        that give them, falling from infinity (nothing is called positive).
+
+    Raises:
+        InputError: as ``pair_metrics``.
+    """
+    counts = _count(*check_labelled(scores, labels))
+    fpr = np.concatenate([[0.0], counts.false / counts.num_negatives])
+    tpr = np.concatenate([[0.0], counts.true / counts.num_positives])
+    return fpr, tpr, np.concatenate([[np.inf], counts.thresholds])
+
+
+def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> float:
+    """Return the largest true-positive rate whose false-positive rate is at most ``fpr``.
+
+    The operating point is picked on these scores; there is no interpolation.
+
+    Args:
+        scores: ``[n]``.
+        labels: ``[n]``.
+        fpr: in [0, 1].
+
+    Raises:
+        InputError: ``fpr`` outside [0, 1], or as ``pair_metrics``.
+    """
+    if not 0 <= fpr <= 1:
+        raise InputError(f"a false-positive rate lies in [0, 1], not {fpr}")
+    rates, tpr, _ = roc_curve(scores, labels)
+    return float(tpr[np.searchsorted(rates, fpr, side="right") - 1])
+
+
+def rates_at(
+    scores: ArrayLike, labels: ArrayLike, threshold: float
+) -> tuple[float | None, float | None]:
+    """Return the true-positive and the false-positive rate of ``score >= threshold``.
+
+    Args:
+        scores: ``[n]``.
+        labels: ``[n]``.
+        threshold: fitted on other data.
+
+    Returns:
+        Each rate, or ``None`` where there is no pair of that class.
+
+    Raises:
+        InputError: NaN or infinite scores, or arrays that do not belong together.
+    """
+    values, positive = check_pairs(scores, labels)
+    called = values >= threshold
+    num_positives, num_negatives = int(positive.sum()), int((~positive).sum())
+    return (
+        int((called & positive).sum()) / num_positives if num_positives else None,
+        int((called & ~positive).sum()) / num_negatives if num_negatives else None,
+    )
+
+
+def bootstrap_intervals(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    identities_a: ArrayLike,
+    identities_b: ArrayLike,
+    *,
+    strata: ArrayLike | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    target_recall: float = DEFAULT_TARGET_RECALL,
+    replicates: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float] | None]:
+    """Return percentile intervals of the metrics by bootstrap over identities.
+
+    Pairs that share an identity are not independent, so identities are drawn with replacement
+    (within their data set) and a pair counts as often as its identity was drawn; a pair of two
+    identities counts as often as the product of both.
+
+    Args:
+        scores: ``[n]``.
+        labels: ``[n]``.
+        identities_a: ``[n]`` integers from 0: identity of each pair's first image.
+        identities_b: the same for the second image.
+        strata: data set number of each identity ``[max identity + 1]``; one set by default.
+        thresholds: by name, thresholds fitted on other data; adds ``tpr_NAME`` and ``fpr_NAME``.
+        target_recall: as in ``pair_metrics``.
+        replicates: how many times identities are drawn.
+        confidence: coverage of the intervals, in (0, 1).
+        seed: equal seeds draw equal identities, so detectors are compared on the same draws.
+
+    Returns:
+        ``(low, high)`` by key (``INTERVAL_KEYS`` and the thresholds'); ``None`` where fewer than
+        half of the draws held a pair of each class.
+
+    Raises:
+        InputError: as ``pair_metrics``, or a confidence outside (0, 1).
+    """
+    check_target_recall(target_recall)
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie in (0, 1), not {confidence}")
+    values, positive = check_labelled(scores, labels)
+    first, second = np.asarray(identities_a), np.asarray(identities_b)
+    if first.shape != values.shape or second.shape != values.shape:
+        raise InputError("each pair needs the identities of its two images")
+    num_identities = int(max(first.max(), second.max())) + 1
+    groups = np.zeros(num_identities, dtype=np.int64) if strata is None else np.asarray(strata)
+
+    order = np.argsort(-values, kind="stable")
+    values, positive = values[order], positive[order]
+    first, second = first[order], second[order]
+    ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
+    cuts = {
+        name: int(np.searchsorted(-values, -cut, side="right"))
+        for name, cut in (thresholds or {}).items()
+    }
+    samples: dict[str, list[NDArray[np.float64]]] = {}
+    for drawn in _draws(groups, replicates, len(values), np.random.default_rng(seed)):
+        weights = drawn[:, first]
+        weights *= np.where(first == second, 1, drawn[:, second])
+        for key, block in _weighted_metrics(weights, positive, ends, cuts, target_recall).items():
+            samples.setdefault(key, []).append(block)
+    tail = (1 - confidence) / 2
+    intervals: dict[str, tuple[float, float] | None] = {}
+    for key, blocks in samples.items():
+        drawn_values = np.concatenate(blocks)
+        drawn_values = drawn_values[~np.isnan(drawn_values)]
+        if 2 * len(drawn_values) < replicates or not len(drawn_values):
+            intervals[key] = None
+        else:
+            low, high = np.quantile(drawn_values, [tail, 1 - tail])
+            intervals[key] = (float(low), float(high))
+    return intervals
+
+
+def smallest_count(rate: float, total: int) -> int:
+    """Return the smallest count whose share of ``total`` is at least ``rate``."""
+    count = min(total, max(0, math.ceil(rate * total)))
+    while count > 0 and (count - 1) / total >= rate:
+        count -= 1
+    while count < total and count / total < rate:
+        count += 1
+    return count
+
+
+def largest_count(rate: float, total: int) -> int:
+    """Return the largest count whose share of ``total`` is at most ``rate``."""
+    count = min(total, max(0, math.floor(rate * total)))
+    while count < total and (count + 1) / total <= rate:
+        count += 1
+    while count > 0 and count / total > rate:
+        count -= 1
+    return count
+
+
+def check_target_recall(target: float) -> None:
+    """Refuse a target recall outside (0, 1].
+
+    Raises:
+        InputError: outside, or NaN.
+    """
+    if not 0 < target <= 1:
+        raise InputError(f"the target recall must lie in (0, 1], not {target}; for example 0.99")
+
+
+def check_scores(scores: ArrayLike, *, what: str = "scores") -> NDArray[np.float64]:
+    """Return scores as float64 ``[n]``.
+
+    Raises:
+        InputError: not one-dimensional, or NaN or infinite values.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1:
+        raise InputError(f"{what} must be a list of numbers, not of shape {list(values.shape)}")
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        where = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise InputError(
+            f"{bad} of {len(values)} {what} are NaN or infinite, the first at position {where}: "
+            "the detector failed on these images, so no metric would mean anything"
+        )
+    return values
+
+
+def check_pairs(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return scores as float64 ``[n]`` and labels as booleans ``[n]``.
+
+    Raises:
+        InputError: other shapes, non-finite scores, or labels that are not 0 and 1.
+    """
+    values = check_scores(scores)
+    marks = np.asarray(labels)
+    if marks.shape != values.shape:
+        raise InputError(
+            f"{len(values)} scores and labels of shape {list(marks.shape)}: "
+            "each score needs one label"
+        )
+    positive = marks == 1
+    if not np.all(positive | (marks == 0)):
+        raise InputError("labels must be 1 (one identity) or 0 (two identities)")
+    return values, positive.astype(np.bool_)
+
+
+def check_labelled(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Check as ``check_pairs`` and that both classes are there.
+
+    Raises:
+        InputError: also when no pair is positive, or none is negative.
+    """
+    values, positive = check_pairs(scores, labels)
+    num_positives = int(positive.sum())
+    if num_positives in (0, len(values)):
+        present, missing = (
+            ("negative", "positive")
+            if num_positives == 0
+            else (
+                "positive",
+                "negative",
+            )
+        )
+        advice = (
+            "identities with at least two images" if missing == "positive" else "two identities"
+        )
+        raise InputError(
+            f"all {len(values)} pairs are {present}: AUC, precision and recall need {missing} "
+            f"pairs too; use data with {advice}"
+        )
+    return values, positive
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """Positives (``true``) and negatives (``false``) at or above each distinct score, falling."""
+
+    thresholds: NDArray[np.float64]
+    true: NDArray[np.int64]
+    false: NDArray[np.int64]
+
+    @property
+    def num_positives(self) -> int:
+        return int(self.true[-1])
+
+    @property
+    def num_negatives(self) -> int:
+        return int(self.false[-1])
+
+    def precision(self, at: int) -> float:
+        return int(self.true[at]) / int(self.true[at] + self.false[at])
+
+    def recall(self, at: int) -> float:
+        return int(self.true[at]) / self.num_positives
+
+    def fpr(self, at: int) -> float:
+        return int(self.false[at]) / self.num_negatives
+
+    def auc(self) -> float:
+        new_true = np.diff(self.true, prepend=0)
+        lower_or_tied = 2 * self.num_negatives - self.false - np.append(0, self.false[:-1])
+        # At most 2 * positives * negatives, so int64 holds it up to a thousand million of each.
+        return int((new_true * lower_or_tied).sum()) / (2 * self.num_positives * self.num_negatives)
+
+    def best_f1(self) -> int:
+        # F1 = 2 TP / (positives + called). Rounding may merge neighbours, so these are compared
+        # as fractions; the later index has the lower threshold.
+        called = self.true + self.false
+        approximate = 2 * self.true / (self.num_positives + called)
+        near = np.flatnonzero(approximate >= approximate.max() * (1 - 1e-14))
+
+        def exact(at: Any) -> tuple[Fraction, int]:
+            return Fraction(int(self.true[at]), self.num_positives + int(called[at])), int(at)
+
+        return int(max(near, key=exact))
+
+    def at_recall(self, target: float) -> int:
+        needed = smallest_count(target, self.num_positives)
+        return int(np.searchsorted(self.true, needed, side="left"))
+
+
+def _count(values: NDArray[np.float64], positive: NDArray[np.bool_]) -> _Counts:
+    order = np.argsort(-values, kind="stable")
+    values, positive = values[order], positive[order]
+    ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
+    true = np.cumsum(positive, dtype=np.int64)[ends]
+    return _Counts(values[ends], true, ends + 1 - true)
+
+
+def _draws(
+    groups: NDArray[Any], replicates: int, num_pairs: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Yield ``[block, identities]``: how often each identity was drawn."""
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    block = max(1, _BOOTSTRAP_CELLS // num_pairs)
+    for start in range(0, replicates, block):
+        size = min(block, replicates - start)
+        drawn = np.zeros((size, len(groups)), dtype=np.int64)
+        # One replicate after the other, so that the draws do not depend on the block size.
+        for row in drawn:
+            for ids in members:
+                row[ids] = np.bincount(rng.integers(0, len(ids), len(ids)), minlength=len(ids))
+        yield drawn
+
+
+def _weighted_metrics(
+    weights: NDArray[np.int64],
+    positive: NDArray[np.bool_],
+    ends: NDArray[np.int64],
+    cuts: Mapping[str, int],
+    target_recall: float,
+) -> dict[str, NDArray[np.float64]]:
+    """Compute the metrics of pairs sorted by falling score, for each row of weights ``[b, n]``."""
+    cumulated_true = np.cumsum(weights * positive, axis=1)
+    cumulated_all = np.cumsum(weights, axis=1)
+    true = cumulated_true[:, ends]
+    called = cumulated_all[:, ends]
+    false = called - true
+    num_true, num_false = true[:, -1:], false[:, -1:]
+    rows = np.arange(len(weights))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        new_true = np.diff(true, axis=1, prepend=0)
+        above = np.concatenate([np.zeros_like(num_false), false[:, :-1]], axis=1)
+        doubled = (new_true * (2 * num_false - false - above)).sum(axis=1)
+        f1 = 2 * true / (num_true + called)
+        best = f1.shape[1] - 1 - np.argmax(f1[:, ::-1], axis=1)
+        at = np.argmax(true / num_true >= target_recall, axis=1)
+        result = {
+            "auc": doubled / (2 * num_true * num_false)[:, 0],
+            "precision_bestF1": true[rows, best] / called[rows, best],
+            "recall_bestF1": true[rows, best] / num_true[:, 0],
+            "precision_atR": true[rows, at] / called[rows, at],
+            "recall_achieved_atR": true[rows, at] / num_true[:, 0],
+            "fpr_atR": false[rows, at] / num_false[:, 0],
+        }
+        for name, cut in cuts.items():
+            hit_true = cumulated_true[:, cut - 1] if cut else np.zeros(len(weights))
+            hit_all = cumulated_all[:, cut - 1] if cut else np.zeros(len(weights))
+            result[f"tpr_{name}"] = hit_true / num_true[:, 0]
+            result[f"fpr_{name}"] = (hit_all - hit_true) / num_false[:, 0]
+    usable = (num_true[:, 0] > 0) & (num_false[:, 0] > 0)
+    return {key: np.where(usable, value, np.nan) for key, value in result.items()}

@@ -1,0 +1,52 @@
+"""Reading weights that others saved, without ever executing what is in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lcmem_cli.engine.errors import CheckpointError, InputError
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from ``.safetensors`` or a PyTorch file, never executing code from it.
+
+    Prefixes that wrappers add (``module.``, ``_orig_mod.``) are removed, and a ``state_dict`` or
+    ``model`` level is entered.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not a file of tensors, or it holds objects that would have to be executed.
+    """
+    import pickle
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors, and loading it would execute code from "
+            f"the file. Save its plain state dict instead. ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        raise CheckpointError(f"{path}: not a readable weights file: {error}") from error
+    for level in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(level), dict):
+            state = state[level]
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path}: holds no state dict")
+    result: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: entry {key!r} is no tensor")
+        for prefix in ("module.", "_orig_mod."):
+            key = key.removeprefix(prefix)
+        result[key] = value
+    return result
