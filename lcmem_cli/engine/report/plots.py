@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lcmem_cli.engine.files import atomic_path
 
-DPI = 160
+DPI = 200
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*<>hp"
+MAX_CURVE_POINTS = 2000
+LOWEST_FPR = 1e-4
+GRID_COLUMNS = 8
+
+# Value, low and high end of its interval (``None``: not known).
+Bar = tuple[float, float | None, float | None]
 
 
 def styles() -> Iterator[dict[str, str]]:
@@ -30,9 +41,7 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], target: Path) -> No
             ``train_ntxent`` and the same with ``val_``.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = _figure(10, 3.2)
     epochs = [int(row["epoch"]) + 1 for row in history]
     marker = "o" if len(epochs) < 30 else ""
     for axis, (part, title) in zip(
@@ -56,26 +65,156 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any, float]], target: Path) -> None
         curves: per name, false-positive rates, true-positive rates and the AUC.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = _figure(11, max(4.2, 1.0 + 0.21 * len(curves)))
     linear, logarithmic = figure.subplots(1, 2)
     ordered = sorted(curves.items(), key=lambda item: -item[1][2])
     for (name, (fpr, tpr, auc)), style in zip(ordered, styles(), strict=False):
-        width = 2.2 if name == "overall" else 1.3
-        linear.plot(fpr, tpr, linewidth=width, **style)
+        width = 2.2 if name == "overall" else 1.4
+        x, y = _thinned(np.asarray(fpr), np.asarray(tpr))
+        linear.plot(x, y, linewidth=width, **style)
         logarithmic.plot(
-            fpr, tpr, linewidth=width, label=f"{name} ({auc:.3f})", drawstyle="steps-post", **style
+            x,
+            y,
+            linewidth=width,
+            label=f"{_label(name)} ({auc:.3f})",
+            drawstyle="steps-post",
+            **style,
         )
     linear.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
     linear.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    linear.set_xlim(-0.01, 1.01)
     logarithmic.set(
-        title="low false-positive rates", xlabel="false-positive rate", xscale="log", xlim=(1e-4, 1)
+        title="low false-positive rates",
+        xlabel="false-positive rate",
+        xscale="log",
+        xlim=(LOWEST_FPR, 1),
     )
     for axis in (linear, logarithmic):
         axis.grid(alpha=0.25)
         axis.set_ylim(0, 1.01)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8, title="AUC")
+    figure.legend(
+        loc="outside right center", frameon=False, fontsize=8, title="AUC", handlelength=3.2
+    )
+    save_figure(figure, target)
+
+
+def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> None:
+    """Plot one horizontal bar a detector with its interval, in one panel a measure.
+
+    Detectors stand in the same order, best of the first measure on top, in every panel.
+
+    Args:
+        panels: per measure, the values in [0, 1] by detector; ``None`` where there is none.
+        target: path without suffix; ``.png`` and ``.pdf`` are written.
+    """
+    first = next(iter(panels.values()))
+    names = sorted(first, key=lambda name: _height(first[name]))
+    figure = _figure(2.2 + 3.1 * len(panels), 1.1 + 0.3 * len(names))
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axis, (measure, bars), colour in zip(axes, panels.items(), cycle(PALETTE), strict=False):
+        for place, name in enumerate(names):
+            bar = bars.get(name)
+            if bar is None:
+                axis.text(0.02, place, "not known", va="center", fontsize=7, color="0.4")
+                continue
+            value, low, high = bar
+            axis.barh(place, value, color=colour, alpha=0.75, height=0.72)
+            if low is not None and high is not None:
+                axis.plot([low, high], [place, place], color="black", linewidth=1.2)
+            end = value if high is None else max(value, high)
+            axis.text(end + 0.015, place, f"{value:.3f}", va="center", fontsize=7)
+        axis.set(title=measure, xlim=(0, 1.14), xticks=[0, 0.25, 0.5, 0.75, 1])
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), [_label(name) for name in names])
+    axes[0].set_ylim(-0.6, len(names) - 0.4)
+    save_figure(figure, target)
+
+
+def plot_strengths(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    target: Path,
+    *,
+    ylabel: str,
+    untransformed: Mapping[str, float] | None = None,
+) -> None:
+    """Plot a rate against the strength of each transform.
+
+    A transform has its own panel; those with one strength share the last one.
+
+    Args:
+        curves: per transform and detector, strengths from mild to harsh, and rates in [0, 1].
+        target: path without suffix; ``.png`` and ``.pdf`` are written.
+        ylabel: what the rate is.
+        untransformed: per detector, the rate on unaltered images, drawn on the left.
+    """
+    several = {name: panel for name, panel in curves.items() if _num_points(panel) > 1}
+    single = {name: panel for name, panel in curves.items() if name not in several}
+    names = list(dict.fromkeys(name for panel in curves.values() for name in panel))
+    num_panels = len(several) + bool(single)
+    columns = min(3, num_panels)
+    num_rows = math.ceil(num_panels / columns)
+    figure = _figure(3.1 * columns + 2.4, max(2.6 * num_rows, 1.0 + 0.21 * len(names)))
+    axes = figure.subplots(num_rows, columns, sharey=True, squeeze=False).ravel()
+    lines: dict[str, Any] = {}
+    for name, style, marker in zip(names, styles(), cycle(MARKERS), strict=False):
+        look = {"marker": marker, "markersize": 4, "linewidth": 1.3, "label": _label(name), **style}
+        start = [] if untransformed is None else [untransformed[name]]
+        for axis, panel in zip(axes, several.values(), strict=False):
+            rates = start + [rate for _, rate in panel.get(name, ())]
+            lines[name] = axis.plot(range(-len(start), len(rates) - len(start)), rates, **look)[0]
+        if single:
+            rates = [rate for panel in single.values() for _, rate in panel.get(name, ())]
+            places = range(-len(start), len(rates))
+            unconnected = {**look, "linestyle": ""}
+            dots = axes[num_panels - 1].plot(places, start + rates, **unconnected)[0]
+            lines.setdefault(name, dots)
+    start_tick = [] if untransformed is None else ["none"]
+    for axis, (transform, panel) in zip(axes, several.items(), strict=False):
+        strengths = [f"{strength:g}" for strength, _ in next(iter(panel.values()))]
+        axis.set_title(transform)
+        _set_ticks(axis, start_tick, strengths)
+    if single:
+        axes[num_panels - 1].set_title("single edits")
+        _set_ticks(axes[num_panels - 1], start_tick, list(single), rotation=35, ha="right")
+    for axis in axes:
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+    for axis in axes[num_panels:]:
+        axis.set_visible(False)
+    for axis in axes[:num_panels:columns]:
+        axis.set_ylabel(ylabel)
+    handles = [lines[name] for name in names]
+    figure.legend(
+        handles=handles, loc="outside right center", frameon=False, fontsize=8, handlelength=3.2
+    )
+    save_figure(figure, target)
+
+
+def plot_transforms(
+    original: NDArray[Any], edits: Mapping[str, Sequence[tuple[str, NDArray[Any]]]], target: Path
+) -> None:
+    """Show what each transform does to one image, with the original in front of every row.
+
+    Args:
+        original: ``[H, W, 3]`` in [0, 1].
+        edits: per transform, a caption and an image ``[H, W, 3]`` for each strength.
+        target: path without suffix; ``.png`` and ``.pdf`` are written.
+    """
+    rows: list[list[tuple[str, NDArray[Any]]]] = []
+    for images in edits.values():
+        if not rows or len(rows[-1]) + len(images) > GRID_COLUMNS:
+            rows.append([])
+        rows[-1] += images
+    columns = 1 + max(len(row) for row in rows)
+    figure = _figure(1.5 * columns, 1.75 * len(rows))
+    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (caption, image) in zip(axes, [("original", original), *row], strict=False):
+            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+            axis.set_title(caption, fontsize=7.5)
     save_figure(figure, target)
 
 
@@ -84,3 +223,42 @@ def save_figure(figure: Any, target: Path) -> None:
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
         with atomic_path(target.with_name(target.name + suffix)) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=metadata)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _num_points(panel: Mapping[str, Sequence[tuple[float, float]]]) -> int:
+    return max((len(points) for points in panel.values()), default=0)
+
+
+def _set_ticks(axis: Any, before: list[str], names: list[str], **options: Any) -> None:
+    axis.set_xticks(range(-len(before), len(names)), before + names, **options)
+
+
+def _height(bar: Bar | None) -> float:
+    return -1.0 if bar is None else bar[0]
+
+
+def _label(name: str, limit: int = 34) -> str:
+    """Return a name that a legend can hold: no formulas, no control characters, both ends kept."""
+    plain = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
+    if len(plain) <= limit:
+        return plain
+    return f"{plain[: limit // 3]}…{plain[-(limit - limit // 3 - 1) :]}"
+
+
+def _thinned(
+    fpr: NDArray[np.float64], tpr: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Keep the points that can be told apart on a linear or a logarithmic axis."""
+    if len(fpr) <= MAX_CURVE_POINTS:
+        return fpr, tpr
+    half = MAX_CURVE_POINTS // 2
+    wanted = np.concatenate([np.linspace(0, 1, half), np.geomspace(LOWEST_FPR / 10, 1, half)])
+    chosen = np.unique(np.clip(np.searchsorted(fpr, wanted, side="right") - 1, 0, len(fpr) - 1))
+    chosen = np.union1d(chosen, [0, len(fpr) - 1])
+    return fpr[chosen], tpr[chosen]
