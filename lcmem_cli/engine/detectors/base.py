@@ -37,6 +37,7 @@ class Detector(abc.ABC):
         fingerprint: SHA-256 over everything that changes a score (weights, preprocessing, head).
         input_size: side in pixels of the square that images are resized to.
         num_features: columns of a feature row.
+        feature_dtype: of a feature row that ``embed_batch`` returns.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -44,6 +45,7 @@ class Detector(abc.ABC):
     fingerprint: str
     input_size: int
     num_features: int
+    feature_dtype: type[np.generic] = np.float32
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod
@@ -103,7 +105,7 @@ class Detector(abc.ABC):
                 batch = torch.stack([self._tensor(image) for image in part])
             rows.append(self.embed_batch(batch))
         if not rows:
-            return np.zeros((0, self.num_features), dtype=np.float32)
+            return np.zeros((0, self.num_features), dtype=self.feature_dtype)
         return np.concatenate(rows)
 
     @staticmethod
@@ -142,10 +144,30 @@ def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
 
     Args:
         batch: ``[n, 3, H, W]``, floating point in [0, 1].
-        size: side of the result in pixels; aspect ratio is not kept, as method.md section 2 says.
+        size: side of the result in pixels; the aspect ratio is not kept (arXiv 2512.14421).
 
     Returns:
         ``[n, 3, size, size]`` float32 in [0, 1].
+
+    Raises:
+        InputError: shape, type or range is another.
+    """
+    batch = check_batch(batch)
+    if batch.shape[-2:] != (size, size):
+        batch = torch.nn.functional.interpolate(
+            batch, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+        )
+    return batch.clamp(0, 1)
+
+
+def check_batch(batch: torch.Tensor) -> torch.Tensor:
+    """Check that a tensor is a batch of images.
+
+    Args:
+        batch: ``[n, 3, H, W]``, floating point in [0, 1] (1e-4 beyond is rounding).
+
+    Returns:
+        The same in float32, clamped to [0, 1].
 
     Raises:
         InputError: shape, type or range is another.
@@ -158,8 +180,4 @@ def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
     low, high = (float(batch.min()), float(batch.max())) if batch.numel() else (0.0, 0.0)
     if not (-1e-4 <= low and high <= 1 + 1e-4):  # also false for NaN
         raise InputError(f"image values must lie in [0, 1], not [{low:.4g}, {high:.4g}]")
-    if batch.shape[-2:] != (size, size):
-        batch = torch.nn.functional.interpolate(
-            batch, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-        )
     return batch.clamp(0, 1)
