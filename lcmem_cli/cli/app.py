@@ -13,7 +13,9 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
+from lcmem_cli.cli.demo import demo
 from lcmem_cli.cli.filter import filter_command
+from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
@@ -86,6 +88,7 @@ def main(
     render.configure(quiet=quiet, debug=debug, log_format=log_format)
 
 
+app.command("demo")(demo)
 app.command("infer")(infer)
 app.command("latents")(latents)
 app.command("train-codec")(train_codec)
@@ -94,6 +97,7 @@ app.command("finetune")(finetune)
 app.command("calibrate")(calibrate)
 app.command("convert")(convert)
 app.command("info")(info)
+app.add_typer(index_app, name="index")
 app.add_typer(config_app, name="config")
 app.command("audit")(audit_command)
 app.command("filter")(filter_command)

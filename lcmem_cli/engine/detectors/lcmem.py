@@ -111,8 +111,6 @@ class LCMemDetector(Detector):
                 f"latents must have the shape [n, {channels}, h, w], not {list(latents.shape)}"
             )
         latents = latents.to(self.device, torch.float32)
-        if self.device.type == "cpu":
-            latents = latents.contiguous(memory_format=torch.channels_last)
         features: NDArray[np.float32] = self.network(latents).cpu().numpy()
         return features
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lcmem_cli.engine.data.images import load_image, to_pixels
+from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.distributed import resolve_workers
@@ -199,7 +199,7 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
     """
     from PIL import Image, ImageDraw
 
-    a, b = (to_pixels(load_image(Path(p)), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
+    a, b = (load_pixels(Path(p), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
     width = 3 * _PICTURE_SIDE + 4 * _GAP
     canvas = Image.new("RGB", (width, _PICTURE_SIDE + 64), "white")

@@ -125,9 +125,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     from safetensors.torch import save_file
 
     checkpoint = checkpoint.with_fingerprint()
-    tensors = {_NETWORK + k: v.contiguous() for k, v in checkpoint.network_state.items()}
+    tensors = {_NETWORK + k: _dense(v) for k, v in checkpoint.network_state.items()}
     if checkpoint.codec_state is not None:
-        tensors |= {_CODEC + k: v.contiguous() for k, v in checkpoint.codec_state.items()}
+        tensors |= {_CODEC + k: _dense(v) for k, v in checkpoint.codec_state.items()}
     header = {
         "format": FORMAT_VERSION,
         "stage": checkpoint.stage,
@@ -240,6 +240,9 @@ def halve(checkpoint: Checkpoint) -> Checkpoint:
     ).with_fingerprint()
 
 
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.dim() else flat.numpy().tobytes()
+    return tensor.detach().cpu().numpy().tobytes()  # in logical order, whatever the strides

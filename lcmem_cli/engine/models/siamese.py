@@ -124,6 +124,8 @@ class SiameseNetwork(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Embed raw latents ``[B, C, h, w]``; returns features ``[B, num_features]`` in [0, 1]."""
         inputs = normalise(latents, self.spec.normalisation, mean=self.mean, std=self.std)
+        if inputs.device.type == "cpu":  # twice as fast there for the usual backbones
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         features: torch.Tensor = torch.sigmoid(self.backbone(inputs))
         return features
 

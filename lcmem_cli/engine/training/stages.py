@@ -188,11 +188,13 @@ def train_stage1(
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
         codec_config, codec_state = _embeddable(store)
+        # A codec that is inside needs no path of the machine that it was made on.
+        inside = spec if codec_state is None else dataclasses.replace(spec, name="inside")
         return Checkpoint(
             stage="stage1",
             network=network_spec,
             network_state=outcome.state,
-            codec=spec,
+            codec=inside,
             codec_config=codec_config,
             codec_state=codec_state,
             image_size=size,

@@ -1,0 +1,160 @@
+"""``lcmem index``: features of a training set on disk, to be asked again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lcmem_cli.cli import render
+from lcmem_cli.cli.options import (
+    BasedirOption,
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    MaxUnreadableOption,
+    WorkersOption,
+)
+
+if TYPE_CHECKING:
+    from lcmem_cli.engine.evaluation.indexing import IndexingResult
+
+index_app = typer.Typer(
+    no_args_is_help=True, help="Keep the features of a training set on disk, and search them."
+)
+IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.")]
+SourceArgument = Annotated[Path, typer.Argument(help="Folder or filelist of images.")]
+DetectorOption = Annotated[str, typer.Option("--detector", help="What embeds the images.")]
+
+
+@index_app.command("build")
+def build(
+    source: SourceArgument,
+    index: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new index.")],
+    detector: DetectorOption = "lcmem",
+    basedir: BasedirOption = None,
+    batch_size: BatchSizeOption = 32,
+    workers: WorkersOption = -1,
+    device: DeviceOption = Device.AUTO,
+    max_unreadable: MaxUnreadableOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an index, or continue one that was interrupted."""
+    _add(index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json)
+
+
+@index_app.command("add")
+def add(
+    index: IndexArgument,
+    source: SourceArgument,
+    basedir: BasedirOption = None,
+    batch_size: BatchSizeOption = 32,
+    workers: WorkersOption = -1,
+    device: DeviceOption = Device.AUTO,
+    max_unreadable: MaxUnreadableOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Add images to an index with the detector that it was made with."""
+    from lcmem_cli.engine.store.index import Index
+
+    detector = Index.open(index).detector
+    _add(index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json)
+
+
+@index_app.command("info")
+def info(index: IndexArgument, as_json: JsonOption = False) -> None:
+    """Print what an index holds, after comparing it with its checksums."""
+    from lcmem_cli.engine.store.index import Index
+
+    opened = Index.open(index)
+    values = {
+        "folder": str(index),
+        "detector": opened.detector,
+        "fingerprint": opened.fingerprint,
+        "num_images": len(opened),
+        "num_distinct": opened.num_rows,
+    }
+
+    def human() -> None:
+        for key, value in values.items():
+            render.line(f"{key:<13} {value}")
+
+    render.emit(values, as_json=as_json, human=human)
+
+
+@index_app.command("query")
+def query(
+    index: IndexArgument,
+    image: Annotated[Path, typer.Argument(help="Image, folder or filelist to ask about.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Matches per image.")] = 5,
+    batch_size: BatchSizeOption = 32,
+    workers: WorkersOption = -1,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the indexed images most like one image, or like each image of a folder."""
+    from lcmem_cli.engine.detectors.registry import load_detector
+    from lcmem_cli.engine.evaluation.indexing import query_index
+    from lcmem_cli.engine.store.index import Index
+
+    result = query_index(
+        index,
+        image,
+        load_detector(Index.open(index).detector, device=device.value),
+        top_k=top_k,
+        batch_size=batch_size,
+        workers=workers,
+        reporter=render.reporter(),
+    )
+
+    def human() -> None:
+        rows = [
+            (asked if rank == 0 else "", f"{match.score:.6f}", match.id, match.path)
+            for asked, matches in result.matches.items()
+            for rank, match in enumerate(matches)
+        ]
+        render.table(["query", "score", "id", "match"], rows, align_left=True)
+        for bad in result.unreadable:
+            render.line(f"unreadable {bad.path}: {bad.reason}")
+
+    render.emit(result, as_json=as_json, human=human)
+
+
+def _add(
+    index: Path,
+    source: Path,
+    detector: str,
+    basedir: Path | None,
+    batch_size: int,
+    workers: int,
+    device: Device,
+    max_unreadable: int,
+    as_json: bool,
+) -> None:
+    from lcmem_cli.engine.detectors.registry import load_detector
+    from lcmem_cli.engine.distributed import current_ranks
+    from lcmem_cli.engine.evaluation.indexing import add_to_index
+
+    ranks = current_ranks(device.value)
+    result: IndexingResult = add_to_index(
+        source,
+        index,
+        load_detector(detector, device=device.value),
+        basedir=basedir,
+        batch_size=batch_size,
+        workers=workers,
+        max_unreadable=max_unreadable,
+        ranks=ranks,
+        reporter=render.reporter(),
+    )
+
+    def human() -> None:
+        render.line(f"{result.num_images:,} images ({result.num_distinct:,} distinct) in {index}")
+        render.line(f"added {result.num_added:,}, known already {result.num_known:,}")
+        for bad in result.unreadable:
+            render.line(f"unreadable {bad.path}: {bad.reason}")
+
+    if ranks.is_main:
+        render.emit(result, as_json=as_json, human=human)

@@ -1,0 +1,121 @@
+"""A complete audit on drawn pictures: what lcmem does, in one command and offline."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from lcmem_cli.engine.data.images import to_tensor
+from lcmem_cli.engine.data.perturb import perturb
+from lcmem_cli.engine.data.scenes import draw_scene
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result
+
+NUM_TRAINING, NUM_HELD_OUT, NUM_FRESH = 60, 120, 36
+RATE = 0.01
+SIDE = 192
+PLANTED = (
+    ("JPEGCompression", 85.0),
+    ("Rotation", 10.0),
+    ("CropResize", 0.75),
+    ("Noise", 0.1),
+)
+MARKER = ".lcmem-demo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoResult(Result):
+    """What the demonstration found.
+
+    Attributes:
+        folder: everything it wrote.
+        report: page to open.
+        planted: names of the altered copies among the generated pictures.
+        flagged: names that the audit flagged.
+        statement: of the audit.
+        pairs: a few scored pairs.
+    """
+
+    folder: str
+    report: str
+    planted: tuple[str, ...]
+    flagged: tuple[str, ...]
+    statement: str
+    pairs: InferenceResult
+
+
+def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT) -> DemoResult:
+    """Draw pictures, plant altered copies among new ones, and look for them.
+
+    Args:
+        output: folder to write; an earlier demonstration there is replaced.
+        device: where to compute.
+        reporter: receives progress.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
+        raise InputError(f"{output}: is not empty and no demonstration; choose another folder")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
+    folders = {name: output / name for name in ("training", "held-out", "generated")}
+    seed = 0
+    for name, count in (
+        ("training", NUM_TRAINING),
+        ("held-out", NUM_HELD_OUT),
+        ("generated", NUM_FRESH),
+    ):
+        folders[name].mkdir()
+        for number in range(count):
+            draw_scene(seed, side=SIDE).save(folders[name] / f"{name}-{number:03d}.png")
+            seed += 1
+    planted = []
+    for number, (transform, strength) in enumerate(PLANTED):
+        source = to_tensor(draw_scene(number, side=SIDE), SIDE)
+        altered = perturb(source, transform, strength, seed=number)
+        name = f"copy-of-{number:03d}-{transform}.png"
+        _save(altered, folders["generated"] / name)
+        planted.append(name)
+    detector = Detector.load(device=device)
+    first = folders["training"] / "training-000.png"
+    pairs = score_pairs(
+        detector,
+        [
+            (first, folders["generated"] / planted[0]),
+            (first, folders["training"] / "training-001.png"),
+        ],
+        reporter=reporter,
+    )
+    result = audit(
+        folders["generated"],
+        folders["training"],
+        held_out=folders["held-out"],
+        fpr=RATE,
+        detector=detector,
+        output=output / "audit",
+        reporter=reporter,
+    )
+    return DemoResult(
+        folder=str(output),
+        report=str(output / "audit" / "report.html"),
+        planted=tuple(planted),
+        flagged=tuple(sorted({m.query for m in result.matches if m.flagged and m.rank == 1})),
+        statement=result.statement,
+        pairs=pairs,
+    )
+
+
+def _save(image: torch.Tensor, path: Path) -> None:
+    from PIL import Image
+
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)

@@ -1,0 +1,193 @@
+"""Building, extending and asking an index."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.store.index import Index, IndexMatch
+
+IMAGES_PER_SEGMENT = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexingResult(Result):
+    """What an addition did.
+
+    Attributes:
+        folder: the index.
+        detector: name of the detector.
+        num_images: images in the index now.
+        num_distinct: distinct contents among them.
+        num_added: images added now.
+        num_known: listed images that were in the index already.
+        encoder_passes: images that the encoder saw now.
+        unreadable: images left out.
+    """
+
+    folder: str
+    detector: str
+    num_images: int
+    num_distinct: int
+    num_added: int
+    num_known: int
+    encoder_passes: int
+    unreadable: tuple[Unreadable, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryResult(Result):
+    """Best matches of each query.
+
+    Attributes:
+        folder: the index.
+        matches: per query path, its best matches, best first.
+        unreadable: queries that could not be read.
+    """
+
+    folder: str
+    matches: dict[str, tuple[IndexMatch, ...]]
+    unreadable: tuple[Unreadable, ...]
+
+
+def add_to_index(
+    source: Path,
+    folder: Path,
+    detector: Detector,
+    *,
+    basedir: Path | None = None,
+    batch_size: int = 32,
+    workers: int = -1,
+    max_unreadable: int = 0,
+    ranks: Ranks | None = None,
+    reporter: Reporter = SILENT,
+) -> IndexingResult:
+    """Add a folder or filelist to an index, making it if there is none.
+
+    Images that are in the index already are skipped, so a killed run is continued by the same
+    call, and adding in two calls ends as adding in one.
+
+    Args:
+        source: folder or filelist.
+        folder: the index.
+        detector: what embeds; an index of another is refused.
+        basedir: folder that the paths of a filelist are relative to.
+        batch_size: images per network call.
+        workers: decoding threads.
+        max_unreadable: tolerated unreadable images.
+        ranks: processes that share the embedding.
+        reporter: receives progress.
+
+    Raises:
+        FingerprintMismatchError: the index is another detector's.
+        UnreadableLimitError: more unreadable images than tolerated; the readable ones are added.
+    """
+    ranks = ranks or Ranks()
+    manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
+    paths = [path.absolute() for path in manifest.paths()]
+    if ranks.is_main:
+        with folder_lock(folder):
+            Index.create(folder, detector=detector.name, fingerprint=detector.fingerprint)
+    ranks.barrier()
+    index = Index.open(folder)
+    index.check(detector.fingerprint)
+    known = {entry.path for entry in index.entries}
+    todo = [
+        (path, record.id)
+        for path, record in zip(paths, manifest.records, strict=True)
+        if str(path) not in known
+    ]
+    unreadable: list[Unreadable] = []
+    added = passes = 0
+    for start in range(0, len(todo), IMAGES_PER_SEGMENT):
+        part = todo[start : start + IMAGES_PER_SEGMENT]
+        embedded = embed_files(
+            detector,
+            [path for path, _ in part],
+            batch_size=batch_size,
+            workers=workers,
+            ranks=ranks,
+            reporter=reporter,
+        )
+        rows_known = index.known_rows()
+        images: list[tuple[str, str, str]] = []
+        fresh: dict[str, int] = {}
+        for (path, identity), row, content in zip(
+            part, embedded.rows, embedded.content_hashes, strict=True
+        ):
+            if row < 0 or content is None:
+                continue
+            images.append((str(path), identity, content))
+            if content not in rows_known:
+                fresh.setdefault(content, int(row))
+        if ranks.is_main and images:
+            with folder_lock(folder):
+                index.append(images, list(fresh), embedded.features[list(fresh.values())])
+        ranks.barrier()
+        unreadable.extend(embedded.unreadable)
+        added += len(images)
+        passes += embedded.encoder_passes
+        if not ranks.is_main:
+            index = Index.open(folder)
+    if len(unreadable) > max_unreadable:
+        first = "; ".join(f"{u.path}: {u.reason}" for u in unreadable[:3])
+        raise UnreadableLimitError(
+            f"{len(unreadable)} image(s) could not be read, --max-unreadable is {max_unreadable}: "
+            f"{first} (the readable ones are in the index)"
+        )
+    return IndexingResult(
+        folder=str(folder),
+        detector=detector.name,
+        num_images=len(index),
+        num_distinct=index.num_rows,
+        num_added=added,
+        num_known=len(paths) - len(todo),
+        encoder_passes=passes,
+        unreadable=tuple(unreadable),
+    )
+
+
+def query_index(
+    folder: Path,
+    query: Path,
+    detector: Detector,
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = -1,
+    reporter: Reporter = SILENT,
+) -> QueryResult:
+    """Find the indexed images most like one image, or like each of a folder or filelist.
+
+    Raises:
+        InputError: nothing readable to ask about.
+        FingerprintMismatchError: the index is another detector's.
+    """
+    index = Index.open(folder)
+    index.check(detector.fingerprint)
+    is_image = query.is_file() and query.suffix.lower() not in (".csv", ".parquet", ".pq")
+    paths = [query] if is_image else load_manifest(query, need_split=False).paths()
+    embedded = embed_files(
+        detector, paths, batch_size=batch_size, workers=workers, reporter=reporter
+    )
+    if not len(embedded.features):
+        reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
+        raise InputError(f"{query}: no readable image ({reasons})")
+    found = index.search(detector, embedded.features, top_k)
+    return QueryResult(
+        folder=str(folder),
+        matches={
+            str(path): tuple(found[row])
+            for path, row in zip(paths, embedded.rows, strict=True)
+            if row >= 0
+        },
+        unreadable=embedded.unreadable,
+    )

@@ -1,0 +1,108 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+os.environ.setdefault("TERMINAL_WIDTH", "120")
+os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+RunCli = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Keep every test away from the user's folders and from the hub."""
+    monkeypatch.setenv("LCMEM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def run_cli() -> RunCli:
+    """Run ``lcmem`` in this process and check the exit code."""
+
+    def run(*args: object, exit_code: int = 0) -> Result:
+        from lcmem_cli.cli.app import app
+
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        shown = f"{result.stdout}\n{result.stderr}"
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == exit_code, shown
+        return result
+
+    return run
+
+
+def draw_identity(identity: int, variant: int, side: int = 48) -> Image.Image:
+    """Draw an image that is much like others of its identity and unlike all others."""
+    rng = np.random.default_rng(identity)
+    y, x = np.mgrid[:side, :side] / side
+    waves = sum(
+        a * np.sin(2 * np.pi * (fx * x + fy * y) + p)
+        for a, fx, fy, p in zip(
+            rng.uniform(0.3, 1, 4),
+            rng.uniform(-4, 4, 4),
+            rng.uniform(-4, 4, 4),
+            rng.uniform(0, 6, 4),
+            strict=True,
+        )
+    )
+    colour = rng.uniform(0.3, 1, 3)
+    noise = np.random.default_rng([identity, variant]).normal(0, 0.08, (side, side, 3))
+    pixels = (0.5 + 0.2 * waves[..., None]) * colour + noise
+    return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of 24 identities with three images each."""
+    folder = tmp_path / "images"
+    for identity in range(24):
+        (folder / f"id{identity:02d}").mkdir(parents=True)
+        for variant in range(3):
+            draw_identity(identity, variant).save(folder / f"id{identity:02d}" / f"{variant}.png")
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Iterator[Path]:
+    """The real images, where they are on this machine."""
+    given = os.environ.get("LCMEM_DATA")
+    folder = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "filelist.csv").is_file():
+        pytest.skip("the real images are not on this machine (set LCMEM_DATA)")
+    yield folder
+
+
+def save_tiny_codec(folder: Path) -> Path:
+    """Write a random two-level AutoencoderKL as a diffusers folder."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A codec of a few hundred weights."""
+    return save_tiny_codec(tmp_path_factory.mktemp("codec") / "codec")

@@ -1,0 +1,186 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torchvision.models import convnext_tiny
+
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError, LcmemError
+from lcmem_cli.engine.models import checkpoint as ckpt
+from lcmem_cli.engine.models.convert import convert_reference, rename
+from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normalise
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A torchvision ConvNeXt as the published code builds it, with a head."""
+    torch.manual_seed(1)
+    model = convnext_tiny()
+    model.features[0][0] = torch.nn.Conv2d(4, 96, 4, 4)
+    model.classifier[2] = torch.nn.Linear(768, 512)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    head = torch.nn.Linear(512, 1)
+    return model.eval(), head
+
+
+def layout(reference, kind):
+    model, head = reference
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"fc_end.{k}": v for k, v in head.state_dict().items()}
+    if kind == "stage2":
+        state["vae.encoder.conv_in.weight"] = torch.zeros(2, 2)
+    if kind == "prefixed":
+        return {"state_dict": {f"module.{k}": v for k, v in state.items()}}
+    return state
+
+
+@pytest.mark.parametrize("kind", ["flat", "prefixed", "stage2"])
+def test_a_converted_checkpoint_reproduces_torchvisions_forward(reference, kind, tmp_path):
+    torch.save(layout(reference, kind), tmp_path / "r.pth")
+    convert_reference(tmp_path / "r.pth", tmp_path / "c.safetensors")
+    detector = Detector.load(tmp_path / "c.safetensors", device="cpu")
+    latents = torch.randn(3, 4, 32, 32) * 3 + 1
+    model, head = reference
+    with torch.no_grad():
+        expected = torch.sigmoid(model(normalise(latents, "sample")))
+        probability = torch.sigmoid(head((expected[:1] - expected[1:2]).abs()))
+    found = detector.embed_latents(latents)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    score = detector.score_features(found[:1], found[1:2])
+    np.testing.assert_allclose(score, probability[0], atol=1e-5)
+    matrix = detector.score_matrix(found, found)
+    assert matrix.shape == (3, 3)
+    np.testing.assert_allclose(matrix[0, 1], score[0], atol=1e-6)
+
+
+def test_missing_and_unexpected_weights_are_named(reference, tmp_path):
+    state = layout(reference, "flat")
+    del state["model.features.1.0.block.0.bias"]
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(
+        CheckpointError, match=r"1 missing: backbone\.stages\.0\.blocks\.0\.conv_dw"
+    ):
+        convert_reference(tmp_path / "m.pth", tmp_path / "x.safetensors")
+    state = layout(reference, "flat") | {"model.extra": torch.zeros(1)}
+    torch.save(state, tmp_path / "u.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected weight 'model\.extra'"):
+        convert_reference(tmp_path / "u.pth", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_code_in_a_pickle_is_never_executed(tmp_path, run_cli):
+    torch.save({"model.x": Malicious()}, tmp_path / "bad.pth")
+    out = run_cli("convert", tmp_path / "bad.pth", tmp_path / "x.safetensors", exit_code=2)
+    assert "would execute code" in out.stderr
+
+
+@pytest.mark.parametrize("key", ["model.features.9.0.weight", "fc_end", "", "vae.x"])
+def test_unknown_keys_have_no_place(key):
+    with pytest.raises(CheckpointError, match="unexpected weight"):
+        rename(key, "file")
+
+
+def tiny(tmp_path, codec):
+    from lcmem_cli.engine.models.codec import load_codec
+
+    loaded = load_codec(str(codec))
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=4, num_features=8, input_size=16, normalisation="sample"
+    )
+    torch.manual_seed(0)
+    network = SiameseNetwork(spec)
+    checkpoint = ckpt.Checkpoint(
+        stage="stage1",
+        network=spec,
+        network_state=network.state_dict(),
+        codec=loaded.spec,
+        codec_config=loaded.model_config(),
+        codec_state=loaded.encoder_state(),
+        image_size=32,
+    )
+    return ckpt.save_checkpoint(tmp_path / "tiny.safetensors", checkpoint), network.eval()
+
+
+def test_a_checkpoint_reads_back_and_scores_like_the_network(tmp_path, tiny_codec):
+    saved, network = tiny(tmp_path, tiny_codec)
+    detector = Detector.load(tmp_path / "tiny.safetensors", device="cpu")
+    assert detector.fingerprint == saved.fingerprint
+    images = torch.rand(5, 3, 32, 32)
+    features = detector.embed(images)
+    with torch.no_grad():
+        latents = detector.codec.encode(images)
+        expected = network(latents)
+        logits = network.logits(expected[:4], expected[1:])
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    scores = detector.score_features(features[:4], features[1:])
+    np.testing.assert_allclose(scores, torch.sigmoid(logits), atol=1e-5)
+    np.testing.assert_allclose(detector.embed(images, batch_size=2), features, atol=1e-6)
+
+
+def test_a_changed_weight_is_noticed(tmp_path, tiny_codec):
+    tiny(tmp_path, tiny_codec)
+    path = tmp_path / "tiny.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 64
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match="does not match its fingerprint"):
+        ckpt.load_checkpoint(path)
+
+
+def test_halving_changes_the_fingerprint_and_drops_thresholds(tmp_path, tiny_codec):
+    saved, _ = tiny(tmp_path, tiny_codec)
+    halved = ckpt.halve(saved)
+    assert halved.fingerprint != saved.fingerprint and halved.thresholds == ()
+    size = (tmp_path / "tiny.safetensors").stat().st_size
+    ckpt.save_checkpoint(tmp_path / "half.safetensors", halved)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * size
+
+
+def test_other_safetensors_files_are_refused(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="not an lcmem checkpoint"):
+        ckpt.load_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        ckpt.load_checkpoint(tmp_path / "nosuch.safetensors")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_are_refused_without_a_traceback(tmp_path_factory, data, with_length):
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(data)) + data if with_length else data)
+    with pytest.raises(LcmemError):
+        ckpt.load_checkpoint(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=4))
+def test_any_header_is_refused_without_a_traceback(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    fields = ("format", "network", "codec", "codec_config", "image_size", "thresholds", "training")
+    header = dict.fromkeys(fields, value) | {"format": 1, "stage": "stage1", "fingerprint": ""}
+    save_file({"network.x": torch.zeros(1)}, path, metadata={"lcmem": json.dumps(header)})
+    with pytest.raises(LcmemError):
+        ckpt.load_checkpoint(path)
+
+
+def test_sample_normalisation_is_as_stated():
+    latents = torch.randn(2, 3, 8, 8) * 7 + 4
+    latents[1, 2] = 5.0  # a constant channel
+    done = normalise(latents, "sample")
+    np.testing.assert_allclose(done.mean(dim=(2, 3)), 0, atol=1e-6)
+    expected = torch.full((2, 3), 0.5)
+    expected[1, 2] = 0.0
+    np.testing.assert_allclose(done.flatten(2).std(dim=2), expected, atol=1e-6)

@@ -1,0 +1,274 @@
+"""The commands as a user runs them, on small drawn images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.models.checkpoint import load_checkpoint
+from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.store.latents import LatentStore
+
+SMALL = [
+    "--set=image.size=32",
+    "--set=network.backbone=resnet10t",
+    "--set=network.num_features=16",
+    "--set=network.drop_path_rate=0.0",
+    "--set=schedule.batch_size=8",
+    "--set=runtime.device=cpu",
+]
+
+
+def make_latents(run_cli, image_folder, tiny_codec, target, *more):
+    arguments = ["--filelist", image_folder, "--codec", tiny_codec, "--size", 32, "-o", target]
+    return run_cli("latents", *arguments, *more)
+
+
+@pytest.fixture
+def stage1(run_cli, image_folder, tiny_codec, tmp_path):
+    """A stage-1 run of two epochs."""
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "latents")
+    run_cli(
+        "train-stage1",
+        "--latents",
+        tmp_path / "latents",
+        "-o",
+        tmp_path / "stage1",
+        "--set=schedule.epochs=2",
+        *SMALL,
+    )
+    return tmp_path / "stage1"
+
+
+def test_the_whole_pipeline_from_images_to_a_verdict(run_cli, image_folder, stage1, tmp_path):
+    result = json.loads((stage1 / "training.json").read_text())
+    assert result["num_epochs"] == 2 and set(result["test_auc"]) == {"all"}
+    for name in ("config.toml", "environment.json", "history.csv", "loss.png", "roc.pdf"):
+        assert (stage1 / name).stat().st_size > 0, name
+    out = run_cli(
+        "finetune",
+        stage1 / "checkpoint.safetensors",
+        "--filelist",
+        image_folder,
+        "-o",
+        tmp_path / "tuned",
+        "--set=schedule.epochs=1",
+        "--set=schedule.batch_size=8",
+        "--set=augmentation.preset=strong",
+        "--json",
+    )
+    tuned = json.loads(out.stdout)
+    assert tuned["stage"] == "finetune" and tuned["thresholds"]
+    a, b = (str(image_folder / "id00" / f"{v}.png") for v in (0, 1))
+    picture = tmp_path / "pair.png"
+    common = ["--checkpoint", tuned["checkpoint"], "--json"]
+    forward = json.loads(run_cli("infer", a, b, *common, "--save", picture).stdout)
+    backward = json.loads(run_cli("infer", b, a, *common).stdout)
+    assert forward["pairs"][0]["score"] == backward["pairs"][0]["score"]
+    assert forward["threshold"] == tuned["thresholds"][0]
+    assert load_image(picture).width > 900
+
+
+def test_infer_many_pairs_embeds_each_image_once_for_any_batch_size(
+    run_cli, image_folder, stage1, tmp_path
+):
+    names = [f"images/id{i:02d}/{v}.png" for i in range(3) for v in range(2)]
+    table = tmp_path / "pairs.csv"
+    rows = [f"{a},{b}" for a in names for b in names]
+    table.write_text("path_a,path_b\n" + "\n".join(rows) + "\n")
+    results = [
+        json.loads(
+            run_cli(
+                "infer",
+                "--pairs",
+                table,
+                "--checkpoint",
+                stage1 / "checkpoint.safetensors",
+                "--batch-size",
+                size,
+                "--json",
+            ).stdout
+        )
+        for size in (1, 4, 32)
+    ]
+    assert {r["num_images_embedded"] for r in results} == {6}
+    scores = [[p["score"] for p in r["pairs"]] for r in results]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-6)
+    detector = Detector.load(stage1 / "checkpoint.safetensors", device="cpu")
+    same = [
+        s for s, p in zip(scores[0], results[0]["pairs"], strict=True) if p["path_a"] == p["path_b"]
+    ]
+    np.testing.assert_allclose(same, 1 / (1 + np.exp(-detector.bias)), atol=1e-9)
+
+
+def test_stored_latents_are_the_codecs_mean_and_raw(run_cli, image_folder, tiny_codec, tmp_path):
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "store", "--package")
+    store = LatentStore.open(tmp_path / "store")
+    store.verify()
+    codec = load_codec(str(tiny_codec))
+    image = to_tensor(load_image(image_folder / store.records[5].path), 32)[None]
+    assert torch.equal(store.latents([5]), codec.encode(image))
+    everything = store.latents(range(len(store))).double()
+    np.testing.assert_allclose(store.mean, everything.mean(dim=(0, 2, 3)), rtol=1e-9)
+    expected = everything.permute(1, 0, 2, 3).flatten(1).std(dim=1, unbiased=False)
+    np.testing.assert_allclose(store.std, expected, rtol=1e-7)
+    first = (tmp_path / "store.tar.gz").read_bytes()
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "store", "--package")
+    assert (tmp_path / "store.tar.gz").read_bytes() == first
+
+
+def test_a_store_of_another_codec_or_list_is_refused(run_cli, image_folder, tiny_codec, tmp_path):
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "store")
+    refused = run_cli(
+        "latents",
+        "--filelist",
+        image_folder,
+        "--codec",
+        tiny_codec,
+        "--size",
+        64,
+        "-o",
+        tmp_path / "store",
+        exit_code=2,
+    )
+    assert "another image_size" in refused.stderr
+
+
+def test_a_damaged_shard_is_named(run_cli, image_folder, tiny_codec, tmp_path):
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "store")
+    shard = next((tmp_path / "store" / "shards").glob("*.npy"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 255
+    shard.write_bytes(data)
+    assert shard.name in run_cli("info", tmp_path / "store", "--verify", exit_code=1).stderr
+
+
+def test_unreadable_images_are_listed_and_counted(run_cli, image_folder, tiny_codec, tmp_path):
+    (image_folder / "id00" / "0.png").write_bytes(b"not an image")
+    refused = run_cli(
+        "latents",
+        "--filelist",
+        image_folder,
+        "--codec",
+        tiny_codec,
+        "--size",
+        32,
+        "-o",
+        tmp_path / "s",
+        exit_code=1,
+    )
+    assert "id00/0.png" in refused.stderr and "--max-unreadable is 0" in refused.stderr
+    out = make_latents(
+        run_cli, image_folder, tiny_codec, tmp_path / "s", "--max-unreadable", 1, "--json"
+    )
+    assert [u["path"] for u in json.loads(out.stdout)["unreadable"]] == ["id00/0.png"]
+
+
+def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
+    arguments = ["train-stage1", "--latents", tmp_path / "latents", "-o", stage1, *SMALL]
+    refused = run_cli(*arguments, "--set=schedule.epochs=2", exit_code=2)
+    assert "--resume" in refused.stderr
+    before = load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint
+    run_cli(*arguments, "--set=schedule.epochs=2", "--resume")
+    assert load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint == before
+    other = run_cli(*arguments, "--set=schedule.epochs=3", "--resume", exit_code=2)
+    assert "another config" in other.stderr
+
+
+def test_killed_and_resumed_training_ends_with_the_same_bits(
+    run_cli, image_folder, tiny_codec, tmp_path
+):
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "latents")
+
+    def command(target):
+        return [
+            sys.executable,
+            "-m",
+            "lcmem_cli",
+            "train-stage1",
+            "--latents",
+            str(tmp_path / "latents"),
+            "-o",
+            str(tmp_path / target),
+            "--set=schedule.epochs=40",
+            "--set=optimiser.ema_decay=0.9",
+            "--resume",
+            *SMALL,
+        ]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    history = tmp_path / "killed" / "history.csv"
+    while time.monotonic() < deadline and process.poll() is None and not history.is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert history.is_file()
+    subprocess.run(command("killed"), check=True, env=environment, capture_output=True)
+    whole, killed = (
+        (tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "killed")
+    )
+    assert whole == killed
+    assert (tmp_path / "whole" / "history.csv").read_bytes() == history.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["infer", "a.png"], 2, "two images"),
+        (["infer", "nosuch.png", "b.png"], 1, "nosuch.png"),
+        (["latents", "--filelist", "nosuch", "-o", "x"], 2, "nosuch"),
+        (["train-stage1", "-o", "x", "--config", "stage1"], 2, "--latents"),
+        (["train-stage1", "-o", "x", "--config", "nosuch"], 2, "no config file"),
+        (["info", "nosuch"], 2, "no such file"),
+        (["convert", "nosuch.pth", "x.safetensors"], 2, "no such weights file"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(run_cli, tmp_path, monkeypatch, arguments, code, word):
+    monkeypatch.chdir(tmp_path)
+    assert word in run_cli(*arguments, exit_code=code).stderr
+
+
+def test_a_codec_of_the_hub_offline_says_how_to_get_it(run_cli, image_folder, tmp_path):
+    refused = run_cli(
+        "latents",
+        "--filelist",
+        image_folder,
+        "--codec",
+        "stabilityai/sd-vae-ft-mse",
+        "-o",
+        tmp_path / "x",
+        exit_code=1,
+    )
+    assert "hf download stabilityai/sd-vae-ft-mse" in refused.stderr
+
+
+def test_train_codec_writes_a_codec_that_latents_takes(run_cli, image_folder, tmp_path):
+    out = run_cli(
+        "train-codec",
+        "--filelist",
+        image_folder,
+        "-o",
+        tmp_path / "run",
+        "--set=image.size=32",
+        "--set=schedule.crop_size=16",
+        "--set=schedule.steps=6",
+        "--json",
+    )
+    codec = json.loads(out.stdout)["codec"]
+    assert codec["downsampling"] == 2
+    made = make_latents(run_cli, image_folder, codec["name"], tmp_path / "latents", "--json")
+    assert json.loads(made.stdout)["codec"]["weights_hash"] == codec["weights_hash"]
