@@ -14,6 +14,7 @@ from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
+from lcmem_cli.cli.detectors import detectors
 from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
@@ -97,6 +98,7 @@ app.command("finetune")(finetune)
 app.command("calibrate")(calibrate)
 app.command("convert")(convert)
 app.command("info")(info)
+app.command("detectors")(detectors)
 app.add_typer(index_app, name="index")
 app.add_typer(config_app, name="config")
 app.command("audit")(audit_command)

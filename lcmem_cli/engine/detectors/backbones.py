@@ -1,8 +1,12 @@
-"""Backbones compared by the cosine of their features: timm models, pretrained or random."""
+"""Networks compared by the likeness of their features, and where their weights come from.
+
+The list of them is that of the benchmark in arXiv 2512.14421.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,115 +14,405 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.base import FloatArray
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.vectors import (
+    Likeness,
+    NetworkDetector,
+    Preprocessing,
+    VectorDetector,
+)
 from lcmem_cli.engine.distributed import resolve_device
-from lcmem_cli.engine.errors import InputError, WeightsUnavailableError, nearest
+from lcmem_cli.engine.errors import (
+    CheckpointError,
+    InputError,
+    MissingExtraError,
+    WeightsUnavailableError,
+    nearest,
+)
+from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.siamese import load_strictly
-from lcmem_cli.engine.models.weights import read_state_dict
+from lcmem_cli.engine.models.weights import LEVELS, read_state_dict
 
 RANDOM_BACKBONE = "resnet18"
+DATA2VEC_HUB_ID = "facebook/data2vec-vision-base"
+_DATA2VEC_FILE = "data2vec:FOLDER"
 _RANDOM_SEED = 0
+_HUB_SECONDS = 10.0
+_AUXILIARY = ("AuxLogits.",)  # only used while training an Inception network
 
 
-class CosineDetector(Detector):
-    """Cosine of the pooled features of a timm model.
+class TorchDetector(NetworkDetector):
+    """A torch module whose outputs are compared.
 
     Args:
+        model: takes a normalised batch, returns ``[n, d]``.
         name: how the user named it.
-        model: a timm model without classifier, in evaluation mode.
+        identity: names the architecture; part of the fingerprint.
+        preprocessing: of the input.
+        likeness: how two outputs are compared.
         device: torch device string.
     """
 
-    def __init__(self, name: str, model: Any, *, device: str) -> None:
-        import timm.data
-
-        self.name = name
-        config = timm.data.resolve_model_data_config(model)
-        self.input_size = int(config["input_size"][-1])
-        self.num_features = int(model.num_features)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        name: str,
+        identity: str,
+        preprocessing: Preprocessing,
+        likeness: Likeness = "cosine",
+        device: str = "cpu",
+    ) -> None:
         self.device = torch.device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cpu":
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(config["mean"]).reshape(1, 3, 1, 1)
-        self.std = torch.tensor(config["std"]).reshape(1, 3, 1, 1)
-        digest = hashlib.sha256(f"{name.partition('?')[0]}/{self.input_size}".encode())
-        digest.update(repr((config["mean"], config["std"])).encode())
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.preprocessing = preprocessing
+        probe = torch.full((1, 3, preprocessing.size, preprocessing.size), 0.5)
+        digest = hashlib.sha256(f"{identity}/{preprocessing}/{likeness}".encode())
+        _hash_state(digest, self.model)
+        super().__init__(
+            name=name,
+            fingerprint=digest.hexdigest(),
+            preprocessing=preprocessing,
+            num_features=int(self.forward(probe).shape[-1]),
+            likeness=likeness,
+        )
 
     @torch.inference_mode()
-    def embed_batch(self, batch: torch.Tensor) -> NDArray[np.float32]:
-        """Return features of length 1: float32 ``[n, num_features]``."""
-        inputs = ((batch - self.mean) / self.std).to(self.device)
+    def forward(self, batch: torch.Tensor) -> Any:
+        """Run the network: ``[n, 3, size, size]`` in [0, 1] to ``[n, num_features]``."""
+        inputs = self.preprocessing.apply(batch.to(self.device, torch.float32))
         if self.device.type == "cpu":
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        features = torch.nn.functional.normalize(self.model(inputs).float(), dim=1)
-        result: NDArray[np.float32] = features.cpu().numpy()
-        return result
-
-    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-        """Return the cosine of row i with row i, ``[n]`` in [-1, 1]."""
-        scores: NDArray[np.float64] = np.einsum(
-            "nd,nd->n", a.astype(np.float64), b.astype(np.float64)
-        )
-        return scores
-
-    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-        """Return the cosine of every row with every row, ``[n, m]``."""
-        scores: NDArray[np.float64] = a.astype(np.float64) @ b.astype(np.float64).T
-        return scores
+        return self.model(inputs)
 
 
-def random_backbone(*, device: str = "auto") -> CosineDetector:
-    """Return a network with random weights, the same ones in every run."""
+def random_backbone(*, device: str = "auto") -> TorchDetector:
+    """Return a ResNet-18 with random weights: the same ones in every run, whatever ran before."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_RANDOM_SEED)
-        model = timm.create_model(RANDOM_BACKBONE, pretrained=False, num_classes=0)
-    return CosineDetector("random", model, device=resolve_device(device))
+        torch.default_generator.manual_seed(_RANDOM_SEED)
+        # By default timm starts the residual branches at zero, which leaves them out.
+        model = timm.create_model(
+            RANDOM_BACKBONE, pretrained=False, num_classes=0, zero_init_last=False
+        )
+    return TorchDetector(
+        model,
+        name="random",
+        identity=f"random/{RANDOM_BACKBONE}",
+        preprocessing=_timm_preprocessing(model, {}),
+        device=resolve_device(device),
+    )
 
 
-def timm_backbone(model_name: str, *, device: str = "auto") -> CosineDetector:
-    """Return a pretrained timm model.
+def timm_backbone(
+    model_name: str,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    weights: Path | None = None,
+    projection: bool = False,
+    **options: Any,
+) -> TorchDetector:
+    """Return a timm model with trained weights.
 
     Args:
-        model_name: a timm name, and perhaps ``?weights=FILE`` with a state dict of that model
-            (its classifier included), which needs no hub.
+        model_name: timm's name, with or without the tag of the weights.
+        name: how the user named the detector.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        weights: a state dict of that model in timm's format, with or without classifier; needs no
+            hub. Without it: the hub's cache, or the hub.
+        projection: keep the last layer.
+        **options: ``size``, ``mean``, ``std`` instead of the model's own, and ``score``.
 
     Raises:
-        InputError: timm does not know the model, or an unknown option.
+        InputError: timm does not know the model, or it cannot be fed with this size.
         WeightsUnavailableError: not cached, and the hub cannot be reached.
         CheckpointError: the file is of another model.
     """
     import timm
 
-    name, _, options = model_name.partition("?")
-    if not timm.is_model(name.partition(".")[0]):
-        raise InputError(f"timm has no model '{name}'; {nearest(name, timm.list_models())}")
-    key, _, file = options.partition("=")
-    if options and (key != "weights" or not file):
-        raise InputError(f"timm:{model_name}: the only option is ?weights=FILE")
-    if file:
-        model = timm.create_model(name, pretrained=False)
-        state = read_state_dict(Path(file))
-        expected = model.state_dict()
-        if set(state) != set(expected) and [v.shape for v in state.values()] == [
-            v.shape for v in expected.values()
-        ]:
-            state = dict(zip(expected, state.values(), strict=True))
-        load_strictly(model, state, source=file)
-        model.reset_classifier(0)
+    name = name or f"timm:{model_name}"
+    base, _, tag = model_name.partition(".")
+    if not timm.is_model(base):
+        raise InputError(f"timm has no model '{base}'; {nearest(base, timm.list_models())}")
+    tags = timm.list_pretrained(f"{base}.*")
+    if tag and model_name not in tags:
+        raise InputError(f"timm has no weights '{model_name}'; {nearest(model_name, tags)}")
+    if weights is None:
+        if not timm.get_pretrained_cfg(model_name, allow_unregistered=True):
+            raise InputError(f"{name}: timm has no weights of this model; add ?weights=FILE")
+        model = _from_hub(model_name, name=name, projection=projection)
     else:
+        model = _from_file(model_name, weights, projection=projection)
+    preprocessing = _timm_preprocessing(model, options)
+    _set_size(model, preprocessing.size, name=name)
+    return TorchDetector(
+        model,
+        name=name,
+        identity=f"timm/{base}",
+        preprocessing=preprocessing,
+        likeness=options.get("score", "cosine"),
+        device=resolve_device(device),
+    )
+
+
+def cached_weights(hub_id: str) -> Path | None:
+    """Return the weights file of a hub model, if it is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
+        found = try_to_load_from_cache(hub_id, file)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def resnet50_from_file(kind: str, path: Path, *, name: str, device: str = "auto") -> TorchDetector:
+    """Return a ResNet-50 with weights that were published by a self-supervised method.
+
+    The trunk may have torchvision's names or the numbers of a ``Sequential`` of its parts, below
+    any prefix (``module.``, ``encoder.``, ``online_network.`` and so on). Where a file holds an
+    online and a target network, the online one is used. Projection and prediction heads are left
+    out; everything else must be there.
+
+    Args:
+        kind: ``swav`` or ``byol``.
+        path: SwAV: a file of its model zoo; BYOL: a PyTorch state dict.
+        name: how the user named the detector.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: not a ResNet-50; the missing weights are named.
+    """
+    import timm
+
+    model = timm.create_model("resnet50", pretrained=False, num_classes=0)
+    state = read_state_dict(
+        path, levels=(*LEVELS, "online_network_state_dict", "online_backbone", "online_network")
+    )
+    load_strictly(model, _trunk(state, source=str(path)), source=str(path))
+    return TorchDetector(
+        model,
+        name=name,
+        identity=kind,
+        preprocessing=Preprocessing(size=224),
+        device=resolve_device(device),
+    )
+
+
+class Data2VecDetector(TorchDetector):
+    """Mean of the patch features of data2vec's image network (Baevski et al. 2022)."""
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        """Run the network: ``[n, 3, size, size]`` in [0, 1] to ``[n, num_features]``."""
+        return super().forward(batch).last_hidden_state[:, 1:].mean(dim=1)
+
+
+def data2vec_backbone(
+    folder: str | None = None, *, name: str = "data2vec", device: str = "auto"
+) -> Data2VecDetector:
+    """Return data2vec's image network through transformers.
+
+    Args:
+        folder: a local copy of the hub's folder; by default the hub's cache, or the hub.
+        name: how the user named the detector.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        InputError: the folder holds no such network.
+        WeightsUnavailableError: not cached, and the hub cannot be reached.
+    """
+    try:
+        from transformers import Data2VecVisionModel
+    except ImportError as error:
+        raise MissingExtraError(f"detector '{name}'", "data2vec") from error
+    is_local = folder is not None or cached_weights(DATA2VEC_HUB_ID) is not None
+    if not is_local:
+        _check_reachable(DATA2VEC_HUB_ID, name=name, file=_DATA2VEC_FILE)
+    try:
+        model = Data2VecVisionModel.from_pretrained(
+            folder or DATA2VEC_HUB_ID, add_pooling_layer=False, local_files_only=is_local
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if folder is not None:
+            raise InputError(f"{folder}: no data2vec image network: {error}") from error
+        raise WeightsUnavailableError(
+            _how_to_get(name, DATA2VEC_HUB_ID, file=_DATA2VEC_FILE)
+        ) from error
+    return Data2VecDetector(
+        model,
+        name=name,
+        identity="data2vec",
+        preprocessing=Preprocessing(size=224, mean=(0.5,) * 3, std=(0.5,) * 3),
+        device=resolve_device(device),
+    )
+
+
+class SiameseCorrelation(VectorDetector):
+    """An lcmem network whose feature vectors are compared by correlation instead of its head.
+
+    This is how arXiv 2512.14421 scores the baselines trained with NT-Xent only, whose head has
+    learnt nothing. Thresholds of the checkpoint belong to its head and are left out.
+
+    Args:
+        detector: what embeds.
+        name: how the user named it.
+    """
+
+    likeness = "correlation"
+
+    def __init__(self, detector: LCMemDetector, *, name: str) -> None:
+        self.detector = detector
+        self.name = name
+        self.fingerprint = sha256_bytes(f"correlation/{detector.fingerprint}".encode())
+        self.input_size = detector.input_size
+        self.num_features = detector.num_features
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.detector.embed_batch(batch)
+
+
+def _from_hub(model_name: str, *, name: str, projection: bool) -> Any:
+    """Load from the hub's cache without asking the hub, or else from the hub."""
+    import timm
+
+    hub_id = str(timm.get_pretrained_cfg(model_name).hf_hub_id)
+    options: dict[str, Any] = {} if projection else {"num_classes": 0}
+    cached = cached_weights(hub_id)
+    file = f"{name.partition('?')[0]}?weights=FILE"
+    if cached is None:
+        _check_reachable(hub_id, name=name, file=file)
+    else:
+        options["pretrained_cfg_overlay"] = {"state_dict": read_state_dict(cached)}
+    try:
+        return timm.create_model(model_name, pretrained=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if cached is not None:
+            raise CheckpointError(f"{cached}: weights do not fit {model_name}: {error}") from error
+        raise WeightsUnavailableError(_how_to_get(name, hub_id, file=file)) from error
+
+
+def _check_reachable(hub_id: str, *, name: str, file: str) -> None:
+    """Ask the hub for a model once, which fails sooner and more quietly than a download does."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(hub_id, timeout=_HUB_SECONDS)
+    except Exception as error:  # the errors of the network's library differ between its versions
+        raise WeightsUnavailableError(_how_to_get(name, hub_id, file=file)) from error
+
+
+def _how_to_get(name: str, hub_id: str, *, file: str) -> str:
+    return (
+        f"detector '{name}': its weights are not in the local cache, and the hub could not be "
+        f"reached.\nOn a machine with internet run: hf download {hub_id}\n"
+        f"then copy the files here and use {file}, or set HF_HOME to a copy of its cache."
+    )
+
+
+def _from_file(model_name: str, path: Path, *, projection: bool) -> Any:
+    import timm
+
+    state = {
+        key: value for key, value in read_state_dict(path).items() if not key.startswith(_AUXILIARY)
+    }
+    whole = timm.create_model(model_name, pretrained=False)
+    expected = whole.state_dict()
+    if set(state) != set(expected):
+        shapes = [tuple(value.shape) for value in state.values()]
+        if shapes == [tuple(value.shape) for value in expected.values()]:
+            # The same tensors in the same order under other names.
+            state = dict(zip(expected, state.values(), strict=True))
+    if projection:
+        load_strictly(whole, state, source=str(path))
+        return whole
+    heads = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    model = timm.create_model(model_name, pretrained=False, num_classes=0)
+    own = set(model.state_dict())
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
+    load_strictly(model, state, source=str(path))
+    return model
+
+
+def _timm_preprocessing(model: Any, options: Mapping[str, Any]) -> Preprocessing:
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocessing(
+        size=options.get("size") or int(config["input_size"][-1]),
+        mean=options.get("mean") or tuple(config["mean"]),
+        std=options.get("std") or tuple(config["std"]),
+    )
+
+
+def _set_size(model: Any, size: int, *, name: str) -> None:
+    """Tell a transformer the side of its input; convolutional networks take any."""
+    import timm.data
+
+    if size == timm.data.resolve_model_data_config(model)["input_size"][-1]:
+        return
+    if hasattr(model, "set_input_size"):
         try:
-            model = timm.create_model(name, pretrained=True, num_classes=0)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise WeightsUnavailableError(
-                f"timm:{name}: its weights are not in the local cache and the hub could not be "
-                f"reached; fetch them on a machine with internet, then: timm:{name}?weights=FILE"
-            ) from error
-    return CosineDetector(f"timm:{model_name}", model, device=resolve_device(device))
+            model.set_input_size(img_size=(size, size))
+        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+            raise InputError(f"detector '{name}': does not take {size} pixels: {error}") from error
+
+
+_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_HEADS = {
+    "fc",
+    "head",
+    "neck",
+    "predictor",
+    "projection",
+    "projection_head",
+    "projector",
+    "prototypes",
+}
+_SECOND_NETWORK = ("target", "teacher", "momentum", "ema")
+_STEM_SHAPE = (64, 3, 7, 7)
+
+
+def _trunk(state: Mapping[str, torch.Tensor], *, source: str) -> dict[str, torch.Tensor]:
+    """Find the ResNet-50 in a state dict and give it torchvision's names."""
+    stems = [
+        (key, part)
+        for key, value in state.items()
+        for part in ("conv1.weight", "0.weight")
+        if tuple(value.shape) == _STEM_SHAPE and (key == part or key.endswith(f".{part}"))
+    ]
+    if not stems:
+        raise CheckpointError(
+            f"{source}: no ResNet-50 in it: no conv1.weight of the shape {list(_STEM_SHAPE)}; its "
+            f"keys begin with {', '.join(sorted(state)[:5])}"
+        )
+    key, part = min(stems, key=lambda stem: _rank(stem[0]))
+    prefix = key[: len(key) - len(part)]
+    trunk = {}
+    for name, value in state.items():
+        if not name.startswith(prefix):
+            continue  # another network, or a head beside this one
+        first, _, rest = name[len(prefix) :].partition(".")
+        if first not in _HEADS:
+            trunk[f"{_PARTS.get(first, first)}.{rest}"] = value
+    return trunk
+
+
+def _rank(stem: str) -> tuple[bool, bool, int]:
+    """Order candidates: not the slowly following network, the one called online, the outermost."""
+    return (any(word in stem for word in _SECOND_NETWORK), "online" not in stem, len(stem))
+
+
+def _hash_state(digest: Any, model: torch.nn.Module) -> None:
+    for key, value in sorted(model.state_dict().items()):
+        array: NDArray[Any] = np.ascontiguousarray(value.detach().cpu().numpy())
+        digest.update(f"{key}{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())

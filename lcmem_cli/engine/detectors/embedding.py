@@ -1,27 +1,36 @@
-"""Embedding many files: each distinct content is decoded and embedded once."""
+"""Embedding many files: each distinct content is decoded once and embedded once."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.loading import iter_images
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
+from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
+from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
+from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.files import sha256_file
+from lcmem_cli.engine.errors import LcmemError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 
-IMAGES_PER_WRITE = 512
-MAX_BYTES_IN_MEMORY = 512 << 20
+MAX_BYTES_IN_MEMORY = 256 << 20
+_ROUND_IMAGES = 512
+_ROUND_BYTES = 64 << 20
+
+Load = Callable[[Sequence[Path]], Iterator[LoadedBatch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +39,11 @@ class EmbeddedFiles:
 
     Attributes:
         features: ``[d, n]``, one row a distinct readable content, in order of first appearance.
+            Where they are large, a memory map of a temporary file that vanishes with it.
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
-        encoder_passes: images that the encoder saw now, over all processes.
+        encoder_passes: images that the detector embedded now, over all processes.
     """
 
     features: NDArray[Any]
@@ -55,133 +65,313 @@ def embed_files(
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
+    Files that cannot be read are listed, never skipped silently. Memory holds one round of images
+    and the features, which go to a temporary file where they are large.
+
     Args:
         detector: what embeds.
-        paths: image files.
+        paths: image files, in any number of copies.
         batch_size: images per network call; features do not depend on it.
         workers: decoding threads; -1 from the CPUs.
         cache: features of this detector from earlier runs; filled as the work goes on, so that a
             killed run continues.
-        ranks: processes that share the work; each gets the whole result.
-        reporter: receives progress.
+        ranks: processes that share the work; each gets the whole result. The first one's cache is
+            used for all.
+        reporter: receives progress and warnings.
+
+    Raises:
+        LcmemError: no room for the features, or a network returns values that are not finite.
     """
-    ranks = ranks or Ranks()
-    num_workers = resolve_workers(workers, ranks.size)
-    hashes = _hash_all(paths, max(1, num_workers))
+    num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+
+    def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
+        return iter_images(files, detector.input_size, workers=num_workers, batch_size=batch_size)
+
+    return _embed(
+        detector,
+        paths,
+        load,
+        key=lambda content: content,
+        batch_size=batch_size,
+        workers=num_workers,
+        cache=cache,
+        ranks=ranks or Ranks(),
+        reporter=reporter,
+        description=f"embedding ({detector.name})",
+    )
+
+
+def embed_perturbed(
+    detector: Detector,
+    paths: Sequence[Path],
+    setting: Setting | None,
+    *,
+    working_size: int,
+    seed: int = 0,
+    round_trip: RoundTrip | None = None,
+    batch_size: int = 32,
+    workers: int = -1,
+    cache: FeatureCache | None = None,
+    ranks: Ranks | None = None,
+    reporter: Reporter = SILENT,
+) -> EmbeddedFiles:
+    """Embed edited images: resized to the working size, edited, resized to the detector's size.
+
+    What is random in an edit depends on the seed, the image and the setting only, so every
+    detector sees the same picture whatever the order of work.
+
+    Args:
+        detector: what embeds.
+        paths: image files, in any number of copies.
+        setting: the edit; ``None`` leaves the image as it is.
+        working_size: side in pixels at which the edit is made.
+        seed: of the edit's randomness.
+        round_trip: see ``perturb``; such features are not kept in the cache, because what they
+            depend on has no name.
+        batch_size: see ``embed_files``.
+        workers: see ``embed_files``.
+        cache: see ``embed_files``.
+        ranks: see ``embed_files``.
+        reporter: see ``embed_files``.
+
+    Raises:
+        InputError: unknown transform, or strength out of range.
+        LcmemError: see ``embed_files``.
+    """
+    if setting is not None:
+        check_setting(setting)
+    num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+
+    def edit(image: torch.Tensor, _: int) -> torch.Tensor:
+        assert setting is not None
+        return perturb(image, setting.transform, setting.strength, seed=seed, round_trip=round_trip)
+
+    def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
+        batches = iter_images(
+            files,
+            working_size,
+            workers=num_workers,
+            batch_size=batch_size,
+            transform=None if setting is None else edit,
+        )
+        for batch in batches:
+            yield dataclasses.replace(batch, images=resize_batch(batch.images, detector.input_size))
+
+    def key(content: str) -> str:
+        edited = "" if setting is None else f"{setting.transform}\0{setting.strength!r}\0{seed}"
+        return hashlib.sha256(f"{content}\0{working_size}\0{edited}".encode()).hexdigest()
+
+    return _embed(
+        detector,
+        paths,
+        load,
+        key=key,
+        batch_size=batch_size,
+        workers=num_workers,
+        cache=cache if round_trip is None else None,
+        ranks=ranks or Ranks(),
+        reporter=reporter,
+        description=f"embedding ({detector.name}, {setting or 'unedited'})",
+    )
+
+
+def _embed(
+    detector: Detector,
+    paths: Sequence[Path],
+    load: Load,
+    *,
+    key: Callable[[str], str],
+    batch_size: int,
+    workers: int,
+    cache: FeatureCache | None,
+    ranks: Ranks,
+    reporter: Reporter,
+    description: str,
+) -> EmbeddedFiles:
+    hashes, failed_files = _hash_all(paths, max(1, workers), ranks)
     first: dict[str, int] = {}
     for index, content in enumerate(hashes):
         if content is not None:
             first.setdefault(content, index)
-    contents = list(first)
-    known = {c for c, hit in zip(contents, _known(cache, contents), strict=True) if hit}
-    known = set().union(*ranks.gather(known)) if ranks.size > 1 else known
-    todo = list(ranks.share([content for content in contents if content not in known]))
-    made: dict[str, NDArray[Any]] = {}
-    failed: dict[str, str] = {}
-    with reporter.task(f"embedding ({detector.name})", len(todo), unit="image") as task:
-        for names, features, bad in _embed(detector, todo, first, paths, batch_size, num_workers):
-            made.update(zip(names, features, strict=True))
-            failed.update(bad)
-            if cache is not None and ranks.size == 1:
-                cache.put_many(names, features)
-            task.advance(len(names) + len(bad))
-    passes = sum(ranks.gather(len(made)))
-    for part, problems in ranks.gather((made, failed)) if ranks.size > 1 else ():
-        made.update(part)
-        failed.update(problems)
-    if cache is not None and ranks.size > 1 and ranks.is_main and made:
-        names = sorted(made)
-        cache.put_many(names, np.stack([made[name] for name in names]))
-    usable = [content for content in contents if content not in failed]
-    features = _collect(usable, made, cache, detector)
-    if ranks.size > 1:  # only the first process may know the cache's newest content
-        features = ranks.broadcast(features)
-    row_of = {content: row for row, content in enumerate(usable)}
-    reasons = {**dict.fromkeys([None], "cannot be opened"), **failed}
+    work = _Features(
+        detector, [key(content) for content in first], cache=cache, ranks=ranks, reporter=reporter
+    )
+    files = [paths[index] for index in first.values()]
+    todo = work.fill_from_cache()
+    passes = work.compute(todo, files, load, batch_size=batch_size, description=description)
+    row_of = dict(zip(first, work.close_gaps(), strict=True))
+    reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
-        features=features,
-        rows=np.asarray([row_of.get(c, -1) if c else -1 for c in hashes], dtype=np.int64),
+        features=work.features,
+        rows=np.asarray([-1 if c is None else row_of[c] for c in hashes], dtype=np.int64),
         content_hashes=hashes,
         unreadable=tuple(
-            Unreadable(path=str(path), reason=reasons[content])
-            for path, content in zip(paths, hashes, strict=True)
-            if content is None or content in failed
+            Unreadable(path=str(path), reason=reason)
+            for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
+            if (reason := failed_files[index] if content is None else reasons[content])
         ),
         encoder_passes=passes,
     )
 
 
-def _hash_all(paths: Sequence[Path], workers: int) -> list[str | None]:
-    def digest(path: Path) -> str | None:
+class _Features:
+    """The rows of all distinct contents, filled from the cache and by the detector.
+
+    Args:
+        detector: what embeds.
+        keys: cache key of each row.
+        cache: used in the first process only.
+        ranks: the group of processes; each fills its own copy of all rows.
+        reporter: receives progress and warnings.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        keys: Sequence[str],
+        *,
+        cache: FeatureCache | None,
+        ranks: Ranks,
+        reporter: Reporter,
+    ) -> None:
+        self.detector = detector
+        self.keys = keys
+        self.cache = cache if ranks.is_main else None
+        self.ranks = ranks
+        self.reporter = reporter
+        self.failed: dict[int, str] = {}
+        row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
+        self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
+        self.features = _allocate((len(keys), detector.num_features), detector.feature_dtype)
+
+    def fill_from_cache(self) -> list[int]:
+        """Copy the known rows and return the numbers of the others."""
+        known = [
+            row for row, key in enumerate(self.keys) if self.cache is not None and key in self.cache
+        ]
+        known = self.ranks.broadcast(known)
+        for start in range(0, len(known), self.round_images):
+            part = known[start : start + self.round_images]
+            values = None
+            if self.cache is not None:
+                values = self.cache.get_many([self.keys[row] for row in part])[0]
+            self.features[part] = self.ranks.broadcast(values)
+        found = set(known)
+        return [row for row in range(len(self.keys)) if row not in found]
+
+    def compute(
+        self,
+        todo: Sequence[int],
+        files: Sequence[Path],
+        load: Load,
+        *,
+        batch_size: int,
+        description: str,
+    ) -> int:
+        """Embed rows in rounds; after each, all processes hold the rows of all.
+
+        Returns:
+            Images embedded, over all processes.
+        """
+        mine = list(self.ranks.share(todo))
+        batches = load([files[row] for row in mine])
+        per_round = max(1, self.round_images // batch_size)
+        most = -(-len(todo) // self.ranks.size)
+        num_rounds = -(-most // (per_round * batch_size))
+        passes, notes = 0, 0
+        with self.reporter.task(description, len(mine), unit="image") as task:
+            for _ in range(num_rounds):
+                rows: list[int] = []
+                values: list[NDArray[Any]] = []
+                bad: dict[int, str] = {}
+                for batch in itertools.islice(batches, per_round):
+                    bad.update({mine[i]: reason for i, reason in batch.unreadable})
+                    notes += len(batch.notes)
+                    if batch.indices:
+                        rows += [mine[i] for i in batch.indices]
+                        values.append(np.asarray(self.detector.embed_batch(batch.images)))
+                    task.advance(len(batch.indices) + len(batch.unreadable))
+                made = (rows, np.concatenate(values) if values else None, bad)
+                for part in self.ranks.gather(made):
+                    passes += self._take(*part)
+        if notes:
+            self.reporter.warn(
+                f"{notes} image(s) of more than 8 bits without a stated range: their brightness "
+                "was guessed from their values"
+            )
+        return passes
+
+    def _take(self, rows: list[int], values: NDArray[Any] | None, bad: dict[int, str]) -> int:
+        self.failed.update(bad)
+        if values is None:
+            return 0
+        self.features[rows] = values
+        if self.cache is not None:
+            try:
+                self.cache.put_many([self.keys[row] for row in rows], values)
+            except OSError as error:
+                self.reporter.warn(
+                    f"{self.cache.folder}: features cannot be kept ({error.strerror or error}); "
+                    "going on without"
+                )
+                self.cache = None
+        return len(rows)
+
+    def close_gaps(self) -> list[int]:
+        """Move the rows up over those that failed; return each content's row, or -1."""
+        numbers: list[int] = []
+        used = 0
+        for row in range(len(self.keys)):
+            if row in self.failed:
+                numbers.append(-1)
+                continue
+            if used != row:
+                self.features[used] = self.features[row]
+            numbers.append(used)
+            used += 1
+        self.features = self.features[:used]
+        return numbers
+
+
+def _hash_all(
+    paths: Sequence[Path], workers: int, ranks: Ranks
+) -> tuple[list[str | None], dict[int, str]]:
+    """Hash the files; also return why some could not be read, by position."""
+
+    def digest(index: int) -> tuple[int, str | None, str]:
         try:
-            return sha256_file(path)
-        except OSError:
-            return None
+            return index, content_hash(paths[index]), ""
+        except UnreadableImageError as error:
+            return index, None, error.reason
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(digest, paths))
+        mine = list(pool.map(digest, ranks.share(range(len(paths)))))
+    hashes: list[str | None] = [None] * len(paths)
+    failed: dict[int, str] = {}
+    for index, content, reason in itertools.chain.from_iterable(ranks.gather(mine)):
+        hashes[index] = content
+        if content is None:
+            failed[index] = reason
+    return hashes, failed
 
 
-def _known(cache: FeatureCache | None, contents: Sequence[str]) -> Sequence[bool]:
-    if cache is None:
-        return [False] * len(contents)
-    flags: list[bool] = [c in cache for c in contents]
-    return flags
+def _allocate(shape: tuple[int, int], dtype: type[np.generic]) -> NDArray[Any]:
+    """Return room for the features: in memory, or in a temporary file where it is much.
 
-
-def _embed(
-    detector: Detector,
-    todo: Sequence[str],
-    first: dict[str, int],
-    paths: Sequence[Path],
-    batch_size: int,
-    workers: int,
-) -> Iterator[tuple[list[str], NDArray[Any], dict[str, str]]]:
-    """Yield names, features and failures, some hundred images at a time."""
-    names: list[str] = []
-    rows: list[NDArray[Any]] = []
-    bad: dict[str, str] = {}
-    files = [paths[first[content]] for content in todo]
-    for batch in iter_images(files, detector.input_size, workers=workers, batch_size=batch_size):
-        bad.update({todo[i]: reason for i, reason in batch.unreadable})
-        if batch.indices:
-            rows.append(np.asarray(detector.embed_batch(batch.images)))
-            names += [todo[i] for i in batch.indices]
-        if len(names) + len(bad) >= IMAGES_PER_WRITE:
-            yield names, _joined(rows, detector), bad
-            names, rows, bad = [], [], {}
-    yield names, _joined(rows, detector), bad
-
-
-def _joined(rows: list[NDArray[Any]], detector: Detector) -> NDArray[Any]:
-    return np.concatenate(rows) if rows else np.zeros((0, detector.num_features), np.float32)
-
-
-def _collect(
-    contents: Sequence[str],
-    made: dict[str, NDArray[Any]],
-    cache: FeatureCache | None,
-    detector: Detector,
-) -> NDArray[Any]:
-    """Bring the rows in order; beyond a limit into a temporary file instead of memory."""
-    if not contents:
-        return np.zeros((0, detector.num_features), np.float32)
-
-    def row(content: str) -> NDArray[Any]:
-        if content in made:
-            return made[content]
-        assert cache is not None
-        stored: NDArray[Any] = cache.get_many([content])[0][0]
-        return stored
-
-    sample = row(contents[0])
-    shape = (len(contents), sample.shape[0])
-    if shape[0] * sample.nbytes > MAX_BYTES_IN_MEMORY:
-        result: NDArray[Any] = np.memmap(
-            tempfile.TemporaryFile(), dtype=sample.dtype, mode="w+", shape=shape
-        )
-    else:
-        result = np.empty(shape, dtype=sample.dtype)
-    for number, content in enumerate(contents):
-        result[number] = row(content)
-    return result
+    Raises:
+        LcmemError: the temporary folder has not enough room.
+    """
+    num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if num_bytes <= MAX_BYTES_IN_MEMORY:
+        return np.zeros(shape, dtype=dtype)
+    file = tempfile.TemporaryFile(prefix="lcmem-")
+    try:
+        if hasattr(os, "posix_fallocate"):  # writing to a map without room kills the process
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        raise LcmemError(
+            f"{tempfile.gettempdir()}: no room for {num_bytes / 2**30:.1f} GiB of image data "
+            f"({error.strerror or error}); set TMPDIR to a folder on a larger disk, or use a "
+            "smaller --input-size"
+        ) from error

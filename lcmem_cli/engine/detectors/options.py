@@ -131,7 +131,9 @@ def _side(value: Any) -> int:
     return side
 
 
-def _triple(value: Any, *, expected: str = "three numbers such as 0.5,0.5,0.5") -> tuple[float, ...]:
+def _triple(
+    value: Any, *, expected: str = "three numbers such as 0.5,0.5,0.5"
+) -> tuple[float, ...]:
     try:
         parts = value.split(",") if isinstance(value, str) else list(value)
         numbers = tuple(float(part) for part in parts)

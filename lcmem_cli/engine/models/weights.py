@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lcmem_cli.engine.errors import CheckpointError, InputError
 
+LEVELS = ("state_dict", "model")
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+
+def read_state_dict(path: Path, *, levels: Sequence[str] = LEVELS) -> dict[str, torch.Tensor]:
     """Read a state dict from ``.safetensors`` or a PyTorch file, never executing code from it.
 
-    Prefixes that wrappers add (``module.``, ``_orig_mod.``) are removed, and a ``state_dict`` or
-    ``model`` level is entered.
+    Prefixes that wrappers add (``module.``, ``_orig_mod.``) are removed.
+
+    Args:
+        path: the file.
+        levels: keys under which the state dict may lie; each that is there is entered in turn.
 
     Raises:
         InputError: no such file.
@@ -37,7 +43,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         raise CheckpointError(f"{path}: not a readable weights file: {error}") from error
-    for level in ("state_dict", "model"):
+    for level in levels:
         if isinstance(state, dict) and isinstance(state.get(level), dict):
             state = state[level]
     if not isinstance(state, dict) or not state:

@@ -1,0 +1,37 @@
+"""``lcmem detectors``: what can score a pair of images, and what of it can run here."""
+
+from __future__ import annotations
+
+from lcmem_cli.cli import render
+from lcmem_cli.cli.options import JsonOption
+
+
+def detectors(as_json: JsonOption = False) -> None:
+    """List the detectors: what they measure, where their weights come from, what can run here."""
+    from lcmem_cli.engine.detectors.registry import describe_detectors
+
+    infos = describe_detectors()
+
+    def human() -> None:
+        rows = [
+            (
+                info.name,
+                info.summary,
+                info.weights,
+                info.licence,
+                f"{info.status}: {info.note}" if info.note else info.status,
+            )
+            for info in infos
+        ]
+        render.table(["detector", "measures", "weights", "licence", "here"], rows, align_left=True)
+        render.line("options, as in NAME?key=value&key=value:")
+        for options in dict.fromkeys(info.options for info in infos if info.options):
+            names = [_short(info.name) for info in infos if info.options == options]
+            render.line(f"  {', '.join(options)}: {', '.join(names)}")
+
+    render.emit({"detectors": [info.to_dict() for info in infos]}, as_json=as_json, human=human)
+
+
+def _short(pattern: str) -> str:
+    """Return a name without what may stand after its colon."""
+    return pattern.partition(":")[0].removesuffix("[")
