@@ -9,8 +9,9 @@ reaches 5 / 6, which a product such as ``0.29 * 100 = 28.999...`` would not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -39,7 +40,6 @@ INTERVAL_KEYS = (
     "recall_achieved_atR",
     "fpr_atR",
 )
-_BOOTSTRAP_CELLS = 4_000_000  # replicates times pairs held at once: 32 MB an array
 
 
 def pair_metrics(
@@ -207,21 +207,24 @@ def bootstrap_intervals(
         name: int(np.searchsorted(-values, -cut, side="right"))
         for name, cut in (thresholds or {}).items()
     }
-    samples: dict[str, list[NDArray[np.float64]]] = {}
-    for drawn in _draws(groups, replicates, len(values), np.random.default_rng(seed)):
-        weights = drawn[:, first]
-        weights *= np.where(first == second, 1, drawn[:, second])
-        for key, block in _weighted_metrics(weights, positive, ends, cuts, target_recall).items():
-            samples.setdefault(key, []).append(block)
+    samples: NDArray[np.float64] = _compiled()(
+        _draws(groups, replicates, np.random.default_rng(seed)),
+        first.astype(np.int64),
+        second.astype(np.int64),
+        positive,
+        ends,
+        np.asarray(list(cuts.values()), dtype=np.int64),
+        target_recall,
+    )
+    keys = [*INTERVAL_KEYS, *(f"{rate}_{name}" for name in cuts for rate in ("tpr", "fpr"))]
     tail = (1 - confidence) / 2
     intervals: dict[str, tuple[float, float] | None] = {}
-    for key, blocks in samples.items():
-        drawn_values = np.concatenate(blocks)
-        drawn_values = drawn_values[~np.isnan(drawn_values)]
-        if 2 * len(drawn_values) < replicates or not len(drawn_values):
+    for key, column in zip(keys, samples.T, strict=True):
+        drawn = column[~np.isnan(column)]
+        if 2 * len(drawn) < replicates or not len(drawn):
             intervals[key] = None
         else:
-            low, high = np.quantile(drawn_values, [tail, 1 - tail])
+            low, high = np.quantile(drawn, [tail, 1 - tail])
             intervals[key] = (float(low), float(high))
     return intervals
 
@@ -381,56 +384,89 @@ def _count(values: NDArray[np.float64], positive: NDArray[np.bool_]) -> _Counts:
     return _Counts(values[ends], true, ends + 1 - true)
 
 
-def _draws(
-    groups: NDArray[Any], replicates: int, num_pairs: int, rng: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
-    """Yield ``[block, identities]``: how often each identity was drawn."""
+def _draws(groups: NDArray[Any], replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return how often each identity was drawn, ``[replicates, identities]``."""
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    block = max(1, _BOOTSTRAP_CELLS // num_pairs)
-    for start in range(0, replicates, block):
-        size = min(block, replicates - start)
-        drawn = np.zeros((size, len(groups)), dtype=np.int64)
-        # One replicate after the other, so that the draws do not depend on the block size.
-        for row in drawn:
-            for ids in members:
-                row[ids] = np.bincount(rng.integers(0, len(ids), len(ids)), minlength=len(ids))
-        yield drawn
+    drawn = np.zeros((replicates, len(groups)), dtype=np.int64)
+    for row in drawn:
+        for ids in members:
+            row[ids] = np.bincount(rng.integers(0, len(ids), len(ids)), minlength=len(ids))
+    return drawn
 
 
-def _weighted_metrics(
-    weights: NDArray[np.int64],
+@functools.cache
+def _compiled() -> Any:
+    """Return ``_replicates`` compiled, on first use; the compiled code is kept between runs."""
+    import numba
+
+    try:
+        return numba.njit(cache=True)(_replicates)
+    except RuntimeError:  # no writable place for compiled code
+        return numba.njit(_replicates)
+
+
+def _replicates(
+    drawn: NDArray[np.int64],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
     positive: NDArray[np.bool_],
     ends: NDArray[np.int64],
-    cuts: Mapping[str, int],
+    cuts: NDArray[np.int64],
     target_recall: float,
-) -> dict[str, NDArray[np.float64]]:
-    """Compute the metrics of pairs sorted by falling score, for each row of weights ``[b, n]``."""
-    cumulated_true = np.cumsum(weights * positive, axis=1)
-    cumulated_all = np.cumsum(weights, axis=1)
-    true = cumulated_true[:, ends]
-    called = cumulated_all[:, ends]
-    false = called - true
-    num_true, num_false = true[:, -1:], false[:, -1:]
-    rows = np.arange(len(weights))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        new_true = np.diff(true, axis=1, prepend=0)
-        above = np.concatenate([np.zeros_like(num_false), false[:, :-1]], axis=1)
-        doubled = (new_true * (2 * num_false - false - above)).sum(axis=1)
-        f1 = 2 * true / (num_true + called)
-        best = f1.shape[1] - 1 - np.argmax(f1[:, ::-1], axis=1)
-        at = np.argmax(true / num_true >= target_recall, axis=1)
-        result = {
-            "auc": doubled / (2 * num_true * num_false)[:, 0],
-            "precision_bestF1": true[rows, best] / called[rows, best],
-            "recall_bestF1": true[rows, best] / num_true[:, 0],
-            "precision_atR": true[rows, at] / called[rows, at],
-            "recall_achieved_atR": true[rows, at] / num_true[:, 0],
-            "fpr_atR": false[rows, at] / num_false[:, 0],
-        }
-        for name, cut in cuts.items():
-            hit_true = cumulated_true[:, cut - 1] if cut else np.zeros(len(weights))
-            hit_all = cumulated_all[:, cut - 1] if cut else np.zeros(len(weights))
-            result[f"tpr_{name}"] = hit_true / num_true[:, 0]
-            result[f"fpr_{name}"] = (hit_all - hit_true) / num_false[:, 0]
-    usable = (num_true[:, 0] > 0) & (num_false[:, 0] > 0)
-    return {key: np.where(usable, value, np.nan) for key, value in result.items()}
+) -> NDArray[np.float64]:
+    """Compute ``INTERVAL_KEYS``, then both rates at each cut, for each draw of identities.
+
+    Pairs are sorted by falling score; ``ends`` are the last positions of equal scores, and a cut
+    is the number of pairs at or above a threshold.
+    """
+    result = np.full((len(drawn), 6 + 2 * len(cuts)), np.nan)
+    weights = np.zeros(len(first), dtype=np.int64)
+    for row in range(len(drawn)):
+        num_true = num_false = 0
+        for i in range(len(first)):
+            weight = drawn[row, first[i]]
+            if first[i] != second[i]:
+                weight *= drawn[row, second[i]]
+            weights[i] = weight
+            if positive[i]:
+                num_true += weight
+            else:
+                num_false += weight
+        if num_true == 0 or num_false == 0:
+            continue
+        true = false = doubled = start = 0
+        best, reached = -1.0, False
+        for end in ends:
+            new_true = new_false = 0
+            for i in range(start, end + 1):
+                if positive[i]:
+                    new_true += weights[i]
+                else:
+                    new_false += weights[i]
+            start = end + 1
+            true += new_true
+            false += new_false
+            doubled += new_true * (2 * (num_false - false) + new_false)
+            if true + false == 0:
+                continue
+            f1 = 2 * true / (num_true + true + false)
+            if f1 >= best:
+                best = f1
+                result[row, 1] = true / (true + false)
+                result[row, 2] = true / num_true
+            if not reached and true / num_true >= target_recall:
+                reached = True
+                result[row, 3] = true / (true + false)
+                result[row, 4] = true / num_true
+                result[row, 5] = false / num_false
+        result[row, 0] = doubled / (2 * num_true * num_false)
+        for number in range(len(cuts)):
+            hit_true = hit_false = 0
+            for i in range(cuts[number]):
+                if positive[i]:
+                    hit_true += weights[i]
+                else:
+                    hit_false += weights[i]
+            result[row, 6 + 2 * number] = hit_true / num_true
+            result[row, 7 + 2 * number] = hit_false / num_false
+    return result
