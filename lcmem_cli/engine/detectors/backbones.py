@@ -149,15 +149,21 @@ def timm_backbone(
     else:
         model = _from_file(model_name, weights, projection=projection)
     preprocessing = _timm_preprocessing(model, options)
-    _set_size(model, preprocessing.size, name=name)
-    return TorchDetector(
-        model,
-        name=name,
-        identity=f"timm/{base}",
-        preprocessing=preprocessing,
-        likeness=options.get("score", "cosine"),
-        device=resolve_device(device),
-    )
+    device = resolve_device(device)
+    try:
+        _set_size(model, preprocessing.size)
+        return TorchDetector(
+            model,
+            name=name,
+            identity=f"timm/{base}",
+            preprocessing=preprocessing,
+            likeness=options.get("score", "cosine"),
+            device=device,
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"detector '{name}': does not take {preprocessing.size} pixels: {error}"
+        ) from error
 
 
 def cached_weights(hub_id: str) -> Path | None:
@@ -353,17 +359,13 @@ def _timm_preprocessing(model: Any, options: Mapping[str, Any]) -> Preprocessing
     )
 
 
-def _set_size(model: Any, size: int, *, name: str) -> None:
+def _set_size(model: Any, size: int) -> None:
     """Tell a transformer the side of its input; convolutional networks take any."""
     import timm.data
 
-    if size == timm.data.resolve_model_data_config(model)["input_size"][-1]:
-        return
-    if hasattr(model, "set_input_size"):
-        try:
-            model.set_input_size(img_size=(size, size))
-        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-            raise InputError(f"detector '{name}': does not take {size} pixels: {error}") from error
+    own = timm.data.resolve_model_data_config(model)["input_size"][-1]
+    if size != own and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(size, size))
 
 
 _PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}

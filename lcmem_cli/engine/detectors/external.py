@@ -8,6 +8,7 @@ from those you trust. An ONNX file holds a graph of fixed operators. A plain pic
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +45,10 @@ class TorchScriptDetector(NetworkDetector):
         _check_torchscript(path)
         self.device = torch.device(resolve_device(device))
         try:
-            load: Any = torch.jit.load
-            self.model: Any = load(str(path), map_location=self.device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # files of this kind will be around
+                load: Any = torch.jit.load
+                self.model: Any = load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: cannot be loaded as TorchScript: {_first_line(error)}"

@@ -1,0 +1,288 @@
+"""Embedding files: once per content, in any order of work, in bounded memory, resumable."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcmem_cli.engine.data.perturb import Setting
+from lcmem_cli.engine.detectors import embedding
+from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files, embed_perturbed
+from lcmem_cli.engine.detectors.pixel import MSE, PHash
+from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.reporter import Reporter
+from lcmem_cli.engine.store.features import FeatureCache
+
+
+class Counting(NetworkDetector):
+    """Averages image quarters, and counts the images that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            name="counting",
+            fingerprint="c" * 64,
+            preprocessing=Preprocessing(size=16),
+            num_features=12,
+        )
+        self.seen = 0
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.seen += len(batch)
+        return torch.nn.functional.adaptive_avg_pool2d(batch, 2).flatten(1)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Nine files of six contents: two unreadable, one missing, two copies."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = []
+    for number in range(6):
+        path = folder / f"{number}'\n.png"
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+        names.append(path)
+    names[1].write_bytes(b"no image")
+    shutil.copyfile(names[0], folder / "copy.png")
+    shutil.copyfile(names[1], folder / "broken copy.png")
+    return [*names, folder / "copy.png", folder / "missing.png", folder / "broken copy.png"]
+
+
+ROWS = [0, -1, 1, 2, 3, 4, 0, -1, -1]
+
+
+def same(a: EmbeddedFiles, b: EmbeddedFiles) -> None:
+    np.testing.assert_array_equal(a.features, b.features)
+    np.testing.assert_array_equal(a.rows, b.rows)
+    assert a.content_hashes == b.content_hashes
+    assert a.unreadable == b.unreadable
+
+
+def test_each_content_is_embedded_once_and_nothing_is_dropped_silently(paths: list[Path]) -> None:
+    detector = Counting()
+    found = embed_files(detector, paths, workers=0)
+    assert found.rows.tolist() == ROWS
+    assert found.encoder_passes == detector.seen == 5
+    assert [(item.path, item.reason.split(" (")[0]) for item in found.unreadable] == [
+        (str(paths[1]), "not an image in a known format"),
+        (str(paths[7]), "no such file"),
+        (str(paths[8]), "not an image in a known format"),
+    ]
+    assert [h is None for h in found.content_hashes] == [False] * 7 + [True, False]
+    for index in (0, 2, 5, 6):
+        expected = detector.embed([paths[index]])[0]
+        np.testing.assert_array_equal(found.features[found.rows[index]], expected)
+
+
+@pytest.mark.parametrize("make", [Counting, lambda: MSE(16), lambda: PHash(16)])
+def test_the_result_depends_on_neither_batches_nor_workers_nor_memory(
+    make: Any, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed_files(make(), paths, batch_size=32, workers=0)
+    assert whole.features.dtype == make().feature_dtype
+    for batch_size, workers in ((1, 0), (2, 2), (7, 1)):
+        same(embed_files(make(), paths, batch_size=batch_size, workers=workers), whole)
+    monkeypatch.setattr(embedding, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(embedding, "_ROUND_IMAGES", 2)
+    mapped = embed_files(make(), paths, batch_size=1, workers=1)
+    assert isinstance(mapped.features, np.memmap)
+    same(mapped, whole)
+
+
+def test_a_second_run_embeds_nothing(paths: list[Path], tmp_path: Path) -> None:
+    detector = Counting()
+    runs = [
+        embed_files(detector, paths, cache=FeatureCache(tmp_path / "cache", detector.fingerprint))
+        for _ in range(2)
+    ]
+    same(*runs)
+    assert [run.encoder_passes for run in runs] == [5, 0]
+    assert detector.seen == 5
+    other = embed_files(detector, paths, cache=FeatureCache(tmp_path / "cache", "d" * 64))
+    assert other.encoder_passes == 5
+
+
+class Interrupted(Counting):
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.seen == 4:
+            raise KeyboardInterrupt
+        return super().forward(batch)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_ROUND_IMAGES", 2)
+    with pytest.raises(KeyboardInterrupt):
+        embed_files(
+            Interrupted(), paths, batch_size=1, cache=FeatureCache(tmp_path / "cache", "c" * 64)
+        )
+    again = embed_files(
+        Counting(), paths, batch_size=1, cache=FeatureCache(tmp_path / "cache", "c" * 64)
+    )
+    assert again.encoder_passes < 5
+    same(again, embed_files(Counting(), paths))
+
+
+class Listening(Reporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = FeatureCache(tmp_path / "cache", "c" * 64)
+    monkeypatch.setattr(cache, "put_many", full)
+    listening = Listening()
+    same(
+        embed_files(Counting(), paths, cache=cache, reporter=listening),
+        embed_files(Counting(), paths),
+    )
+    assert len(listening.warnings) == 1 and "No space left" in listening.warnings[0]
+
+
+def test_images_whose_brightness_was_guessed_are_counted(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values * 15).save(tmp_path / "a.png")
+    listening = Listening()
+    embed_files(Counting(), [tmp_path / "a.png"], reporter=listening)
+    assert "1 image(s)" in listening.warnings[0]
+
+
+class ThreadRanks(Ranks):
+    """Two processes played by two threads."""
+
+    def __init__(self, rank: int, table: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, 2)
+        self.table, self.meeting = table, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table[self.rank] = value
+        self.meeting.wait()
+        values = list(self.table)
+        self.meeting.wait()
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+@pytest.mark.parametrize("round_images", [1, 512])
+def test_several_processes_share_the_work_and_all_get_the_result(
+    round_images: int, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_ROUND_IMAGES", round_images)
+    alone = embed_files(Counting(), paths, batch_size=1)
+
+    def together() -> tuple[list[EmbeddedFiles], list[Counting]]:
+        table: list[Any] = [None, None]
+        barrier = threading.Barrier(2, timeout=60)
+        found: list[Any] = [None, None]
+        detectors = [Counting(), Counting()]
+
+        def work(rank: int) -> None:
+            found[rank] = embed_files(
+                detectors[rank],
+                paths,
+                batch_size=1,
+                workers=0,
+                cache=FeatureCache(tmp_path / f"cache{rank}", "c" * 64),
+                ranks=ThreadRanks(rank, table, barrier),
+            )
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found, detectors
+
+    found, detectors = together()
+    for result in found:
+        same(result, alone)
+        assert result.encoder_passes == 5
+    assert sorted(detector.seen for detector in detectors) == [2, 3]
+    found, detectors = together()  # only the first process has a cache
+    for result in found:
+        same(result, alone)
+    assert sum(detector.seen for detector in detectors) == 0
+
+
+def test_edited_images_are_embedded_once_per_setting(paths: list[Path], tmp_path: Path) -> None:
+    detector = Counting()
+    cache = FeatureCache(tmp_path / "cache", detector.fingerprint)
+    options: dict[str, Any] = {"working_size": 24, "seed": 3, "workers": 0, "cache": cache}
+    noisy = embed_perturbed(detector, paths, Setting("Noise", 0.1), **options)
+    assert (noisy.rows.tolist(), noisy.encoder_passes) == (ROWS, 5)
+    again = embed_perturbed(detector, paths, Setting("Noise", 0.1), **options)
+    same(again, noisy)
+    assert again.encoder_passes == 0
+    for setting, seed in ((Setting("Noise", 0.2), 3), (Setting("Noise", 0.1), 4), (None, 3)):
+        other = embed_perturbed(detector, paths, setting, **{**options, "seed": seed})
+        assert other.encoder_passes == 5
+        assert not np.array_equal(other.features, noisy.features)
+    with pytest.raises(InputError, match="Noise"):
+        embed_perturbed(detector, paths, Setting("Noisy", 0.1), **options)
+
+
+def test_noise_depends_on_the_image_alone(paths: list[Path]) -> None:
+    options: dict[str, Any] = {"working_size": 24, "seed": 3}
+    whole = embed_perturbed(MSE(16), paths, Setting("Noise", 0.2), **options)
+    alone = embed_perturbed(
+        MSE(16), paths[4:5], Setting("Noise", 0.2), workers=2, batch_size=1, **options
+    )
+    np.testing.assert_array_equal(alone.features[0], whole.features[whole.rows[4]])
+
+
+def test_an_edit_is_made_at_the_working_size(paths: list[Path]) -> None:
+    flipped = embed_perturbed(MSE(16), paths[:1], Setting("HorizontalFlip", 1.0), working_size=16)
+    plain = embed_files(MSE(16), paths[:1])
+    np.testing.assert_array_equal(
+        flipped.features.reshape(3, 16, 16)[:, :, ::-1], plain.features.reshape(3, 16, 16)
+    )
+
+
+def test_a_round_trip_is_not_cached(paths: list[Path], tmp_path: Path) -> None:
+    detector = Counting()
+    cache = FeatureCache(tmp_path / "cache", detector.fingerprint)
+    setting = Setting("VAERoundTrip", 1.0)
+    for number in (1, 2):
+        embed_perturbed(
+            detector,
+            paths[:1],
+            setting,
+            working_size=16,
+            round_trip=lambda images: images * 0.5,
+            cache=cache,
+        )
+        assert detector.seen == number
+
+
+def test_no_files_and_no_room(monkeypatch: pytest.MonkeyPatch, paths: list[Path]) -> None:
+    empty = embed_files(MSE(16), [])
+    assert empty.features.shape == (0, 768) and empty.features.dtype == np.uint8
+    assert empty.rows.shape == (0,) and empty.encoder_passes == 0
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(embedding.os, "posix_fallocate", full)
+    with pytest.raises(LcmemError, match="set TMPDIR"):
+        embed_files(MSE(16), paths)
