@@ -1,0 +1,888 @@
+"""The published benchmark: how well detectors tell pairs of one identity from pairs of two.
+
+Pairs, metrics and conventions are those of method.md section 5 (arXiv 2512.14421). Each distinct
+image is embedded once per detector, whatever the number of pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.data.manifest import Record, load_manifest
+from lcmem_cli.engine.data.pairs import (
+    PairSet,
+    all_pairs,
+    dataset_name,
+    identity_numbers,
+    reference_pairs,
+)
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.distributed import Ranks, current_ranks
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.audit_files import write_csv
+from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
+from lcmem_cli.engine.evaluation.metrics import (
+    DEFAULT_TARGET_RECALL,
+    INTERVAL_KEYS,
+    METRIC_KEYS,
+    bootstrap_intervals,
+    check_target_recall,
+    pair_metrics,
+    rates_at,
+    roc_curve,
+)
+from lcmem_cli.engine.evaluation.study import (
+    DEFAULT_DETECTORS,
+    THRESHOLDS_NAME,
+    ResultsFolder,
+    Skipped,
+    check_names,
+    check_unreadable,
+    content_digest,
+    find_detectors,
+    fit_records,
+    is_cacheable,
+    open_results,
+    pack_unreadable,
+    score_dense,
+    score_listed,
+    unpack_unreadable,
+)
+from lcmem_cli.engine.files import write_json
+from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store.latents import LatentStore
+
+JSON_NAME = "benchmark_results.json"
+CSV_NAME = "benchmark_results.csv"
+SCORES_NAME = "scores.csv"
+ROC_NAME = "roc"
+BARS_NAME = "bars"
+OVERALL = "overall"
+FPR_RATES = (0.01, 0.001)
+RECALL_RATE = 0.95
+FIT_NEGATIVES_PER_ANCHOR = 10
+MAX_REPLICATES = 1000
+MIN_REPLICATES = 100
+_REPLICATE_CELLS = 500_000_000
+_RESULT_FILES = (
+    JSON_NAME,
+    CSV_NAME,
+    SCORES_NAME,
+    THRESHOLDS_NAME,
+    *(f"{name}{suffix}" for name in (ROC_NAME, BARS_NAME) for suffix in (".png", ".pdf")),
+)
+TEST_SCORES_NOTE = (
+    "threshold_bestF1 and threshold_atR are picked on the scores that they are judged on, as in "
+    "the published table; the rates at a false-positive rate use thresholds fitted on {fit_split}"
+)
+
+PairMode = Literal["reference", "all"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateAtThreshold:
+    """What a threshold from the fitting split does on the split that is judged.
+
+    Attributes:
+        rate: false-positive rate that the threshold was fitted for.
+        threshold: its value; ``None`` where there were too few negatives to fit it.
+        tpr: share of positives at or above it.
+        fpr: share of negatives at or above it, which may differ from ``rate``.
+        tpr_interval: bootstrap interval over identities.
+        fpr_interval: the same for ``fpr``.
+        reason: why there is no threshold.
+    """
+
+    rate: float
+    threshold: float | None = None
+    tpr: float | None = None
+    fpr: float | None = None
+    tpr_interval: tuple[float, float] | None = None
+    fpr_interval: tuple[float, float] | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """A detector's numbers on one data set, or on all together.
+
+    Attributes:
+        num_pairs: pairs scored.
+        num_positives: of one identity.
+        num_negatives: of two.
+        num_duplicates: pairs that repeat an earlier one.
+        metrics: by ``metrics.METRIC_KEYS``; ``None`` with ``problem`` set.
+        intervals: 95 % bootstrap intervals over identities by key.
+        at_fpr: rates at thresholds from the fitting split.
+        problem: why there are no metrics.
+    """
+
+    num_pairs: int
+    num_positives: int
+    num_negatives: int
+    num_duplicates: int
+    metrics: dict[str, float] | None
+    intervals: dict[str, tuple[float, float] | None]
+    at_fpr: tuple[RateAtThreshold, ...]
+    problem: str | None = None
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return the metrics beside the counts, all keys present."""
+        values = dataclasses.asdict(self)
+        metrics = values.pop("metrics") or dict.fromkeys(METRIC_KEYS)
+        return {**metrics, **values}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorResult:
+    """Everything about one detector.
+
+    Attributes:
+        name: as the user named it.
+        fingerprint: of what was run.
+        overall: over all pairs.
+        per_dataset: by data set, sorted by name.
+        thresholds: fitted on the fitting split.
+    """
+
+    name: str
+    fingerprint: str
+    overall: SetResult
+    per_dataset: dict[str, SetResult]
+    thresholds: tuple[Threshold, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkResult(Result):
+    """A finished benchmark.
+
+    Attributes:
+        detectors: in the order asked for.
+        skipped: detectors that could not run.
+        split: that was judged.
+        fit_split: that thresholds were fitted on.
+        pairs: how pairs were made.
+        seed: of the pairs and the bootstrap.
+        target_recall: of the ``_atR`` metrics.
+        replicates: of the bootstrap.
+        num_images: images that the pairs of both splits are made of.
+        num_pairs: pairs of the split, before unreadable images were dropped.
+        num_duplicates: pairs that repeat an earlier one.
+        num_dropped: pairs dropped because an image was unreadable.
+        num_fit_pairs: pairs that thresholds were fitted on.
+        unreadable: images that could not be used.
+        digest: SHA-256 over everything that the numbers depend on, except the detectors.
+        notes: how the numbers are to be read.
+    """
+
+    detectors: tuple[DetectorResult, ...]
+    skipped: tuple[Skipped, ...]
+    split: str
+    fit_split: str
+    pairs: PairMode
+    seed: int
+    target_recall: float
+    replicates: int
+    num_images: int
+    num_pairs: int
+    num_duplicates: int
+    num_dropped: int
+    num_fit_pairs: int
+    unreadable: tuple[Unreadable, ...]
+    digest: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; detectors by name, each with ``overall`` and data sets."""
+        values = super().to_dict()
+        values["detectors"] = {
+            item.name: {
+                "fingerprint": item.fingerprint,
+                OVERALL: item.overall.to_flat(),
+                "per_dataset": {name: part.to_flat() for name, part in item.per_dataset.items()},
+                "thresholds": [dataclasses.asdict(threshold) for threshold in item.thresholds],
+            }
+            for item in self.detectors
+        }
+        return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Study:
+    """Images and pairs of both splits; rows point into ``records``."""
+
+    records: tuple[Record, ...]
+    basedir: Path
+    test: PairSet
+    fit: PairSet | None
+    dense: bool
+    fit_reason: str | None
+
+    def paths(self) -> list[Path]:
+        return [self.basedir / record.path for record in self.records]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """A detector's scores; NaN where an image is unreadable."""
+
+    name: str
+    fingerprint: str
+    test: NDArray[np.float64]
+    fit: NDArray[np.float64]
+    unreadable: list[Unreadable]
+
+
+def benchmark(
+    filelist: Path,
+    *,
+    output: Path,
+    basedir: Path | None = None,
+    detectors: Sequence[str] = DEFAULT_DETECTORS,
+    ds_names: Sequence[str] | None = None,
+    pairs: PairMode = "reference",
+    split: str = "TEST",
+    fit_split: str = "VAL",
+    seed: int = 42,
+    target_recall: float = DEFAULT_TARGET_RECALL,
+    input_size: int = 512,
+    latents: Path | None = None,
+    strict: bool = False,
+    cache: bool = True,
+    overwrite: bool = False,
+    max_unreadable: int | None = None,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = -1,
+    reporter: Reporter = SILENT,
+) -> BenchmarkResult:
+    """Run the benchmark and write its tables and plots.
+
+    Args:
+        filelist: images with identities and splits; a split is made where there is none.
+        output: folder for ``benchmark_results.json``, ``benchmark_results.csv``, ``scores.csv``,
+            ``thresholds.json`` and plots. Finished parts are kept there, so that a killed run
+            continues.
+        basedir: folder that paths start from.
+        detectors: names, see ``registry.load_detector``.
+        ds_names: data sets to use; all by default.
+        pairs: the published ones, or every pair within each data set.
+        split: to judge.
+        fit_split: to fit thresholds on, by the same rule of pairing (the published one with
+            ``FIT_NEGATIVES_PER_ANCHOR`` negatives an image, for want of negatives).
+        seed: of the pairs and the bootstrap.
+        target_recall: of the ``_atR`` metrics, in (0, 1].
+        input_size: side in pixels for the pixel measures.
+        latents: a latent store; LCMem detectors take stored latents instead of images.
+        strict: fail where a detector's weights cannot be had, instead of leaving it out.
+        cache: keep features in the user's cache, so that other runs need no encoder pass.
+        overwrite: replace the results of another study in ``output``.
+        max_unreadable: unreadable images to tolerate; ``None``: any number.
+        device: where to compute.
+        batch_size: images per network call; scores do not depend on it.
+        workers: decoding threads; -1 from the CPUs.
+        reporter: receives progress and warnings.
+
+    Raises:
+        InputError: an argument is wrong, no pairs can be made, ``output`` holds another study, or
+            the stored latents are not the detector's.
+        WeightsUnavailableError: no detector can run, or one cannot and ``strict`` is set.
+        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
+        FolderBusyError: another process writes to ``output``.
+
+    Example:
+        >>> result = benchmark(Path("filelist.csv"), output=Path("out"), detectors=["mse"])
+        >>> result.detectors[0].overall.metrics["auc"]
+    """
+    check_target_recall(target_recall)
+    check_names(detectors)
+    if split == fit_split:
+        raise InputError(
+            f"--fit-split: thresholds must not be fitted on the split that is judged ({split})"
+        )
+    ranks = current_ranks(device)
+    reporter = reporter if ranks.is_main else SILENT
+    store = None if latents is None else LatentStore.open(latents)
+    study = _make_study(
+        filelist,
+        basedir=basedir,
+        ds_names=ds_names,
+        splits=(split, fit_split),
+        pairs=pairs,
+        seed=seed,
+        max_missing=None if store is not None else max_unreadable,
+        reporter=reporter,
+    )
+    fingerprints, skipped = find_detectors(
+        detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
+    )
+    inputs = {
+        "command": "benchmark",
+        "images_digest": content_digest(study.records, study.basedir, workers=workers),
+        "latents_digest": store.manifest_digest if store is not None else None,
+        "pairs": pairs,
+        "split": split,
+        "fit_split": fit_split,
+        "seed": seed,
+        "target_recall": target_recall,
+    }
+    config = {
+        **inputs,
+        "filelist": filelist,
+        "basedir": study.basedir,
+        "detectors": list(detectors),
+        "ds_names": list(ds_names) if ds_names else None,
+        "input_size": input_size,
+        "latents": latents,
+    }
+    result: BenchmarkResult | None = None
+    with open_results(
+        output,
+        inputs,
+        fingerprints,
+        config=config,
+        results=_RESULT_FILES,
+        overwrite=overwrite,
+        ranks=ranks,
+    ) as folder:
+        scored: list[_Scored] = []
+        for name, fingerprint in fingerprints.items():
+            if not ranks.broadcast(folder is not None and folder.has(name, fingerprint)):
+                detector = load_detector(name, device=device, input_size=input_size)
+                made = _score(
+                    detector,
+                    study,
+                    store if isinstance(detector, LCMemDetector) else None,
+                    cache=cache,
+                    batch_size=batch_size,
+                    workers=workers,
+                    ranks=ranks,
+                    reporter=reporter,
+                )
+                if folder is not None:
+                    folder.save(made, name, fingerprint)
+                del detector
+            if folder is not None:
+                scored.append(_load_scored(folder, name, fingerprint))
+        if folder is not None:
+            result = _conclude(
+                study,
+                scored,
+                skipped,
+                limit=max_unreadable,
+                options={
+                    "pairs": pairs,
+                    "split": split,
+                    "fit_split": fit_split,
+                    "seed": seed,
+                    "target_recall": target_recall,
+                    "digest": folder.digest,
+                },
+                folder=output,
+                reporter=reporter,
+            )
+        result = ranks.broadcast(result)
+    assert result is not None
+    return result
+
+
+def make_pairs(
+    records: Sequence[Record],
+    mode: PairMode,
+    *,
+    seed: int,
+    column: Iterable[str],
+    negatives_per_anchor: int = 1,
+) -> PairSet:
+    """Return the pairs of a benchmark; see ``pairs.reference_pairs`` and ``pairs.all_pairs``."""
+    if mode == "all":
+        return all_pairs(records)
+    return reference_pairs(records, seed, column=column, negatives_per_anchor=negatives_per_anchor)
+
+
+def _make_study(
+    filelist: Path,
+    *,
+    basedir: Path | None,
+    ds_names: Sequence[str] | None,
+    splits: tuple[str, str],
+    pairs: PairMode,
+    seed: int,
+    max_missing: int | None,
+    reporter: Reporter,
+) -> _Study:
+    manifest = load_manifest(filelist, basedir=basedir, max_missing=max_missing)
+    column = [record.id for record in manifest.records]
+    judged = manifest.select(splits[0], ds_names)
+    if not judged.records:
+        raise InputError(f"{filelist}: no image has the split {splits[0]}")
+    test = make_pairs(judged.records, pairs, seed=seed, column=column)
+    if not len(test):
+        raise InputError(
+            f"{filelist}: no pairs can be made of the {len(judged):,} image(s) of {splits[0]}: "
+            "no identity has two images"
+        )
+    fit: PairSet | None = None
+    fit_from = fit_records(manifest.select(splits[1], ds_names), reporter)
+    if fit_from:
+        shift = len(judged.records)
+        made = make_pairs(
+            fit_from,
+            pairs,
+            seed=seed,
+            column=column,
+            negatives_per_anchor=FIT_NEGATIVES_PER_ANCHOR,
+        )
+        fit = dataclasses.replace(made, first=made.first + shift, second=made.second + shift)
+    if fit is not None and not (fit.num_positives and fit.num_negatives):
+        fit = None
+    reason = None
+    if fit is None:
+        reason = f"{splits[1]} holds no positive and negative pairs to fit a threshold on"
+        reporter.warn(f"no rates at fixed false-positive rates: {reason}")
+    return _Study(
+        records=(*judged.records, *fit_from),
+        basedir=manifest.basedir,
+        test=test,
+        fit=fit,
+        dense=pairs == "all",
+        fit_reason=reason,
+    )
+
+
+def _score(
+    detector: Detector,
+    study: _Study,
+    store: LatentStore | None,
+    *,
+    cache: bool,
+    batch_size: int,
+    workers: int,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> dict[str, NDArray[Any]]:
+    """Embed every image that a pair needs, once, and score the pairs of both splits."""
+    pair_sets = [study.test] if study.fit is None else [study.test, study.fit]
+    ends = [end for pairs in pair_sets for end in (pairs.first, pairs.second)]
+    needed = np.unique(np.concatenate(ends))
+    rows = np.full(len(study.records), -1, dtype=np.int64)
+    if store is not None:
+        assert isinstance(detector, LCMemDetector)
+        features, rows[needed], unreadable = _embed_stored(
+            detector, study, needed, store, batch_size=batch_size, ranks=ranks, reporter=reporter
+        )
+    else:
+        keep = cache and is_cacheable(detector)
+        paths = study.paths()
+        embedded = embed_files(
+            detector,
+            [paths[row] for row in needed],
+            batch_size=batch_size,
+            workers=workers,
+            cache=FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
+            if keep
+            else None,
+            ranks=ranks,
+            reporter=reporter,
+        )
+        features, rows[needed] = embedded.features, embedded.rows
+        reasons = {Path(item.path): item.reason for item in embedded.unreadable}
+        unreadable = [
+            Unreadable(path=study.records[row].path, reason=reasons[paths[row]])
+            for row in needed
+            if paths[row] in reasons
+        ]
+        reporter.event(
+            "embedded",
+            detector=detector.name,
+            images=len(needed),
+            distinct=len(features),
+            encoder_passes=embedded.encoder_passes,
+        )
+    if not ranks.is_main:
+        return {}
+    scores = [
+        score_dense(detector, features, rows[p.first], rows[p.second], p.dataset)
+        if study.dense
+        else score_listed(detector, features, rows[p.first], rows[p.second])
+        for p in pair_sets
+    ]
+    return {
+        "test": scores[0],
+        "fit": scores[1] if len(scores) > 1 else np.zeros(0),
+        "unreadable": pack_unreadable(unreadable),
+    }
+
+
+def _embed_stored(
+    detector: LCMemDetector,
+    study: _Study,
+    needed: NDArray[np.int64],
+    store: LatentStore,
+    *,
+    batch_size: int,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> tuple[NDArray[Any], NDArray[np.int64], list[Unreadable]]:
+    """Embed stored latents; images that the store's encoding left out are unreadable."""
+    check_latents(detector, store)
+    known = {record.path: row for row, record in enumerate(store.records)}
+    left_out = {item.path: item.reason for item in store.unreadable}
+    paths = [study.records[row].path for row in needed]
+    unreadable = [
+        Unreadable(path=path, reason=left_out[path])
+        for path in paths
+        if path not in known and path in left_out
+    ]
+    missing = [path for path in paths if path not in known and path not in left_out]
+    if missing:
+        raise InputError(
+            f"{store.folder}: has no latents of {len(missing):,} of {len(paths):,} images, the "
+            f"first is {missing[0]!r}; make them with lcmem latents on the same filelist"
+        )
+    present = [position for position, path in enumerate(paths) if path in known]
+    mine = list(ranks.share(range(len(present))))
+    parts: list[NDArray[Any]] = []
+    with reporter.task(f"embedding latents ({detector.name})", len(mine), unit="image") as task:
+        for start in range(0, len(mine), batch_size):
+            part = [known[paths[present[i]]] for i in mine[start : start + batch_size]]
+            parts.append(detector.embed_latents(store.latents(part)))
+            task.advance(len(part))
+    features = np.zeros((len(present), detector.num_features), dtype=np.float32)
+    for numbers, rows in ranks.gather((mine, parts)):
+        if numbers:
+            features[numbers] = np.concatenate(rows)
+    row_of = np.full(len(paths), -1, dtype=np.int64)
+    row_of[present] = np.arange(len(present))
+    return features, row_of, unreadable
+
+
+def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
+    """Refuse latents that another codec made than the one the detector was trained with.
+
+    Raises:
+        InputError: another codec, another way of feeding it, or another image size.
+    """
+    wanted, found = detector.checkpoint.codec, store.spec
+    same = (wanted.weights_hash, wanted.input_range) == (found.weights_hash, found.input_range)
+    if not same or found.posterior != "mean":
+        raise InputError(
+            f"{store.folder}: latents of {found.describe()}, but {detector.name} needs those of "
+            f"{wanted.describe()}; encode the images with that codec (lcmem latents), or leave "
+            "out --latents"
+        )
+    if store.image_size != detector.input_size:
+        raise InputError(
+            f"{store.folder}: latents of images of {store.image_size} pixels, but {detector.name} "
+            f"takes {detector.input_size}; encode them with --image-size {detector.input_size}"
+        )
+
+
+def _load_scored(folder: ResultsFolder, name: str, fingerprint: str) -> _Scored:
+    arrays = folder.load(name, fingerprint)
+    assert arrays is not None
+    return _Scored(
+        name=name,
+        fingerprint=fingerprint,
+        test=arrays["test"],
+        fit=arrays["fit"],
+        unreadable=unpack_unreadable(arrays["unreadable"]),
+    )
+
+
+def _conclude(
+    study: _Study,
+    scored: Sequence[_Scored],
+    skipped: Sequence[Skipped],
+    *,
+    limit: int | None,
+    options: dict[str, Any],
+    folder: Path,
+    reporter: Reporter,
+) -> BenchmarkResult:
+    """Drop the pairs that any detector could not score, compute everything, and write it."""
+    unreadable = {item.path: item for part in scored for item in part.unreadable}
+    check_unreadable(list(unreadable.values()), limit)
+    if unreadable:
+        reporter.warn(f"{len(unreadable)} image(s) could not be read; their pairs are dropped")
+    keep = ~np.any([np.isnan(part.test) for part in scored], axis=0)
+    test = study.test.select(keep)
+    if not len(test):
+        raise InputError("no pair is left: each holds an image that could not be read")
+    fit = study.fit
+    fit_keep = np.zeros(0, dtype=np.bool_)
+    if fit is not None:
+        fit_keep = ~np.any([np.isnan(part.fit) for part in scored], axis=0)
+        fit = fit.select(fit_keep)
+    replicates = int(np.clip(_REPLICATE_CELLS // len(test), MIN_REPLICATES, MAX_REPLICATES))
+    results: list[DetectorResult] = []
+    judged = [(part, part.test[keep]) for part in scored]
+    with reporter.task("metrics", len(judged), unit="detector") as task:
+        for part, scores in judged:
+            results.append(
+                _judge(
+                    part,
+                    scores,
+                    test,
+                    study,
+                    fit_scores=part.fit[fit_keep],
+                    fit=fit,
+                    options=options,
+                    replicates=replicates,
+                )
+            )
+            task.advance()
+    result = BenchmarkResult(
+        detectors=tuple(results),
+        skipped=tuple(skipped),
+        replicates=replicates,
+        num_images=len(study.records),
+        num_pairs=len(study.test),
+        num_duplicates=study.test.num_duplicates,
+        num_dropped=int((~keep).sum()),
+        num_fit_pairs=0 if fit is None else len(fit),
+        unreadable=tuple(unreadable.values()),
+        notes=(TEST_SCORES_NOTE.format(fit_split=options["fit_split"]),),
+        **options,
+    )
+    _write(folder, result, study, test, judged)
+    return result
+
+
+def _judge(
+    part: _Scored,
+    scores: NDArray[np.float64],
+    test: PairSet,
+    study: _Study,
+    *,
+    fit_scores: NDArray[np.float64],
+    fit: PairSet | None,
+    options: Mapping[str, Any],
+    replicates: int,
+) -> DetectorResult:
+    thresholds, reasons = _fit(part, fit_scores, fit, study, options["fit_split"])
+    identity, strata = identity_numbers(study.records)
+
+    def judge(chosen: NDArray[np.bool_] | None) -> SetResult:
+        pairs = test if chosen is None else test.select(chosen)
+        values = scores if chosen is None else scores[chosen]
+        return _measure(
+            values,
+            pairs,
+            identity,
+            strata,
+            thresholds=[t for t in thresholds if t.kind == "fpr"],
+            reasons=reasons,
+            target_recall=options["target_recall"],
+            replicates=replicates,
+            seed=options["seed"],
+        )
+
+    numbers = {name: number for number, name in enumerate(test.names)}
+    present = set(np.unique(study.test.dataset).tolist())
+    return DetectorResult(
+        name=part.name,
+        fingerprint=part.fingerprint,
+        overall=judge(None),
+        per_dataset={
+            name: judge(test.dataset == numbers[name])
+            for name in sorted(numbers)
+            if numbers[name] in present
+        },
+        thresholds=tuple(thresholds),
+    )
+
+
+def _fit(
+    part: _Scored,
+    scores: NDArray[np.float64],
+    pairs: PairSet | None,
+    study: _Study,
+    split: str,
+) -> tuple[list[Threshold], dict[float, str]]:
+    """Fit what the number of different pairs supports; say why not for the other rates."""
+    if pairs is None or not (pairs.num_positives and pairs.num_negatives):
+        reason = study.fit_reason or f"no readable positive and negative pairs in {split}"
+        return [], dict.fromkeys(FPR_RATES, reason)
+    distinct = pairs.num_distinct(0)
+    fitted_on = (
+        f"{split}: {pairs.num_positives} positive and {pairs.num_negatives} negative pairs "
+        f"({distinct} different) of {len(np.unique(pairs.dataset))} data set(s)"
+    )
+    kinds: list[tuple[Literal["fpr", "recall"], float]] = [("fpr", rate) for rate in FPR_RATES]
+    thresholds: list[Threshold] = []
+    reasons: dict[float, str] = {}
+    for kind, rate in [*kinds, ("recall", RECALL_RATE)]:
+        if kind == "fpr" and distinct < required_negatives(rate):
+            reasons[rate] = (
+                f"{split} has {distinct} different negative pairs; a rate of {rate:g} needs "
+                f"{required_negatives(rate)}"
+            )
+            continue
+        thresholds.append(
+            fit_threshold(
+                scores,
+                pairs.labels,
+                kind=kind,
+                rate=rate,
+                fingerprint=part.fingerprint,
+                fitted_on=fitted_on,
+            )
+        )
+    return thresholds, reasons
+
+
+def _measure(
+    scores: NDArray[np.float64],
+    pairs: PairSet,
+    identity: NDArray[np.int64],
+    strata: NDArray[np.int64],
+    *,
+    thresholds: Sequence[Threshold],
+    reasons: Mapping[float, str],
+    target_recall: float,
+    replicates: int,
+    seed: int,
+) -> SetResult:
+    cuts = {threshold.name: threshold.value for threshold in thresholds}
+    intervals: dict[str, tuple[float, float] | None] = {}
+    metrics, problem = None, None
+    try:
+        metrics = pair_metrics(scores, pairs.labels, target_recall=target_recall)
+        intervals = bootstrap_intervals(
+            scores,
+            pairs.labels,
+            identity[pairs.first],
+            identity[pairs.second],
+            strata=strata,
+            thresholds=cuts,
+            target_recall=target_recall,
+            replicates=replicates,
+            seed=seed,
+        )
+    except InputError as error:  # one class only
+        problem = str(error)
+    at_fpr = [RateAtThreshold(rate=rate, reason=reason) for rate, reason in reasons.items()]
+    for threshold in thresholds:
+        tpr, fpr = rates_at(scores, pairs.labels, threshold.value)
+        at_fpr.append(
+            RateAtThreshold(
+                rate=threshold.rate,
+                threshold=threshold.value,
+                tpr=tpr,
+                fpr=fpr,
+                tpr_interval=intervals.get(f"tpr_{threshold.name}"),
+                fpr_interval=intervals.get(f"fpr_{threshold.name}"),
+            )
+        )
+    return SetResult(
+        num_pairs=len(pairs),
+        num_positives=pairs.num_positives,
+        num_negatives=pairs.num_negatives,
+        num_duplicates=pairs.num_duplicates,
+        metrics=metrics,
+        intervals={key: intervals.get(key) for key in INTERVAL_KEYS},
+        at_fpr=tuple(sorted(at_fpr, key=lambda item: -item.rate)),
+        problem=problem,
+    )
+
+
+def _write(
+    folder: Path,
+    result: BenchmarkResult,
+    study: _Study,
+    test: PairSet,
+    judged: Sequence[tuple[_Scored, NDArray[np.float64]]],
+) -> None:
+    """Write everything; the JSON file last, so that where it stands the rest does too."""
+    (folder / JSON_NAME).unlink(missing_ok=True)
+    write_csv(
+        folder / SCORES_NAME,
+        ("path_a", "path_b", "label", "ds_name", *(part.name for part, _ in judged)),
+        _score_rows(study, test, [scores for _, scores in judged]),
+    )
+    columns, rows = _table(result)
+    write_csv(folder / CSV_NAME, columns, rows)
+    write_json(
+        folder / THRESHOLDS_NAME,
+        {item.name: [dataclasses.asdict(t) for t in item.thresholds] for item in result.detectors},
+    )
+    curves = {}
+    for item, (_, scores) in zip(result.detectors, judged, strict=True):
+        if item.overall.metrics is not None:
+            fpr, tpr, _ = roc_curve(scores, test.labels)
+            curves[item.name] = (fpr, tpr, item.overall.metrics["auc"])
+    if curves:
+        plot_roc(curves, folder / ROC_NAME)
+        plot_bars(_bars(result), folder / BARS_NAME)
+    write_json(folder / JSON_NAME, result.to_dict())
+
+
+def _score_rows(
+    study: _Study, test: PairSet, scores: Sequence[NDArray[np.float64]]
+) -> Iterator[tuple[str, ...]]:
+    for number in range(len(test)):
+        first, second = (study.records[rows[number]] for rows in (test.first, test.second))
+        yield (
+            first.path,
+            second.path,
+            str(int(test.labels[number])),
+            dataset_name(first),
+            *(repr(float(column[number])) for column in scores),
+        )
+
+
+def _table(result: BenchmarkResult) -> tuple[list[str], list[list[str]]]:
+    rates = [f"fpr{rate:g}" for rate in FPR_RATES]
+    columns = [
+        "detector",
+        "ds_name",
+        *METRIC_KEYS,
+        *(f"{key}_{end}" for key in INTERVAL_KEYS for end in ("low", "high")),
+        *(
+            f"{what}_{name}"
+            for name in rates
+            for what in ("threshold", "tpr_at", "fpr_at", "tpr_low", "tpr_high")
+        ),
+        "num_positives",
+        "num_negatives",
+        "num_duplicates",
+    ]
+    rows = []
+    for item in result.detectors:
+        for name, part in [(OVERALL, item.overall), *item.per_dataset.items()]:
+            metrics: Mapping[str, float | None] = part.metrics or {}
+            cells: list[Any] = [metrics.get(key) for key in METRIC_KEYS]
+            for key in INTERVAL_KEYS:
+                cells += part.intervals.get(key) or (None, None)
+            for at in part.at_fpr:
+                cells += [at.threshold, at.tpr, at.fpr, *(at.tpr_interval or (None, None))]
+            cells += [part.num_positives, part.num_negatives, part.num_duplicates]
+            rows.append([item.name, name, *("" if c is None else str(c) for c in cells)])
+    return columns, rows
+
+
+def _bars(result: BenchmarkResult) -> dict[str, dict[str, Bar | None]]:
+    panels: dict[str, dict[str, Bar | None]] = {"AUC": {}}
+    for item in result.detectors:
+        metrics = item.overall.metrics
+        if metrics is not None:
+            ends = item.overall.intervals.get("auc") or (None, None)
+            panels["AUC"][item.name] = (metrics["auc"], *ends)
+        for at in item.overall.at_fpr:
+            panel = panels.setdefault(f"TPR at {100 * at.rate:g} % FPR", {})
+            ends = at.tpr_interval or (None, None)
+            panel[item.name] = None if at.tpr is None else (at.tpr, *ends)
+    return panels
