@@ -55,9 +55,7 @@ def test_merged_shards_equal_the_whole_bank():
     a, b, w = data(12, 90, 32)
     whole = search.weighted_l1_top_k(a, b, w, 6)
     cuts = [0, 10, 55, 90]
-    parts = [
-        search.weighted_l1_top_k(a, b[i:j], w, 6) for i, j in itertools.pairwise(cuts)
-    ]
+    parts = [search.weighted_l1_top_k(a, b[i:j], w, 6) for i, j in itertools.pairwise(cuts)]
     merged = search.merge_top_k(parts, cuts[:-1], 6)
     np.testing.assert_array_equal(merged.rows, whole.rows)
 

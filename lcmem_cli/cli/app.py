@@ -19,6 +19,7 @@ from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
+from lcmem_cli.cli.manifest import manifest
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
 from lcmem_cli.engine.errors import LcmemError
 
@@ -91,6 +92,7 @@ def main(
 
 app.command("demo")(demo)
 app.command("infer")(infer)
+app.command("manifest")(manifest)
 app.command("latents")(latents)
 app.command("train-codec")(train_codec)
 app.command("train-stage1")(train_stage1)

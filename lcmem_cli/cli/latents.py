@@ -79,8 +79,8 @@ def latents(
         load_codec(
             codec,
             revision=revision,
-            input_range=input_range.value,  # type: ignore[arg-type]
-            posterior=posterior.value,  # type: ignore[arg-type]
+            input_range=input_range.value,
+            posterior=posterior.value,
             device=resolve_device(device.value),
         ),
         output,

@@ -133,9 +133,7 @@ class _SumsDetector(PixelDetector):
         if x.dtype != np.uint8 or y.dtype != np.uint8:
             return self._pair_of_reals(_levels(x), _levels(y))
         product = _products(x[None], y[None])[0]
-        return float(
-            self._from_sums(len(x), _moments(x[None]), _moments(y[None]), product).item()
-        )
+        return float(self._from_sums(len(x), _moments(x[None]), _moments(y[None]), product).item())
 
     @abc.abstractmethod
     def _pair_of_reals(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

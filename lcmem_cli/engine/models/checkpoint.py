@@ -164,10 +164,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
         tensors = load_file(path)
         codec_state = {k[len(_CODEC) :]: v for k, v in tensors.items() if k.startswith(_CODEC)}
-        network = {k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()}
+        shape: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()
+        }
         checkpoint = Checkpoint(
             stage=header["stage"],
-            network=NetworkSpec(**network),
+            network=NetworkSpec(**shape),
             network_state={
                 k[len(_NETWORK) :]: v for k, v in tensors.items() if k.startswith(_NETWORK)
             },

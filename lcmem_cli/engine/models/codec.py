@@ -97,7 +97,7 @@ class Codec:
             factor = 2 ** (len(blocks) - 1)
             digest = _hash_model(model)
             if self.device.type == "cpu":
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                model.to(memory_format=torch.channels_last)
         self.spec = CodecSpec(
             name=name,
             revision=revision,
@@ -160,7 +160,8 @@ class Codec:
                 latents = posterior.mode()
             else:
                 latents = posterior.sample(generator=generator)
-        return latents.to(torch.float32).contiguous()
+        result: torch.Tensor = latents.to(torch.float32).contiguous()
+        return result
 
     def encoder_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors that encoding needs (decoder left out), by their diffusers names."""

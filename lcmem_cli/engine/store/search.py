@@ -78,9 +78,10 @@ def weighted_l1_matrix(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDAr
     """
     a, b, weight = _checked(a, b, weight)
     if len(a) * len(b) * a.shape[1] <= _SMALL:
-        return np.einsum(
+        small: NDArray[np.float32] = np.einsum(
             "nmd,d->nm", np.abs(a[:, None] - b[None]), weight, dtype=np.float64
         ).astype(np.float32)
+        return small
     result = np.empty((len(a), len(b)), dtype=np.float32)
     _kernels()[0](a, b, weight, result)
     return result

@@ -117,7 +117,7 @@ class Trainer:
         self.network = network
         self.device = next(network.parameters()).device
         if self.device.type == "cpu":
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         self.train_source, self.train_sampler = train
         self.val_source, val_sampler = validation
         self.val_batches = val_sampler.validation()

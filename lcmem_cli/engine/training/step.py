@@ -71,7 +71,8 @@ def forward_backward(
         torch.manual_seed((step_seed + 7919 * piece_number + 104729 * ranks.rank) % 2**63)
         with autocast():
             both = network(torch.cat([latents_a[rows], latents_b[rows]]))
-        return both.float()
+        features: torch.Tensor = both.float()
+        return features
 
     if single:
         graphs = [embed(i) for i in range(len(pieces))]
@@ -84,12 +85,12 @@ def forward_backward(
     full_a = _gather(local_a, num_pairs, ranks)
     full_b = _gather(local_b, num_pairs, ranks)
     loss = loss_of(full_a, full_b, network.head)
-    (loss.total * scale).backward()
+    torch.autograd.backward(loss.total * scale)
     assert local_a.grad is not None and local_b.grad is not None
     for number, rows in enumerate(pieces):
         gradient = torch.cat([local_a.grad[rows], local_b.grad[rows]])
         graph = graphs[number] if single else embed(number)
-        graph.backward(gradient)
+        torch.autograd.backward(graph, gradient)
     _sum_gradients(network.backbone, ranks)
     return PairLoss(*(part.detach() for part in loss))
 
@@ -154,7 +155,7 @@ def _sum_gradients(module: nn.Module, ranks: Ranks) -> None:
     dist.all_reduce(flat)
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter, piece in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
+        parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
     ):
         parameter.grad = piece.view_as(parameter).clone()
 

@@ -1,0 +1,151 @@
+"""The figures of README and of the model card: detectors side by side on the same pairs.
+
+python tests/benchmarks/model_table.py --filelist data/filelist.csv --detectors lcmem,ncc
+python tests/benchmarks/model_table.py --filelist data/filelist.csv --detectors lcmem,ncc --copies
+python tests/benchmarks/model_table.py --speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lcmem_cli import load_detector
+from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, perturb, perturb_seed
+from lcmem_cli.engine.detectors.base import resize_batch
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.evaluation.judge import within_pairs
+from lcmem_cli.engine.evaluation.metrics import pair_metrics
+
+PIXEL_SIZE = 64
+WORKING_SIZE = 256
+NATURAL = ("imagenet_sample", "grocery", "tower", "nyala", "ham_lesion", "celebs")
+NUM_QUERIES, NUM_BANK, RATE = 100, 400, 0.01
+
+
+def reidentification(manifest, names):
+    """Print AUC per data set of the TEST pairs: all positives, negatives within the data set."""
+    test = manifest.select("TEST")
+    pairs = within_pairs(test.records)
+    table = {}
+    for name in names:
+        detector = load_detector(name, input_size=PIXEL_SIZE)
+        embedded = embed_files(detector, test.paths())
+        features = embedded.features[embedded.rows]
+        scores = detector.score_features(features[pairs.first], features[pairs.second])
+        table[name] = {}
+        for number, dataset in enumerate(pairs.names):
+            chosen = pairs.dataset == number
+            if pairs.labels[chosen].any():
+                table[name][dataset] = pair_metrics(scores[chosen], pairs.labels[chosen])["auc"]
+    rows = [d for d in pairs.names if d in table[names[0]]]
+    print("| data set |", " | ".join(names), "|")
+    print("| --- |", " | ".join("---" for _ in names), "|")
+    for dataset in rows:
+        print(f"| {dataset} |", " | ".join(f"{table[n][dataset]:.3f}" for n in names), "|")
+    means = [np.mean([table[n][d] for d in rows]) for n in names]
+    print("| mean |", " | ".join(f"{m:.3f}" for m in means), "|")
+
+
+def copies(manifest, names):
+    """Print the share of altered copies found in a bank at 1 % of the null queries passing."""
+    unseen = [
+        row
+        for row, record in enumerate(manifest.records)
+        if record.split != "TRAIN" and record.ds_name in NATURAL
+    ]
+    rng = np.random.default_rng(1)
+    singles = [r for r in unseen if manifest.records[r].ds_name == "imagenet_sample"]
+    singles = rng.permutation(singles).tolist()
+    queries, null = singles[:NUM_QUERIES], singles[NUM_QUERIES : 2 * NUM_QUERIES]
+    others = [r for r in unseen if manifest.records[r].ds_name != "imagenet_sample"]
+    fill = rng.choice(others, NUM_BANK - NUM_QUERIES, replace=False).tolist()
+    paths = manifest.paths()
+    images = {r: to_tensor(load_image(paths[r]), WORKING_SIZE) for r in queries + null + fill}
+    table = {}
+    for name in names:
+        detector = load_detector(name, input_size=PIXEL_SIZE)
+
+        def embed(rows, setting=None, detector=detector):
+            parts = []
+            for start in range(0, len(rows), 25):
+                batch = [
+                    images[r]
+                    if setting is None
+                    else perturb(
+                        images[r],
+                        setting.transform,
+                        setting.strength,
+                        seed=perturb_seed(0, str(r), setting),
+                    )
+                    for r in rows[start : start + 25]
+                ]
+                parts.append(
+                    detector.embed_batch(resize_batch(torch.stack(batch), detector.input_size))
+                )
+            return np.concatenate(parts)
+
+        bank = embed(queries + fill)
+        for setting in EXTENDED_SUITE:
+            if setting.transform == "VAERoundTrip":
+                continue
+            found = detector.top_k(embed(queries, setting), bank, 1)
+            others_best = detector.top_k(embed(null, setting), bank, 1).scores[:, 0]
+            threshold = np.quantile(others_best, 1 - RATE)
+            hit = (found.rows[:, 0] == np.arange(NUM_QUERIES)) & (found.scores[:, 0] > threshold)
+            table.setdefault(str(setting), []).append(hit.mean())
+    print("| edit |", " | ".join(names), "|")
+    print("| --- |", " | ".join("---" for _ in names), "|")
+    for setting, values in table.items():
+        print(f"| {setting} |", " | ".join(f"{v:.2f}" for v in values), "|")
+    means = np.mean(list(table.values()), axis=0)
+    print("| mean |", " | ".join(f"{v:.3f}" for v in means), "|")
+
+
+def speed():
+    """Print images per second of the embedded model and of a ResNet-50 at 288 px, in turn."""
+    import timm
+
+    detector = load_detector("lcmem")
+    resnet = timm.create_model("resnet50").eval().to(memory_format=torch.channels_last)
+    ours = torch.rand(32, 3, detector.input_size, detector.input_size)
+    theirs = torch.rand(32, 3, 288, 288).contiguous(memory_format=torch.channels_last)
+
+    def rate(run):
+        begin = time.perf_counter()
+        run()
+        return 32 / (time.perf_counter() - begin)
+
+    with torch.inference_mode():
+        rate(lambda: detector.embed_batch(ours)), rate(lambda: resnet(theirs))
+        pairs = [
+            (rate(lambda: detector.embed_batch(ours)), rate(lambda: resnet(theirs)))
+            for _ in range(7)
+        ]
+    ratios = sorted(a / b for a, b in pairs)
+    print(f"embedded model {np.median([a for a, _ in pairs]):.0f} images/s")
+    print(f"ResNet-50 at 288 px {np.median([b for _, b in pairs]):.0f} images/s")
+    print(f"ratio {ratios[3]:.1f} (from {ratios[0]:.1f} to {ratios[-1]:.1f})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--filelist", type=Path)
+    parser.add_argument("--detectors", default="lcmem,ncc")
+    parser.add_argument("--copies", action="store_true")
+    parser.add_argument("--speed", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.speed:
+        return speed()
+    names = arguments.detectors.split(",")
+    (copies if arguments.copies else reidentification)(load_manifest(arguments.filelist), names)
+
+
+if __name__ == "__main__":
+    main()

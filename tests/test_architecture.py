@@ -1,0 +1,89 @@
+"""Rules of the layout: who may import whom, and what the command line must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lcmem_cli
+
+PACKAGE = Path(lcmem_cli.__file__).parent
+BASE = {"errors", "files", "results", "reporter", "config", "distributed", "runs"}
+MAY_IMPORT = {
+    "data": {"data"},
+    "models": {"models"},
+    "store": {"store", "data", "models"},
+    "detectors": {"detectors", "store", "data", "models"},
+    "report": {"report", "data"},
+    "evaluation": {"evaluation", "report", "detectors", "store", "data", "models"},
+    "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
+    "describe": {"models", "store"},
+}
+HEAVY = ("torch", "timm", "diffusers", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "PIL")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_in_one_direction(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for name in imports(path):
+        if not name.startswith("lcmem_cli."):
+            assert name.split(".")[0] != "typer" or parts[0] == "cli", name
+            assert name.split(".")[0] != "rich" or parts == ("cli", "render"), name
+            continue
+        target = name.split(".")[1:]
+        if parts[0] == "engine":
+            assert target[0] != "cli", f"{path} imports the command line"
+            section = parts[1]
+            if len(target) > 1 and target[1] not in BASE and section not in BASE | {"__init__"}:
+                assert target[1] in MAY_IMPORT[section], f"{section} may not import {name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), (["infer", "--nosuch"], 2), (["nosuch"], 2),
+     (["infer", "one.png"], 2), (["config", "ls"], 0)],
+)  # fmt: skip
+def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
+    program = (
+        "import sys\n"
+        "from lcmem_cli.cli.app import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert (end.code or 0) == %d, end.code\n"
+        % code
+        + f"loaded = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "lcmem_cli", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"lcmem {lcmem_cli.__version__}"
+
+
+def test_public_names_are_imported_on_first_use():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, lcmem_cli; assert 'torch' not in sys.modules"]
+    )
+    assert done.returncode == 0
+    for name in lcmem_cli.__all__:
+        assert getattr(lcmem_cli, name) is not None
+    assert callable(lcmem_cli.audit)
+    with pytest.raises(AttributeError):
+        _ = lcmem_cli.nosuch
