@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from lcmem_cli import __version__
 from lcmem_cli.cli import render
 from lcmem_cli.cli.audit import audit_command
+from lcmem_cli.cli.benchmark import benchmark_command
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
@@ -103,5 +104,6 @@ app.command("info")(info)
 app.command("detectors")(detectors)
 app.add_typer(index_app, name="index")
 app.add_typer(config_app, name="config")
+app.command("benchmark")(benchmark_command)
 app.command("audit")(audit_command)
 app.command("filter")(filter_command)

@@ -60,3 +60,43 @@ SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", help="Override one config value: section.key=value. Repeatable."),
 ]
+AnyUnreadableOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--max-unreadable",
+        min=0,
+        help="Unreadable images to tolerate (default: any number); they are always listed. "
+        "More: exit 1.",
+    ),
+]
+DetectorsOption = Annotated[
+    str, typer.Option("--detectors", help="Names separated by commas (lcmem detectors lists them).")
+]
+DatasetsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--ds-name", help="Data sets to use, separated by commas (default: all)."),
+]
+SplitOption = Annotated[str, typer.Option("--split", help="Split to judge.")]
+FitSplitOption = Annotated[
+    str, typer.Option("--fit-split", help="Split that thresholds are fitted on.")
+]
+InputSizeOption = Annotated[
+    int,
+    typer.Option(
+        "--input-size", min=8, max=4096, help="Side in pixels that images are resized to."
+    ),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail where a detector's weights cannot be had.")
+]
+CacheOption = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep features for other runs.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace results of another study in the folder.")
+]
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names of a list separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
