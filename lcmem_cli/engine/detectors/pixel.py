@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -193,11 +193,11 @@ class NCC(_SumsDetector):
 
 
 class _Window(NamedTuple):
-    """An image with its borders reflected, its local mean and variance: float64 ``[3, H, W]``."""
+    """An image with reflected borders ``[3, H + 10, W + 10]``, its local mean and variance."""
 
-    image: torch.Tensor
-    mean: torch.Tensor
-    variance: torch.Tensor
+    image: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
 
 
 class SSIM(PixelDetector):
@@ -205,11 +205,28 @@ class SSIM(PixelDetector):
 
     Gaussian window of 11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03, data range 1,
     borders reflected, averaged over channels and pixels: the numbers that torchmetrics 1.9 gives,
-    but with a separable window, which takes a fraction of its time, and in float64.
+    but in float64, with a separable window, and with what concerns one image computed once, which
+    takes a small part of its time.
     """
 
     kind = "ssim"
     min_side = _SSIM_REACH + 1
+
+    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Score row i of ``a`` with row i of ``b``: ``[n]``."""
+        _check_widths(a, b)
+
+        @functools.lru_cache(maxsize=_SSIM_BLOCK_ROWS)  # an image mostly comes several times
+        def window(content: bytes, dtype: np.dtype[Any]) -> _Window:
+            return self._window(np.frombuffer(content, dtype=dtype))
+
+        return np.array(
+            [
+                _ssim(window(x.tobytes(), a.dtype), window(y.tobytes(), b.dtype))
+                for x, y in zip(a, b, strict=True)
+            ],
+            dtype=np.float64,
+        )
 
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Score every row of ``a`` with every row of ``b``: ``[n, m]``."""
@@ -236,10 +253,14 @@ class SSIM(PixelDetector):
 
     def _window(self, row: NDArray[Any]) -> _Window:
         side = round((len(row) / 3) ** 0.5)
-        image = torch.from_numpy(_levels(row) / _LEVELS).reshape(3, side, side)
-        image = torch.nn.functional.pad(image, [_SSIM_REACH] * 4, mode="reflect")
-        mean = _smooth(image)
-        return _Window(image, mean, _smooth(image.square()) - mean.square())
+        plain = (_levels(row) / _LEVELS).reshape(3, side, side)
+        border = (_SSIM_REACH, _SSIM_REACH)
+        image = np.pad(plain, ((0, 0), border, border), mode="reflect")
+        mean, square = np.empty_like(plain), np.empty_like(plain)
+        smooth = _ssim_kernels()[0]
+        smooth(image, np.ones_like(image), _gaussian(), mean)
+        smooth(image, image, _gaussian(), square)
+        return _Window(image, mean, square - np.square(mean))
 
 
 class PHash(PixelDetector):
@@ -327,28 +348,70 @@ def _check_widths(a: FloatArray, b: FloatArray) -> None:
 
 
 @functools.cache
-def _gaussian() -> tuple[float, ...]:
+def _gaussian() -> NDArray[np.float64]:
     offsets = np.arange(-_SSIM_REACH, _SSIM_REACH + 1)
-    weights = np.exp(-np.square(offsets / 1.5) / 2)
-    return tuple(float(weight) for weight in weights / weights.sum())
-
-
-def _smooth(image: torch.Tensor) -> torch.Tensor:
-    """Average with the Gaussian window where it fits: ``[3, H, W] -> [3, H - 10, W - 10]``."""
-    weights = _gaussian()
-    for axis in (-1, -2):
-        length = image.shape[axis] - len(weights) + 1
-        smooth = image.narrow(axis, 0, length) * weights[0]
-        for offset, weight in enumerate(weights[1:], start=1):
-            smooth.add_(image.narrow(axis, offset, length), alpha=weight)
-        image = smooth
-    return image
+    values = np.exp(-np.square(offsets / 1.5) / 2)
+    weights: NDArray[np.float64] = values / values.sum()
+    return weights
 
 
 def _ssim(x: _Window, y: _Window) -> float:
-    c1, c2 = 0.01**2, 0.03**2
-    product = x.mean * y.mean
-    covariance = _smooth(x.image * y.image) - product
-    numerator = (2 * product + c1) * (2 * covariance + c2)
-    denominator = (x.mean.square() + y.mean.square() + c1) * (x.variance + y.variance + c2)
-    return float((numerator / denominator).mean())
+    return float(_ssim_kernels()[1](*x, *y, _gaussian(), 0.01**2, 0.03**2))
+
+
+@functools.cache
+def _ssim_kernels() -> tuple[Callable[..., None], Callable[..., float]]:
+    """Compile the kernels (kept on disk where that is possible).
+
+    Operations keep their order (no ``fastmath``), so that a covariance of an image with itself is
+    its variance to the last bit, and a score is the same with the two images exchanged.
+    """
+    import numba
+
+    def compiled(function: Callable[..., Any], **options: Any) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no writable place for compiled code
+            return numba.njit(**options)(function)
+
+    smooth_row = compiled(_smooth_row, inline="always")
+
+    def smooth(x: Any, y: Any, weights: Any, out: Any) -> None:
+        column_sums = np.empty(x.shape[2])
+        for channel in range(x.shape[0]):
+            for row in range(out.shape[1]):
+                smooth_row(x[channel], y[channel], row, weights, column_sums, out[channel, row])
+
+    def similarity(
+        x: Any, mean_x: Any, var_x: Any, y: Any, mean_y: Any, var_y: Any, w: Any, c1: Any, c2: Any
+    ) -> Any:
+        column_sums = np.empty(x.shape[2])
+        products = np.empty(mean_x.shape[2])
+        totals = np.zeros(mean_x.shape[2])
+        for c in range(x.shape[0]):
+            for row in range(mean_x.shape[1]):
+                smooth_row(x[c], y[c], row, w, column_sums, products)
+                for column in range(products.shape[0]):
+                    mx, my = mean_x[c, row, column], mean_y[c, row, column]
+                    variances = var_x[c, row, column] + var_y[c, row, column]
+                    covariance = products[column] - mx * my
+                    totals[column] += ((2 * (mx * my) + c1) * (2 * covariance + c2)) / (
+                        (mx * mx + my * my + c1) * (variances + c2)
+                    )
+        return totals.sum() / mean_x.size
+
+    return compiled(smooth), compiled(similarity, error_model="numpy")
+
+
+def _smooth_row(x: Any, y: Any, row: Any, weights: Any, column_sums: Any, out: Any) -> None:
+    """Average ``x * y`` with the window along one row: first down the columns, then along it."""
+    for column in range(column_sums.shape[0]):
+        column_sums[column] = 0.0
+    for k in range(weights.shape[0]):
+        for column in range(column_sums.shape[0]):
+            column_sums[column] += weights[k] * (x[row + k, column] * y[row + k, column])
+    for column in range(out.shape[0]):
+        out[column] = 0.0
+    for k in range(weights.shape[0]):
+        for column in range(out.shape[0]):
+            out[column] += weights[k] * column_sums[column + k]
