@@ -22,11 +22,12 @@ import lcmem_cli
 from lcmem_cli.cli.app import app
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
-from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation.audit import audit
 from lcmem_cli.engine.evaluation.audit_files import read_audit
 from lcmem_cli.engine.evaluation.audit_null import same_picture, search, smallest_rate
 from lcmem_cli.engine.evaluation.calibration import clopper_pearson
+from lcmem_cli.engine.evaluation.indexing import add_to_index
 from lcmem_cli.engine.evaluation.set_metrics import (
     MIN_CELL_SIZE,
     Spread,
@@ -37,6 +38,7 @@ from lcmem_cli.engine.evaluation.set_metrics import (
     num_cells,
     score_distances,
 )
+from lcmem_cli.engine.store.index import Index
 
 HOSTILE_NAMES = (
     'it\'s "quoted".png',
@@ -448,6 +450,7 @@ def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_pa
         ({"null": "split"}, "--null has no effect with --held-out"),
         ({"null": "other", "held_out": None}, "--null must be split or leave-one-out"),
         ({"basedir": "."}, "--basedir has no effect"),
+        ({"input_size": 512}, "--input-size 512 has no effect"),
         ({"top_k": 0}, "--top-k must be at least 1"),
         ({"fail_over": 1.0}, "--fail-over is a share"),
     ],
@@ -490,6 +493,34 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_an_index_takes_the_place_of_any_set(sets, tmp_path):
+    detector = SmallCorrelation()
+    for name in ("train", "held-out", "generated"):
+        add_to_index(sets / name, tmp_path / name, detector)
+    before = detector.num_embedded
+    indexed = audit(
+        tmp_path / "generated",
+        Index.open(tmp_path / "train"),
+        held_out=tmp_path / "held-out",
+        fpr=0.05,
+        detector=detector,
+        output=tmp_path / "out",
+    )
+    assert detector.num_embedded == before
+    plain = run(sets, detector=detector)
+    assert (indexed.rule, indexed.metrics) == (plain.rule, plain.metrics)
+    for a, b in zip(indexed.matches, plain.matches, strict=True):
+        assert Path("/", a.query) == sets / "generated" / b.query
+        assert Path("/", a.match) == sets / "train" / b.match
+        assert (a.score, a.p_value, a.flagged) == (b.score, b.p_value, b.flagged)
+    assert "no picture" not in (tmp_path / "out" / "report.html").read_text().split("<script>")[0]
+    other = SmallCorrelation()
+    other.fingerprint = "6" * 64
+    with pytest.raises(FingerprintMismatchError, match="made by detector small-correlation"):
+        audit(sets / "generated", tmp_path / "train", fpr=0.05, detector=other)
+    assert other.num_embedded == 0
+
+
 def test_an_audit_never_writes_beside_the_images(sets, tmp_path):
     before = {path: digest(path) for path in sets.rglob("*") if path.is_file()}
     run(sets, output=tmp_path)
@@ -510,7 +541,8 @@ def command(*arguments):
 def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tmp_path):
     arguments = [
         "audit", sets / "generated", "--against", sets / "train", "--held-out", sets / "held-out",
-        "--fpr", "0.05", "--detector", "ncc", "-o", tmp_path / "out", "--fail-over",
+        "--fpr", "0.05", "--detector", "ncc", "--input-size", "32", "-o", tmp_path / "out",
+        "--fail-over",
     ]  # fmt: skip
     failed = command(*arguments, "0.1")
     assert failed.exit_code == 3, failed.output
@@ -538,7 +570,7 @@ def test_the_command_reports_a_null_that_is_too_small(sets, tmp_path):
 def command_line(sets, output):
     return [
         "-m", "lcmem_cli", "audit", str(sets / "generated"), "--against", str(sets / "train"),
-        "--held-out", str(sets / "held-out"), "--fpr", "0.05", "--detector", "ncc",
+        "--held-out", str(sets / "held-out"), "--fpr", "0.05", "--detector", "random",
         "--device", "cpu", "-o", str(output),
     ]  # fmt: skip
 
@@ -552,12 +584,13 @@ def same_files(a, b):
 
 
 @pytest.mark.slow
-def test_a_killed_audit_ends_with_the_same_files(sets, tmp_path):
+def test_a_killed_audit_ends_with_the_same_files(sets, tmp_path, monkeypatch):
     subprocess.run([sys.executable, *command_line(sets, tmp_path / "whole")], check=True)
+    monkeypatch.setenv("LCMEM_CACHE", str(tmp_path / "cache"))
     killed = command_line(sets, tmp_path / "killed")
-    for milliseconds in (0, 100, 300, 1000):  # after the first feature is on disk
+    for milliseconds in (0, 100, 300, 1000):  # after the first features are on disk
         process = subprocess.Popen([sys.executable, *killed], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not list((tmp_path / "killed").glob("features/*")):
+        while process.poll() is None and not list((tmp_path / "cache").rglob("*.npy")):
             time.sleep(0.01)
         time.sleep(milliseconds / 1000)
         process.send_signal(signal.SIGKILL)

@@ -70,6 +70,12 @@ def audit_command(
     detector: Annotated[str, typer.Option("--detector", help="What compares the images.")] = (
         "lcmem"
     ),
+    input_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--input-size", min=8, help="Side in pixels for the pixel measures (default: 512)."
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Matches to list per image.")] = 5,
     fail_over: Annotated[
         Optional[float],  # noqa: UP045
@@ -106,6 +112,7 @@ def audit_command(
         fpr=fpr,
         bh=bh,
         detector=detector,
+        input_size=input_size,
         top_k=top_k,
         fail_over=fail_over,
         max_unreadable=max_unreadable,

@@ -25,7 +25,7 @@ from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
-from lcmem_cli.engine.evaluation.audit_files import cache_folder, write_audit
+from lcmem_cli.engine.evaluation.audit_files import write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
     Null,
     check_size,
@@ -67,6 +67,7 @@ from lcmem_cli.engine.evaluation.set_metrics import (
     num_cells,
     score_distances,
 )
+from lcmem_cli.engine.evaluation.study import MAX_CACHED_FEATURES
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.report.html import Distribution
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -106,6 +107,7 @@ def audit(
     fpr: float = 0.01,
     bh: bool = False,
     detector: str | Detector = "lcmem",
+    input_size: int | None = None,
     top_k: int = 5,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
@@ -117,6 +119,9 @@ def audit(
     reporter: Reporter = SILENT,
 ) -> AuditResult:
     """Find generated images that match a training image more closely than real images do.
+
+    Features go to the user's cache as they are computed (``LCMEM_CACHE``), so a killed audit
+    continues, and the next audit against the same training set embeds only what is new.
 
     Args:
         generated: folder, filelist or index of generated images.
@@ -130,6 +135,8 @@ def audit(
             false ones among the flagged.
         bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.
         detector: name, or a loaded detector.
+        input_size: side in pixels for the pixel measures (default: 512); the others bring their
+            own, and refuse another.
         top_k: matches to list per generated image.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
@@ -138,7 +145,7 @@ def audit(
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
         output: folder for ``audit.json``, ``matches.csv``, ``matches.parquet`` and
-            ``report.html``. Features are cached there, so a killed audit continues.
+            ``report.html``.
         reporter: told progress and warnings.
 
     Raises:
@@ -167,12 +174,22 @@ def audit(
     ranks = current_ranks(device)
     reporter = reporter if ranks.is_main else SILENT
     if isinstance(detector, str):
-        detector = load_detector(detector, device=device)
+        detector = load_detector(detector, device=device, input_size=input_size or 512)
+    if input_size is not None and detector.input_size != input_size:
+        raise InputError(
+            f"--input-size {input_size} has no effect: detector {detector.name} takes images of "
+            f"{detector.input_size} px; leave it out"
+        )
+    for listing in listings.values():
+        if listing.index is not None:
+            listing.index.check(detector.fingerprint)
     folder = None if output is None else Path(output)
     with contextlib.ExitStack() as stack:
         if folder is not None and ranks.is_main:
             stack.enter_context(folder_lock(folder))
-        cache = None if folder is None else FeatureCache(cache_folder(folder), detector.fingerprint)
+        cache = None
+        if detector.num_features <= MAX_CACHED_FEATURES:
+            cache = FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
         sets = {
             what: embed_set(
                 listing,

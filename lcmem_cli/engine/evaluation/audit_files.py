@@ -32,11 +32,6 @@ MAX_REPORT_PAIRS = 5000
 _CSV_OPTIONS: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
-def cache_folder(folder: Path) -> Path:
-    """Return where an audit keeps features, so that it continues after having been killed."""
-    return folder / "features"
-
-
 def write_audit(
     folder: Path,
     result: AuditResult,

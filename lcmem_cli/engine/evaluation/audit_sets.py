@@ -61,7 +61,7 @@ class ImageSet:
     @property
     def labelled(self) -> bool:
         """Whether labels come from a filelist, so that those of two sets can be compared."""
-        return Path(self.summary.source).suffix.lower() in (".csv", ".parquet")
+        return Path(self.summary.source).is_file()
 
     @cached_property
     def file_of(self) -> dict[str, Path]:
@@ -180,7 +180,7 @@ def embed_set(
 
     Args:
         listing: the images.
-        detector: must be the one that an index was made with.
+        detector: the one that an index was made with, which the caller checks.
         batch_size: images per network call.
         workers: decoding workers.
         cache: features from earlier runs.
@@ -189,10 +189,8 @@ def embed_set(
 
     Raises:
         InputError: not one image is readable.
-        FingerprintMismatchError: an index of another detector.
     """
     if listing.index is not None:
-        listing.index.check(detector.fingerprint)
         entries = listing.index.entries
         return _assemble(
             listing,
