@@ -21,6 +21,7 @@ from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
 from lcmem_cli.cli.manifest import manifest
+from lcmem_cli.cli.robustness import robustness_command
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
 from lcmem_cli.engine.errors import LcmemError
 
@@ -105,5 +106,6 @@ app.command("detectors")(detectors)
 app.add_typer(index_app, name="index")
 app.add_typer(config_app, name="config")
 app.command("benchmark")(benchmark_command)
+app.command("robustness")(robustness_command)
 app.command("audit")(audit_command)
 app.command("filter")(filter_command)
