@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -252,12 +252,13 @@ class SSIM(PixelDetector):
         return super()._embed_tensor(batch)
 
     def _window(self, row: NDArray[Any]) -> _Window:
+        from lcmem_cli.engine.detectors.ssim import smooth
+
         side = round((len(row) / 3) ** 0.5)
         plain = (_levels(row) / _LEVELS).reshape(3, side, side)
         border = (_SSIM_REACH, _SSIM_REACH)
         image = np.pad(plain, ((0, 0), border, border), mode="reflect")
         mean, square = np.empty_like(plain), np.empty_like(plain)
-        smooth = _ssim_kernels()[0]
         smooth(image, np.ones_like(image), _gaussian(), mean)
         smooth(image, image, _gaussian(), square)
         return _Window(image, mean, square - np.square(mean))
@@ -356,62 +357,6 @@ def _gaussian() -> NDArray[np.float64]:
 
 
 def _ssim(x: _Window, y: _Window) -> float:
-    return float(_ssim_kernels()[1](*x, *y, _gaussian(), 0.01**2, 0.03**2))
+    from lcmem_cli.engine.detectors.ssim import similarity
 
-
-@functools.cache
-def _ssim_kernels() -> tuple[Callable[..., None], Callable[..., float]]:
-    """Compile the kernels (kept on disk where that is possible).
-
-    Operations keep their order (no ``fastmath``), so that a covariance of an image with itself is
-    its variance to the last bit, and a score is the same with the two images exchanged.
-    """
-    import numba
-
-    def compiled(function: Callable[..., Any], **options: Any) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no writable place for compiled code
-            return numba.njit(**options)(function)
-
-    smooth_row = compiled(_smooth_row, inline="always")
-
-    def smooth(x: Any, y: Any, weights: Any, out: Any) -> None:
-        column_sums = np.empty(x.shape[2])
-        for channel in range(x.shape[0]):
-            for row in range(out.shape[1]):
-                smooth_row(x[channel], y[channel], row, weights, column_sums, out[channel, row])
-
-    def similarity(
-        x: Any, mean_x: Any, var_x: Any, y: Any, mean_y: Any, var_y: Any, w: Any, c1: Any, c2: Any
-    ) -> Any:
-        column_sums = np.empty(x.shape[2])
-        products = np.empty(mean_x.shape[2])
-        totals = np.zeros(mean_x.shape[2])
-        for c in range(x.shape[0]):
-            for row in range(mean_x.shape[1]):
-                smooth_row(x[c], y[c], row, w, column_sums, products)
-                for column in range(products.shape[0]):
-                    mx, my = mean_x[c, row, column], mean_y[c, row, column]
-                    variances = var_x[c, row, column] + var_y[c, row, column]
-                    covariance = products[column] - mx * my
-                    totals[column] += ((2 * (mx * my) + c1) * (2 * covariance + c2)) / (
-                        (mx * mx + my * my + c1) * (variances + c2)
-                    )
-        return totals.sum() / mean_x.size
-
-    return compiled(smooth), compiled(similarity, error_model="numpy")
-
-
-def _smooth_row(x: Any, y: Any, row: Any, weights: Any, column_sums: Any, out: Any) -> None:
-    """Average ``x * y`` with the window along one row: first down the columns, then along it."""
-    for column in range(column_sums.shape[0]):
-        column_sums[column] = 0.0
-    for k in range(weights.shape[0]):
-        for column in range(column_sums.shape[0]):
-            column_sums[column] += weights[k] * (x[row + k, column] * y[row + k, column])
-    for column in range(out.shape[0]):
-        out[column] = 0.0
-    for k in range(weights.shape[0]):
-        for column in range(out.shape[0]):
-            out[column] += weights[k] * column_sums[column + k]
+    return float(similarity(*x, *y, _gaussian(), 0.01**2, 0.03**2))
