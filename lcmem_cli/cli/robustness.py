@@ -131,19 +131,18 @@ def robustness_command(
 
 
 def _show(result: RobustnessResult, output: Path) -> None:
-    per_detector = [_mean_recalls(item, result.fit) for item in result.detectors]
+    per_detector = [_mean_rates(item, result.fit) for item in result.detectors]
     rows: list[list[str]] = []
     for label in per_detector[0]:
-        values = [recalls[label] for recalls in per_detector]
-        best = max(values) if len(values) > 1 else None
-        rows.append([label, *(f"{v:.3f}{' *' if v == best else '  '}" for v in values)])
-    rates = [item.unedited[result.fit].fpr for item in result.detectors]
-    rows.append(["FPR, unedited", *("-" if rate is None else f"{rate:.3f}  " for rate in rates)])
+        cells = [rates[label] for rates in per_detector]
+        best = max(recall for recall, _ in cells) if len(cells) > 1 else None
+        rows.append([label, *(_cell(recall, fpr, recall == best) for recall, fpr in cells)])
+    shown = "Recall" if result.only_positives else "Recall / false-positive rate"
     render.table(
-        ["recall", *(item.name for item in result.detectors)],
+        ["edit", *(item.name for item in result.detectors)],
         rows,
-        title=f"Recall, mean over the strengths of each edit (thresholds: {result.fit} "
-        f"{result.fit_rate:g} on {result.fit_split})",
+        title=f"{shown}, means over strengths; thresholds: {result.fit} {result.fit_rate:g} on "
+        f"{result.fit_split}",
     )
     for left_out in result.skipped:
         render.line(f"Left out: {left_out.name}: {left_out.reason}")
@@ -158,12 +157,21 @@ def _show(result: RobustnessResult, output: Path) -> None:
     render.line(f"Written to {output}; robustness_results.csv holds every setting")
 
 
-def _mean_recalls(item: RobustnessOfDetector, rule: str) -> dict[str, float]:
-    """Return the recall without an edit, its mean for each edit, and the mean of all settings."""
-    found: dict[str, list[float]] = {"unedited": [item.unedited[rule].recall or 0.0]}
-    edited = []
+def _mean_rates(item: RobustnessOfDetector, rule: str) -> dict[str, tuple[float, float | None]]:
+    """Return recall and false-positive rate: unedited, mean of each edit, mean of all settings."""
+    outcomes = {"unedited": [item.unedited[rule]]}
     for at in item.settings:
-        edited.append(at.outcomes[rule].recall or 0.0)
-        found.setdefault(at.transform, []).append(edited[-1])
-    found["mean of all settings"] = edited
-    return {label: sum(values) / len(values) for label, values in found.items()}
+        outcomes.setdefault(at.transform, []).append(at.outcomes[rule])
+    outcomes["mean of all settings"] = [at.outcomes[rule] for at in item.settings]
+    means: dict[str, tuple[float, float | None]] = {}
+    for label, group in outcomes.items():
+        recalls = [out.recall for out in group if out.recall is not None]
+        fprs = [out.fpr for out in group if out.fpr is not None]
+        mean_fpr = sum(fprs) / len(fprs) if fprs else None
+        means[label] = (sum(recalls) / len(recalls), mean_fpr)
+    return means
+
+
+def _cell(recall: float, fpr: float | None, is_best: bool) -> str:
+    shown = f"{recall:.3f}" if fpr is None else f"{recall:.3f} / {fpr:.3f}"
+    return f"{shown} {'*' if is_best else ' '}"
