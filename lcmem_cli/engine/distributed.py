@@ -5,6 +5,7 @@ One process is the special case of a group of size one, so callers need no branc
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -72,7 +73,16 @@ def current_ranks(device: str = "auto") -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
+    atexit.register(_leave)
     return Ranks(rank=state.process_index, size=state.num_processes)
+
+
+def _leave() -> None:
+    """Leave the group at exit: gloo's threads may otherwise abort a process that has finished."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def available_cpus() -> int:
