@@ -130,14 +130,14 @@ def audit_command(
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit_result import percent
+    from lcmem_cli.engine.evaluation.audit_result import counted, percent
 
     render.line(result.statement)
     render.line(result.verdict)
     if result.num_flagged:
         render.line(
-            f"Exposed: {result.num_exposed_images:,} training images of "
-            f"{result.num_exposed_identities:,} identities."
+            f"Exposed: {counted(result.num_exposed_images, 'training image')} of "
+            f"{counted(result.num_exposed_identities, 'identity', 'identities')}."
         )
     render.line()
     for title, lines in (

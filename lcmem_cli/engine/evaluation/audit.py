@@ -43,6 +43,7 @@ from lcmem_cli.engine.evaluation.audit_result import (
     NullKind,
     NullSummary,
     Times,
+    counted,
     meaning_of_rate,
     statement,
     verdict,
@@ -516,25 +517,24 @@ class _Study:
             ("held-out", self.held_out),
         ):
             if images is not None and images.summary.unreadable:
-                count = len(images.summary.unreadable)
-                noun = "image" if count == 1 else "images"
-                found.append(f"{count} {name} {noun} could not be read and stood aside.")
+                number = counted(len(images.summary.unreadable), f"{name} image")
+                found.append(f"{number} could not be read and stood aside.")
         repeated = num_queries - self.queries.num_distinct
         if repeated:
             found.append(
-                f"{repeated:,} of the generated images repeat others: the interval treats them as "
+                f"{repeated:,} of the generated images repeat others; the interval treats them as "
                 "independent."
             )
         if null.removed:
             found.append(
-                f"{len(null.removed):,} real images of the null are also in the training set; they "
-                "were taken out."
+                f"Also in the training set, and so taken out of the null: "
+                f"{counted(len(null.removed), 'real image')}."
             )
         if summary.shared_identities:
             found.append(
-                f"{len(summary.shared_identities):,} identities stand in both training and "
-                "held-out set: their images match closely without being copied, so copies may be "
-                "missed."
+                f"{counted(len(summary.shared_identities), 'identity', 'identities')} in both "
+                "training and held-out set: images of one match closely without being copied, so "
+                "copies may be missed."
             )
         if null.num_identities * 2 <= num_null:
             found.append(

@@ -42,6 +42,7 @@ SAME_PICTURE_CORRELATION = 0.999
 MAX_PICTURE_CHECKS = 1000
 _PICTURE_SIZE = 64
 _FIRST_NEIGHBOURS = 8
+_PAIR_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +75,30 @@ class Null:
 
 
 def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
-    """Find the ``k`` best rows of the bank; every process searches its part of it."""
+    """Find the ``k`` best rows of the bank; every process searches its part of it.
+
+    The matches found are scored once more pair by pair. Matrix products round differently with the
+    number of rows; so the result is the same to the last bit for any number of processes.
+    """
     k = min(k, len(bank))
     if not len(queries):
         return TopK(np.zeros((0, k)), np.zeros((0, k), dtype=np.int64))
-    if ranks.size == 1:
-        return detector.top_k(queries, bank, k)
     bounds = [len(bank) * part // ranks.size for part in range(ranks.size + 1)]
     low, high = bounds[ranks.rank], bounds[ranks.rank + 1]
     found = detector.top_k(queries, bank[low:high], k) if high > low else None
     parts = {
         offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
     }
-    return merge_top_k(list(parts.values()), list(parts), k)
+    rows = merge_top_k(list(parts.values()), list(parts), k).rows
+    scores = np.empty(rows.shape)
+    block = max(1, _PAIR_BYTES // (k * queries[:1].nbytes))
+    for start in range(0, len(rows), block):
+        part_rows = rows[start : start + block]
+        left = np.repeat(queries[start : start + block], k, axis=0)
+        pairs = detector.score_features(left, bank[part_rows.ravel()])
+        scores[start : start + block] = pairs.reshape(-1, k)
+    order = np.lexsort((rows, -scores), axis=1)
+    return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
 
 
 def held_out_null(detector: Detector, training: ImageSet, held_out: ImageSet, ranks: Ranks) -> Null:

@@ -234,6 +234,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Write a number with its noun: ``1 image``, ``2,000 images``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def statement(
     num_flagged: int,
     num_queries: int,
@@ -256,8 +261,8 @@ def statement(
     share = percent(num_flagged / num_queries)
     low, high = (percent(bound) for bound in interval)
     return (
-        f"{num_flagged:,} of {num_queries:,} generated images {verb} a training image more "
-        f"closely than {compared}, {rate} ({share}; 95 % CI {low} to {high})."
+        f"{num_flagged:,} of {counted(num_queries, 'generated image')} {verb} a training image "
+        f"more closely than {compared}, {rate} ({share}; 95 % CI {low} to {high})."
     )
 
 
@@ -272,8 +277,8 @@ def verdict(
     sentences = []
     others = num_flagged - num_exact
     if num_exact:
-        copies = "image is" if num_exact == 1 else "images are"
-        sentences.append(f"{num_exact:,} generated {copies} identical to a training image.")
+        copies = counted(num_exact, "generated image is", "generated images are")
+        sentences.append(f"{copies} identical to a training image.")
     expected = rule.rate * num_queries
     if not num_flagged:
         sentences.append("Nothing is flagged.")
