@@ -1,24 +1,34 @@
 """Exact search with the signed weighted L1 head, in bounded memory.
 
 The logit of a pair is ``b + Σ w_k |a_k - b_k|`` with weights of both signs (arXiv 2512.14421), so
-comparing two sets of features needs no network. The kernels are compiled on first use; inputs of a
-few rows are computed by numpy instead, which spares a short command the compiler's start.
+comparing two sets of features needs no network. Inputs of a few rows are computed by numpy, which
+spares a short command the compiler's start; the compiled kernels give the same bits.
+
+Search of many queries first compares features rounded to 8 bits. How far such a comparison can be
+off is known for every row, so it only leaves out pairs that cannot be among the best, and the
+result is that of comparing all pairs exactly.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.distributed import available_cpus
 from lcmem_cli.engine.errors import InputError, MissingExtraError
 
 BLOCK_ROWS = 8192
+LANES = 32
 _SMALL = 2_000_000
-_TILE_ROWS = 64
+_SCREEN_QUERIES = 16
+_GRID_STEPS = 255
+_MAX_GRID_WEIGHT = 16384
 
 FloatArray = NDArray[np.floating[Any]]
 ScoreMatrix = Callable[[Any, Any], NDArray[Any]]
@@ -45,20 +55,20 @@ def weighted_l1_pairs(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDArr
         weight: ``[d]``, of both signs.
 
     Returns:
-        ``[n]`` float32.
+        ``[n]`` float32; the same bits as the matrix and the search.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or values that are not finite.
     """
-    a, b, weight = _rows(a), _rows(b), _rows(weight)
-    if a.shape != b.shape or a.ndim != 2 or weight.shape != a.shape[1:]:
-        raise InputError(f"features {a.shape}, {b.shape} and weight {weight.shape} do not fit")
+    a, b, weight = _checked(a, b, weight)
+    if len(a) != len(b):
+        raise InputError(f"pairs need as many rows on both sides, not {len(a)} and {len(b)}")
+    if a.size <= _SMALL:
+        return lane_sums(weight * np.abs(a - b))
+    from lcmem_cli.engine.store import kernels
+
     result = np.empty(len(a), dtype=np.float32)
-    for start in range(0, len(a), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
-        result[part] = np.einsum(
-            "nd,d->n", np.abs(a[part] - b[part]), weight, dtype=np.float64, casting="same_kind"
-        )
+    _in_threads(lambda start, stop: kernels.pairs(a, b, weight, start, stop, result), len(a))
     return result
 
 
@@ -74,16 +84,15 @@ def weighted_l1_matrix(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDAr
         ``[n, m]`` float32.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or values that are not finite.
     """
     a, b, weight = _checked(a, b, weight)
-    if len(a) * len(b) * a.shape[1] <= _SMALL:
-        small: NDArray[np.float32] = np.einsum(
-            "nmd,d->nm", np.abs(a[:, None] - b[None]), weight, dtype=np.float64
-        ).astype(np.float32)
-        return small
+    if len(a) * b.size <= _SMALL:
+        return lane_sums(weight * np.abs(a[:, None] - b[None]))
+    from lcmem_cli.engine.store import kernels
+
     result = np.empty((len(a), len(b)), dtype=np.float32)
-    _kernels()[0](a, b, weight, result)
+    _in_threads(lambda start, stop: kernels.matrix(a, b, weight, start, stop, result), len(a))
     return result
 
 
@@ -98,7 +107,7 @@ def weighted_l1_top_k(
     """Return each query's ``k`` largest ``Σ_k w_k |q_k - b_k|`` over the bank, exactly.
 
     The bank is read block by block, so it may be a memory map larger than memory; beyond one block
-    only ``n * k`` results are held.
+    only ``n * k`` results are held. The scores are those of ``weighted_l1_matrix`` bit for bit.
 
     Args:
         queries: ``[n, d]``.
@@ -108,19 +117,38 @@ def weighted_l1_top_k(
         block_rows: bank rows read at once; the result does not depend on it.
 
     Raises:
-        InputError: shapes that do not fit, or ``k`` below 1.
+        InputError: shapes that do not fit, values that are not finite, or ``k`` below 1.
     """
     _check_k(k)
+    _check_shapes(queries, bank, weight)
     k = min(k, len(bank))
-    if len(queries) * len(bank) * bank.shape[1] <= _SMALL:
-        return top_k_blocked(functools.partial(weighted_l1_matrix, weight=weight), queries, bank, k)
+    if len(queries) * bank.size <= _SMALL:
+        return top_k_blocked(partial(weighted_l1_matrix, weight=weight), queries, bank, k)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
-    search = _kernels()[1]
-    for start in range(0, len(bank), block_rows):
-        q, block, w = _checked(queries, bank[start : start + block_rows], weight)
-        search(q, block, w, start, scores, rows)
+    for first in range(0, len(bank), block_rows):
+        q, block, w = _checked(queries, bank[first : first + block_rows], weight)
+        _search_block(q, block, w, first, scores, rows)
     return TopK(scores, rows)
+
+
+def lane_sums(terms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum the last axis of ``[..., d]`` in the order of the kernels, to the same bits.
+
+    Args:
+        terms: ``w_k |a_k - b_k|`` in float32.
+
+    Returns:
+        ``[...]`` float32.
+    """
+    lanes = np.zeros((*terms.shape[:-1], LANES), dtype=np.float32)
+    for start in range(0, terms.shape[-1], LANES):
+        part = terms[..., start : start + LANES]
+        lanes[..., : part.shape[-1]] += part
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
 
 
 def top_k_blocked(
@@ -203,7 +231,7 @@ def approximate_top_k(
 
     Args:
         queries: ``[n, d]``.
-        bank: ``[m, d]``.
+        bank: ``[m, d]``; faiss keeps a float32 copy in memory.
         weight: ``[d]``, of both signs.
         k: matches to keep.
         candidates: rows per query that are scored exactly.
@@ -222,13 +250,16 @@ def approximate_top_k(
     except ImportError as error:
         raise MissingExtraError("approximate search", "search") from error
     _check_k(k)
-    queries, bank, weight = _checked(queries, bank, weight)
+    _check_shapes(queries, bank, weight)
+    queries, _, weight = _checked(queries, bank[:0], weight)
     scale = np.abs(weight)
     num_lists = num_lists or max(1, min(int(4 * len(bank) ** 0.5), len(bank) // 40))
     quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
     index = faiss.IndexIVFFlat(quantiser, bank.shape[1], num_lists, faiss.METRIC_L1)
-    index.train(bank * scale)
-    index.add(bank * scale)
+    training_rows = _spread(64 * num_lists, len(bank))
+    index.train(np.asarray(bank[training_rows], dtype=np.float32) * scale)
+    for start in range(0, len(bank), BLOCK_ROWS):
+        index.add(np.asarray(bank[start : start + BLOCK_ROWS], dtype=np.float32) * scale)
     index.nprobe = probes
     _, found = index.search(queries * scale, min(max(candidates, k), len(bank)))
     k = min(k, len(bank))
@@ -240,7 +271,7 @@ def approximate_top_k(
         best = _best(exact, near[None].astype(np.int64), k)
         scores[number, : best.scores.shape[1]] = best.scores[0]
         rows[number, : best.rows.shape[1]] = best.rows[0]
-    sample = np.linspace(0, len(queries) - 1, min(recall_sample, len(queries))).astype(np.int64)
+    sample = _spread(recall_sample, len(queries))
     truth = weighted_l1_top_k(queries[sample], bank, weight, 1)
     recall = float((truth.rows[:, 0] == rows[sample, 0]).mean()) if len(sample) else 1.0
     return TopK(scores, rows), recall
@@ -252,65 +283,138 @@ def _best(scores: NDArray[Any], rows: NDArray[np.int64], k: int) -> TopK:
     return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
 
 
+def _spread(count: int, total: int) -> NDArray[np.int64]:
+    """Return ``count`` of ``range(total)``, evenly spread; all of them where there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
+
+
 def _check_k(k: int) -> None:
     if k < 1:
         raise InputError(f"the number of matches must be at least 1, not {k}")
 
 
-def _rows(values: Any) -> NDArray[np.float32]:
-    return np.ascontiguousarray(values, dtype=np.float32)
+def _check_shapes(a: FloatArray, b: FloatArray, weight: FloatArray) -> None:
+    if a.ndim != 2 or b.ndim != 2 or not a.shape[1:] == b.shape[1:] == weight.shape:
+        raise InputError(f"features {a.shape}, {b.shape} and weight {weight.shape} do not fit")
 
 
 def _checked(
     a: Any, b: Any, weight: Any
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    a, b, weight = _rows(a), _rows(b), _rows(weight)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or weight.shape != a.shape[1:]:
-        raise InputError(f"features {a.shape}, {b.shape} and weight {weight.shape} do not fit")
+    a, b, weight = (np.ascontiguousarray(values, dtype=np.float32) for values in (a, b, weight))
+    _check_shapes(a, b, weight)
+    for name, values in (("features", a), ("features", b), ("weights", weight)):
+        if not np.isfinite(values).all():
+            raise InputError(f"{name} to be compared are not finite (NaN or infinite)")
     return a, b, weight
 
 
-@functools.cache
-def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Compile the kernels (kept on disk where that is possible)."""
-    import numba
-
-    def compiled(function: Callable[..., Any], **options: Any) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no writable place for compiled code
-            return numba.njit(**options)(function)
-
-    distance = compiled(_distance, fastmath={"reassoc", "contract"}, inline="never")
-
-    def matrix(a: Any, b: Any, weight: Any, out: Any) -> None:
-        for tile in range(0, b.shape[0], _TILE_ROWS):
-            stop = min(tile + _TILE_ROWS, b.shape[0])
-            for i in numba.prange(a.shape[0]):
-                for j in range(tile, stop):
-                    out[i, j] = distance(a[i], b[j], weight)
-
-    def search(q: Any, block: Any, weight: Any, start: int, scores: Any, rows: Any) -> None:
-        k = scores.shape[1]
-        for tile in range(0, block.shape[0], _TILE_ROWS):
-            stop = min(tile + _TILE_ROWS, block.shape[0])
-            for i in numba.prange(q.shape[0]):
-                for j in range(tile, stop):
-                    value = distance(q[i], block[j], weight)
-                    if value > scores[i, k - 1]:  # later rows lose ties
-                        place = k - 1
-                        while place > 0 and value > scores[i, place - 1]:
-                            scores[i, place] = scores[i, place - 1]
-                            rows[i, place] = rows[i, place - 1]
-                            place -= 1
-                        scores[i, place] = value
-                        rows[i, place] = start + j
-
-    return (compiled(matrix, parallel=True), compiled(search, parallel=True))
+def _in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """Run ``work(start, stop)`` over ``range(count)`` in as many threads as one may use."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    parts = max(1, min(threads, count))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    if parts == 1:
+        work(0, count)
+        return
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
-def _distance(a: Any, b: Any, weight: Any) -> Any:
-    total = np.float32(0)
-    for index in range(a.shape[0]):
-        total += weight[index] * abs(a[index] - b[index])
-    return total
+def _search_block(
+    queries: NDArray[np.float32],
+    block: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    first: int,
+    scores: NDArray[np.float32],
+    rows: NDArray[np.int64],
+) -> None:
+    """Bring the lists of all queries up to date with the rows of a block."""
+    from lcmem_cli.engine.store import kernels
+
+    if len(queries) < _SCREEN_QUERIES:  # rounding the block would cost more than it saves
+        _in_threads(
+            lambda start, stop: kernels.search(
+                queries, block, weight, first, start, stop, scores, rows
+            ),
+            len(queries),
+        )
+        return
+    grid = _Grid(queries, block, weight)
+    grid_queries, query_error = grid.round(queries)
+    grid_block, block_error = grid.round(block)
+    _in_threads(
+        lambda start, stop: kernels.search_screened(
+            queries,
+            block,
+            weight,
+            grid_queries,
+            grid_block,
+            grid.weight,
+            grid.unit,
+            query_error + grid.slack,
+            block_error,
+            first,
+            start,
+            stop,
+            scores,
+            rows,
+        ),
+        len(queries),
+    )
+
+
+class _Grid:
+    """Rounding of features to 8 bits, and how far a score of rounded features can be off.
+
+    With ``a = A + r`` and ``b = B + s``, A and B on the grid, ``|a - b|`` and ``|A - B|`` differ by
+    at most ``|r| + |s|``, so a score moves by at most ``Σ |w_k| |r_k| + Σ |w_k| |s_k|``; ``round``
+    returns these margins row by row.
+    On the grid ``w_k |A_k - B_k| = w_k step_k * integer``; the products ``w_k step_k`` are rounded
+    to 16 bits, which moves a score by at most ``255 Σ |rounding|``. The slack is that and what the
+    float32 sum of the exact score can be off.
+
+    Attributes:
+        weight: ``[d]`` int16; ``255 Σ |weight|`` fits into int32.
+        unit: score of one unit.
+        slack: margin that all pairs share.
+    """
+
+    def __init__(
+        self,
+        queries: NDArray[np.float32],
+        block: NDArray[np.float32],
+        weight: NDArray[np.float32],
+    ) -> None:
+        low = np.minimum(queries.min(axis=0), block.min(axis=0)).astype(np.float64)
+        high = np.maximum(queries.max(axis=0), block.max(axis=0)).astype(np.float64)
+        self._low = low
+        self._step = np.where(high > low, (high - low) / _GRID_STEPS, 1.0)
+        self._size = np.abs(weight.astype(np.float64))
+        products = weight * self._step
+        largest, total = float(np.abs(products).max()), float(np.abs(products).sum())
+        room = np.iinfo(np.int32).max / _GRID_STEPS - len(weight)
+        units = min(_MAX_GRID_WEIGHT / largest, room / total) if largest > 0 else 1.0
+        self.unit = 1.0 / units
+        self.weight = np.rint(products * units).astype(np.int16)
+        rounding = float(np.abs(products - self.weight * self.unit).sum()) * _GRID_STEPS
+        # A term passes at most this many float32 roundings: of its own, in its lane, in folding.
+        num_roundings = 3 + -(-len(weight) // LANES) + 5
+        most = float((self._size * (high - low)).sum())
+        reach = float((self._size * np.maximum(np.abs(low), np.abs(high))).sum())
+        underflow = len(weight) * 2.0**-149
+        self.slack = rounding + 1.1 * num_roundings * 2.0**-24 * most + underflow + 1e-12 * reach
+
+    def round(self, values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+        """Return rows on the grid ``[n, d]`` and the margin of each ``[n]``."""
+        from lcmem_cli.engine.store import kernels
+
+        rounded = np.empty(values.shape, dtype=np.uint8)
+        error = np.empty(len(values), dtype=np.float64)
+        _in_threads(
+            lambda start, stop: kernels.quantise(
+                values, self._low, self._step, self._size, start, stop, rounded, error
+            ),
+            len(values),
+        )
+        return rounded, error

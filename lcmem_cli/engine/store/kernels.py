@@ -1,0 +1,221 @@
+"""Compiled loops of the search. Import this module only where much is to be computed.
+
+Importing the compiler takes longer than comparing a few images. The compiled code is kept on disk
+where there is a writable place for it.
+
+Every sum of a pair is taken in one fixed order, without reassociation or fused operations: term
+``k`` goes to lane ``k % LANES``, a lane is added up in the order of ``k``, and the lanes are folded
+in halves. So a score has the same bits whatever the block, the thread or the processor, and
+``lane_sums`` of ``lcmem_cli.engine.store.search`` gives these bits with numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+from lcmem_cli.engine.store.search import LANES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_UNROLLED = 16 * LANES
+_TILE_ROWS = 64
+_SCREEN_ROWS = 512
+_ZERO = np.float32(0)
+
+
+def _compiled(function: Function) -> Function:
+    """Compile without the interpreter's lock, so that Python threads can share the work."""
+    try:
+        kernel: Function = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no writable place for compiled code
+        kernel = numba.njit(nogil=True)(function)
+    return kernel
+
+
+@_compiled
+def distance(a: Any, b: Any, weight: Any, lanes: Any) -> Any:
+    """Return ``Σ_k w_k |a_k - b_k|`` of two rows ``[d]``; ``lanes`` is scratch ``[LANES]``."""
+    size = a.shape[0]
+    for i in range(LANES):
+        lanes[i] = _ZERO
+    o = 0
+    while o + _UNROLLED <= size:  # many terms a pass, so that a lane is stored only once
+        for i in range(LANES):
+            s = lanes[i]
+            s += weight[o + i] * abs(a[o + i] - b[o + i])
+            s += weight[o + 32 + i] * abs(a[o + 32 + i] - b[o + 32 + i])
+            s += weight[o + 64 + i] * abs(a[o + 64 + i] - b[o + 64 + i])
+            s += weight[o + 96 + i] * abs(a[o + 96 + i] - b[o + 96 + i])
+            s += weight[o + 128 + i] * abs(a[o + 128 + i] - b[o + 128 + i])
+            s += weight[o + 160 + i] * abs(a[o + 160 + i] - b[o + 160 + i])
+            s += weight[o + 192 + i] * abs(a[o + 192 + i] - b[o + 192 + i])
+            s += weight[o + 224 + i] * abs(a[o + 224 + i] - b[o + 224 + i])
+            s += weight[o + 256 + i] * abs(a[o + 256 + i] - b[o + 256 + i])
+            s += weight[o + 288 + i] * abs(a[o + 288 + i] - b[o + 288 + i])
+            s += weight[o + 320 + i] * abs(a[o + 320 + i] - b[o + 320 + i])
+            s += weight[o + 352 + i] * abs(a[o + 352 + i] - b[o + 352 + i])
+            s += weight[o + 384 + i] * abs(a[o + 384 + i] - b[o + 384 + i])
+            s += weight[o + 416 + i] * abs(a[o + 416 + i] - b[o + 416 + i])
+            s += weight[o + 448 + i] * abs(a[o + 448 + i] - b[o + 448 + i])
+            s += weight[o + 480 + i] * abs(a[o + 480 + i] - b[o + 480 + i])
+            lanes[i] = s
+        o += _UNROLLED
+    while o < size:
+        for i in range(min(LANES, size - o)):
+            lanes[i] += weight[o + i] * abs(a[o + i] - b[o + i])
+        o += LANES
+    for i in range(16):
+        lanes[i] += lanes[i + 16]
+    for i in range(8):
+        lanes[i] += lanes[i + 8]
+    for i in range(4):
+        lanes[i] += lanes[i + 4]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+@_compiled
+def pairs(a: Any, b: Any, weight: Any, start: int, stop: int, out: Any) -> None:
+    """Score rows ``start`` to ``stop`` of ``a`` with the same rows of ``b`` into ``out [n]``."""
+    lanes = np.empty(LANES, np.float32)
+    for i in range(start, stop):
+        out[i] = distance(a[i], b[i], weight, lanes)
+
+
+@_compiled
+def matrix(a: Any, b: Any, weight: Any, start: int, stop: int, out: Any) -> None:
+    """Score rows ``start`` to ``stop`` of ``a`` with all rows of ``b`` into ``out [n, m]``."""
+    lanes = np.empty(LANES, np.float32)
+    for tile in range(0, b.shape[0], _TILE_ROWS):
+        for i in range(start, stop):
+            for j in range(tile, min(tile + _TILE_ROWS, b.shape[0])):
+                out[i, j] = distance(a[i], b[j], weight, lanes)
+
+
+@_compiled
+def insert(value: Any, row: int, scores: Any, rows: Any) -> None:
+    """Put a match into a descending list, behind its equals: rows must come in order."""
+    place = scores.shape[0] - 1
+    while place > 0 and value > scores[place - 1]:
+        scores[place] = scores[place - 1]
+        rows[place] = rows[place - 1]
+        place -= 1
+    scores[place] = value
+    rows[place] = row
+
+
+@_compiled
+def search(
+    queries: Any, block: Any, weight: Any, first: int, start: int, stop: int, scores: Any, rows: Any
+) -> None:
+    """Bring the lists of queries ``start`` to ``stop`` up to date with a block of the bank.
+
+    Args:
+        queries: ``[n, d]`` float32.
+        block: ``[m, d]`` float32.
+        weight: ``[d]`` float32.
+        first: row of the bank at which the block begins.
+        start: first query.
+        stop: query after the last.
+        scores: ``[n, k]`` float32, descending, changed in place.
+        rows: ``[n, k]`` int64, changed in place.
+    """
+    last = scores.shape[1] - 1
+    lanes = np.empty(LANES, np.float32)
+    for tile in range(0, block.shape[0], _TILE_ROWS):
+        for i in range(start, stop):
+            for j in range(tile, min(tile + _TILE_ROWS, block.shape[0])):
+                value = distance(queries[i], block[j], weight, lanes)
+                if value > scores[i, last]:
+                    insert(value, first + j, scores[i], rows[i])
+
+
+@_compiled
+def quantise(
+    values: Any, low: Any, step: Any, size: Any, start: int, stop: int, out: Any, error: Any
+) -> None:
+    """Round rows ``start`` to ``stop`` to the grid ``low_k + step_k * (0 .. 255)``.
+
+    Args:
+        values: ``[n, d]`` float32.
+        low: ``[d]`` float64.
+        step: ``[d]`` float64, above 0.
+        size: ``[d]`` float64, ``|w_k|``.
+        start: first row.
+        stop: row after the last.
+        out: ``[n, d]`` uint8, written.
+        error: ``[n]`` float64, written: ``Σ_k |w_k| |value_k - grid value_k|``.
+    """
+    for i in range(start, stop):
+        total = 0.0
+        for k in range(values.shape[1]):
+            value = np.float64(values[i, k])
+            place = np.floor((value - low[k]) / step[k] + 0.5)
+            place = min(max(place, 0.0), 255.0)
+            out[i, k] = np.uint8(place)
+            total += size[k] * abs(value - (low[k] + place * step[k]))
+        error[i] = total
+
+
+@_compiled
+def grid_distance(a: Any, b: Any, weight: Any) -> Any:
+    """Return ``Σ_k w_k |a_k - b_k|`` of uint8 rows and int16 weights; must fit into int32."""
+    total = np.int32(0)
+    for k in range(a.shape[0]):
+        difference = np.int32(np.int32(a[k]) - np.int32(b[k]))
+        total = np.int32(total + np.int32(np.int32(abs(difference)) * np.int32(weight[k])))
+    return total
+
+
+@_compiled
+def search_screened(
+    queries: Any,
+    block: Any,
+    weight: Any,
+    grid_queries: Any,
+    grid_block: Any,
+    grid_weight: Any,
+    unit: float,
+    query_margin: Any,
+    block_margin: Any,
+    first: int,
+    start: int,
+    stop: int,
+    scores: Any,
+    rows: Any,
+) -> None:
+    """Do as ``search`` does, computing only the pairs that may enter a list.
+
+    A pair's score is at most ``unit * grid_distance + query_margin + block_margin``. Where that is
+    below the last of the query's list, the pair is left out.
+
+    Args:
+        queries: ``[n, d]`` float32.
+        block: ``[m, d]`` float32.
+        weight: ``[d]`` float32.
+        grid_queries: ``[n, d]`` uint8.
+        grid_block: ``[m, d]`` uint8.
+        grid_weight: ``[d]`` int16.
+        unit: score of one unit of ``grid_distance``.
+        query_margin: ``[n]`` float64.
+        block_margin: ``[m]`` float64.
+        first: row of the bank at which the block begins.
+        start: first query.
+        stop: query after the last.
+        scores: ``[n, k]`` float32, descending, changed in place.
+        rows: ``[n, k]`` int64, changed in place.
+    """
+    last = scores.shape[1] - 1
+    lanes = np.empty(LANES, np.float32)
+    for tile in range(0, block.shape[0], _SCREEN_ROWS):
+        for i in range(start, stop):
+            for j in range(tile, min(tile + _SCREEN_ROWS, block.shape[0])):
+                coarse = unit * grid_distance(grid_queries[i], grid_block[j], grid_weight)
+                if coarse + query_margin[i] + block_margin[j] < scores[i, last]:
+                    continue
+                value = distance(queries[i], block[j], weight, lanes)
+                if value > scores[i, last]:
+                    insert(value, first + j, scores[i], rows[i])
