@@ -48,9 +48,10 @@ from lcmem_cli.engine.evaluation.study import (
     check_names,
     check_unreadable,
     content_digest,
+    feature_cache,
     find_detectors,
     fit_records,
-    is_cacheable,
+    named_unreadable,
     open_results,
     pack_unreadable,
     score_dense,
@@ -61,7 +62,6 @@ from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
-from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.store.latents import LatentStore
 
 JSON_NAME = "benchmark_results.json"
@@ -229,9 +229,6 @@ class _Study:
     fit: PairSet | None
     dense: bool
     fit_reason: str | None
-
-    def paths(self) -> list[Path]:
-        return [self.basedir / record.path for record in self.records]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -484,26 +481,18 @@ def _score(
             detector, study, needed, store, batch_size=batch_size, ranks=ranks, reporter=reporter
         )
     else:
-        keep = cache and is_cacheable(detector)
-        paths = study.paths()
+        chosen = [study.records[row] for row in needed]
         embedded = embed_files(
             detector,
-            [paths[row] for row in needed],
+            [study.basedir / record.path for record in chosen],
             batch_size=batch_size,
             workers=workers,
-            cache=FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
-            if keep
-            else None,
+            cache=feature_cache(detector) if cache else None,
             ranks=ranks,
             reporter=reporter,
         )
         features, rows[needed] = embedded.features, embedded.rows
-        reasons = {Path(item.path): item.reason for item in embedded.unreadable}
-        unreadable = [
-            Unreadable(path=study.records[row].path, reason=reasons[paths[row]])
-            for row in needed
-            if paths[row] in reasons
-        ]
+        unreadable = named_unreadable(chosen, study.basedir, embedded.unreadable)
         reporter.event(
             "embedded",
             detector=detector.name,
@@ -586,7 +575,7 @@ def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
     if store.image_size != detector.input_size:
         raise InputError(
             f"{store.folder}: latents of images of {store.image_size} pixels, but {detector.name} "
-            f"takes {detector.input_size}; encode them with --image-size {detector.input_size}"
+            f"takes {detector.input_size}; encode them with lcmem latents --size {detector.input_size}"
         )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
 from lcmem_cli.engine.detectors.base import Detector
-from lcmem_cli.engine.detectors.registry import detectors as known_detectors
-from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import (
     InputError,
     MissingExtraError,
     UnreadableLimitError,
     WeightsUnavailableError,
-    nearest,
 )
 from lcmem_cli.engine.files import (
     LOCK_NAME,
@@ -39,6 +37,7 @@ from lcmem_cli.engine.files import (
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.runs import CONFIG_NAME, ENVIRONMENT_NAME, write_run_files
+from lcmem_cli.engine.store.features import FeatureCache
 
 DEFAULT_DETECTORS = ("lcmem", "mse", "ssim", "ncc", "phash", "random")
 INPUTS_NAME = "inputs.json"
@@ -201,13 +200,10 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         InputError: a name is unknown, empty or given twice.
     """
-    known = known_detectors()
     if not names:
         raise InputError(f"no detector named; for example {','.join(DEFAULT_DETECTORS)}")
     for name in names:
-        kind = name.partition(":")[0]
-        if kind not in known:
-            raise InputError(f"unknown detector '{name}'; {nearest(kind, known)}")
+        check_name(name)
         if names.count(name) > 1:
             raise InputError(f"detector '{name}' is named twice; name each one once")
 
@@ -312,9 +308,26 @@ def unpack_unreadable(packed: NDArray[np.uint8]) -> list[Unreadable]:
     return [Unreadable(**item) for item in json.loads(packed.tobytes())]
 
 
-def is_cacheable(detector: Detector) -> bool:
-    """Return whether features are worth keeping: not where they are the images themselves."""
-    return detector.num_features <= MAX_CACHED_FEATURES
+def feature_cache(detector: Detector) -> FeatureCache | None:
+    """Return the user's cache of a detector's features.
+
+    ``None`` where the features are the images themselves: decoding them again costs no more.
+    """
+    if detector.num_features > MAX_CACHED_FEATURES:
+        return None
+    return FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
+
+
+def named_unreadable(
+    records: Sequence[Record], basedir: Path, unreadable: Iterable[Unreadable]
+) -> list[Unreadable]:
+    """Return unreadable files under the names that the list of images gives them."""
+    reasons = {item.path: item.reason for item in unreadable}
+    return [
+        Unreadable(path=record.path, reason=reasons[path])
+        for record in records
+        if (path := str(basedir / record.path)) in reasons
+    ]
 
 
 def score_listed(
@@ -322,6 +335,7 @@ def score_listed(
     features: NDArray[Any],
     first: NDArray[np.int64],
     second: NDArray[np.int64],
+    others: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
     """Score pairs of feature rows, some megabytes at a time.
 
@@ -330,16 +344,18 @@ def score_listed(
         features: ``[d, k]``, perhaps a memory map.
         first: ``[n]`` feature row of each first image, or -1 where it is unreadable.
         second: ``[n]`` the same for the second image.
+        others: ``[e, k]`` features of the second images, where they are not the same.
 
     Returns:
         ``[n]``; NaN where an image is unreadable.
     """
+    others = features if others is None else others
     scores = np.full(len(first), np.nan)
     usable = np.flatnonzero((first >= 0) & (second >= 0))
     block = _rows_per_block(features)
     for start in range(0, len(usable), block):
         part = usable[start : start + block]
-        scores[part] = detector.score_features(features[first[part]], features[second[part]])
+        scores[part] = detector.score_features(features[first[part]], others[second[part]])
     return scores
 
 

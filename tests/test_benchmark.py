@@ -1,0 +1,405 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
+from lcmem_cli.engine.data.pairs import reference_pairs
+from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.evaluation import benchmark as module
+from lcmem_cli.engine.evaluation.benchmark import benchmark
+from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
+from lcmem_cli.engine.reporter import Reporter
+
+FILES = ("benchmark_results.json", "benchmark_results.csv", "scores.csv", "thresholds.json")
+PICTURES = ("roc.png", "roc.pdf", "bars.png", "bars.pdf")
+
+
+class Listener(Reporter):
+    def __init__(self):
+        self.warnings, self.events = [], []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def event(self, name, **fields):
+        self.events.append((name, fields))
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Write the data of a plot instead of drawing it, except where pictures are looked at."""
+    if "pictures" in request.node.name:
+        return
+
+    def draw(data, target):
+        for suffix in (".png", ".pdf"):
+            target.with_name(target.name + suffix).write_text(repr(data))
+
+    monkeypatch.setattr(module, "plot_roc", draw)
+    monkeypatch.setattr(module, "plot_bars", draw)
+
+
+@pytest.fixture
+def filelist(image_folder, tmp_path):
+    """The images as two data sets, each with three identities in TEST and two in VAL."""
+    manifest = load_manifest(image_folder)
+    records = []
+    for record in manifest.records:
+        number = int(record.id[2:])
+        split = "TEST" if number % 12 < 3 else "VAL" if number % 12 < 5 else "TRAIN"
+        records.append(record._replace(split=split, ds_name="one" if number < 12 else "two"))
+    path = tmp_path / "filelist.csv"
+    write_manifest(type(manifest)(tuple(records), image_folder, path), path)
+    return path
+
+
+def run(filelist, output, **options):
+    options = {"detectors": ["mse", "phash"], "input_size": 32, "workers": 0, **options}
+    return benchmark(filelist, output=output, basedir=filelist.parent / "images", **options)
+
+
+def read(folder):
+    return {name: (folder / name).read_bytes() for name in (*FILES, *PICTURES)}
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_and_metrics_equal_scoring_each_pair_by_itself(filelist, image_folder, tmp_path):
+    result = run(filelist, tmp_path / "out")
+    records = load_manifest(filelist, basedir=image_folder).select("TEST").records
+    pairs = reference_pairs(records)
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    assert list(scores[0]) == ["path_a", "path_b", "label", "ds_name", "mse", "phash"]
+    assert len(scores) == len(pairs) == result.num_pairs
+    for row, a, b, label in zip(scores, pairs.first, pairs.second, pairs.labels, strict=True):
+        assert (row["path_a"], row["path_b"]) == (records[a].path, records[b].path)
+        assert (int(row["label"]), row["ds_name"]) == (label, records[a].ds_name)
+    written = json.loads((tmp_path / "out" / "benchmark_results.json").read_text())
+    table = {(r["detector"], r["ds_name"]): r for r in rows_of(tmp_path / "out" / FILES[1])}
+    assert list(table) == [(d, s) for d in ("mse", "phash") for s in ("overall", "one", "two")]
+    for name in ("mse", "phash"):
+        detector = load_detector(name, input_size=32)
+        for row in scores[::3]:
+            alone = detector.score(image_folder / row["path_a"], image_folder / row["path_b"])
+            assert alone == float(row[name])
+        parts = {"overall": written["detectors"][name]["overall"]}
+        parts |= written["detectors"][name]["per_dataset"]
+        for ds_name, part in parts.items():
+            chosen = [r for r in scores if ds_name in ("overall", r["ds_name"])]
+            values = [float(r[name]) for r in chosen]
+            labels = [int(r["label"]) for r in chosen]
+            expected = pair_metrics(values, labels)
+            assert {key: part[key] for key in METRIC_KEYS} == expected
+            assert part["auc"] == pytest.approx(roc_auc_score(labels, values))
+            row = table[name, ds_name]
+            assert {key: float(row[key]) for key in METRIC_KEYS} == expected
+            low, high = part["intervals"]["auc"]
+            assert low <= part["auc"] <= high
+            assert part["num_positives"] + part["num_negatives"] == len(chosen)
+
+
+def test_thresholds_come_from_val_and_few_negatives_are_stated(filelist, tmp_path):
+    result = run(filelist, tmp_path / "out", detectors=["mse"])
+    at = {item.rate: item for item in result.detectors[0].overall.at_fpr}
+    assert at[0.001].threshold is None and "needs 1000" in at[0.001].reason
+    fitted = json.loads((tmp_path / "out" / "thresholds.json").read_text())["mse"]
+    assert {t["kind"] for t in fitted} == {"recall"}
+    assert fitted[0]["fingerprint"] == result.detectors[0].fingerprint
+    assert fitted[0]["fitted_on"].startswith("VAL: 12 positive and 120 negative pairs")
+    assert any("picked on the scores" in note and "VAL" in note for note in result.notes)
+    every = run(filelist, tmp_path / "all", detectors=["mse"], pairs="all", ds_names=["one"])
+    assert every.num_pairs == 9 * 8 // 2 and every.num_duplicates == 0
+
+
+def test_rates_at_a_fitted_threshold_are_those_of_the_scores(filelist, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FPR_RATES", (0.2,))
+    result = run(filelist, tmp_path / "out", detectors=["mse"])
+    at = result.detectors[0].overall.at_fpr[0]
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    called = [(float(r["mse"]) >= at.threshold, r["label"] == "1") for r in scores]
+    assert at.tpr == sum(c and y for c, y in called) / sum(y for _, y in called)
+    assert at.fpr == sum(c and not y for c, y in called) / sum(not y for _, y in called)
+    assert at.tpr_interval[0] <= at.tpr <= at.tpr_interval[1]
+    row = rows_of(tmp_path / "out" / "benchmark_results.csv")[0]
+    assert float(row["tpr_at_fpr0.2"]) == at.tpr
+
+
+def test_results_do_not_depend_on_batch_size_or_workers(filelist, tmp_path):
+    names = ["mse", "ncc", "phash", "random"]
+    outcomes = []
+    for batch_size, workers in ((1, 0), (7, 2), (32, 0)):
+        out = tmp_path / f"{batch_size}"
+        run(filelist, out, detectors=names, batch_size=batch_size, workers=workers, cache=False)
+        outcomes.append(rows_of(out / "scores.csv"))
+    for name in names:
+        first, *others = ([float(r[name]) for r in rows] for rows in outcomes)
+        for other in others:
+            if name == "random":  # a network's sums may be grouped by batch
+                np.testing.assert_allclose(other, first, atol=1e-6)
+            else:
+                assert other == first
+
+
+def test_all_pairs_do_not_depend_on_the_order_of_rows(filelist, tmp_path):
+    lines = filelist.read_text().splitlines()
+    order = np.random.default_rng(0).permutation(len(lines) - 1) + 1
+    shuffled = filelist.with_name("shuffled.csv")
+    shuffled.write_text("\n".join([lines[0], *(lines[i] for i in order)]) + "\n")
+    straight, mixed = (
+        run(path, tmp_path / path.stem, pairs="all", detectors=["mse", "phash"])
+        for path in (filelist, shuffled)
+    )
+    for a, b in zip(straight.detectors, mixed.detectors, strict=True):
+        assert a.overall.metrics == b.overall.metrics
+        assert {n: s.metrics for n, s in a.per_dataset.items()} == {
+            n: s.metrics for n, s in b.per_dataset.items()
+        }
+
+
+def test_each_distinct_image_is_embedded_once_and_a_second_run_embeds_none(filelist, tmp_path):
+    def passes(output):
+        listener = Listener()
+        run(filelist, output, detectors=["random"], reporter=listener)
+        return next(f for name, f in listener.events if name == "embedded")
+
+    manifest = load_manifest(filelist, basedir=filelist.parent / "images")
+    judged = {r.path for r in manifest.records if r.split in ("VAL", "TEST")}
+    first, second = passes(tmp_path / "a"), passes(tmp_path / "b")
+    assert first["encoder_passes"] == first["distinct"] == len(judged)
+    assert second["encoder_passes"] == 0 and second["distinct"] == len(judged)
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+
+
+def test_reruns_never_mix(filelist, tmp_path, run_cli):
+    out = tmp_path / "out"
+    common = ["benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    common += ["-o", out, "--input-size", 32]
+    run_cli(*common, "--detectors", "mse")
+    before = read(out)
+    run_cli(*common, "--detectors", "mse")
+    assert read(out) == before
+    refused = run_cli(*common, "--detectors", "mse", "--seed", 1, exit_code=2)
+    assert "seed: 42 there, 1 now" in refused.stderr and read(out) == before
+    size = [*common[:-1], 16, "--detectors", "mse"]
+    assert "detector mse" in run_cli(*size, exit_code=2).stderr and read(out) == before
+    image = filelist.parent / "images" / rows_of(out / "scores.csv")[0]["path_a"]
+    other = filelist.parent / "images" / rows_of(out / "scores.csv")[1]["path_b"]
+    shutil.copyfile(other, image)
+    refused = run_cli(*common, "--detectors", "mse", exit_code=2)
+    assert "images: other content" in refused.stderr and read(out) == before
+    run_cli(*common, "--detectors", "mse", "--overwrite")
+    fresh = tmp_path / "fresh"
+    run_cli(*common[:-3], fresh, *common[-2:], "--detectors", "mse")
+    assert read(out) == read(fresh) != before
+    run_cli(*common, "--detectors", "phash,mse")
+    assert list(json.loads((out / FILES[0]).read_text())["detectors"]) == ["phash", "mse"]
+
+
+def test_a_folder_of_something_else_is_left_alone(filelist, tmp_path, run_cli):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    arguments = ["benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    refused = run_cli(
+        *arguments, "-o", out, "--detectors", "mse", "--input-size", 16, "--overwrite", exit_code=2
+    )
+    assert "thesis.tex" in refused.stderr
+    assert (out / "thesis.tex").read_text() == "precious"
+
+
+def test_unreadable_images_are_named_and_their_pairs_dropped(filelist, tmp_path, run_cli):
+    whole = run(filelist, tmp_path / "whole")
+    path = rows_of(tmp_path / "whole" / "scores.csv")[4]["path_a"]
+    (filelist.parent / "images" / path).write_bytes(b"no image")
+    result = run(filelist, tmp_path / "out")
+    assert [item.path for item in result.unreadable] == [path] and result.unreadable[0].reason
+    with_path = [
+        row
+        for row in rows_of(tmp_path / "whole" / "scores.csv")
+        if path in (row["path_a"], row["path_b"])
+    ]
+    assert result.num_dropped == len(with_path) > 0
+    kept = rows_of(tmp_path / "out" / "scores.csv")
+    assert len(kept) == whole.num_pairs - len(with_path)
+    assert not any(path in (row["path_a"], row["path_b"]) for row in kept)
+    arguments = ["benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    arguments += ["--detectors", "mse", "--input-size", 16, "-o", tmp_path / "limit"]
+    refused = run_cli(*arguments, "--max-unreadable", 0, exit_code=1)
+    assert path in refused.stderr and "allows 0" in refused.stderr
+    shown = run_cli(*arguments).stdout
+    assert path in shown and "1 of" in shown
+
+
+def test_json_is_valid_and_tables_and_pictures_are_there(filelist, tmp_path, run_cli):
+    out = run_cli(
+        "benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images",
+        "--detectors", "mse", "--input-size", 16, "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    printed = json.loads(out.stdout, parse_constant=refuse)
+    text = (tmp_path / "out" / "benchmark_results.json").read_text()
+    assert printed == json.loads(text, parse_constant=refuse)
+    assert printed["schema"] == 1 and printed["split"] == "TEST"
+    for name in ("config.toml", "environment.json", *PICTURES):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert 'pairs = "reference"' in (tmp_path / "out" / "config.toml").read_text()
+
+
+def test_a_set_of_one_class_has_counts_and_an_explanation(filelist, tmp_path):
+    rows = filelist.read_text().splitlines()
+    # In data set two, keep one image of each TEST identity: no positive pair is left there.
+    seen, kept = set(), [rows[0]]
+    for row in rows[1:]:
+        _, name, split, ds = row.split(",")
+        if ds == "two" and split == "TEST" and name in seen:
+            continue
+        seen.add(name)
+        kept.append(row)
+    filelist.write_text("\n".join(kept) + "\n")
+    result = run(filelist, tmp_path / "out", pairs="all")
+    part = result.detectors[0].per_dataset["two"]
+    assert part.metrics is None and "need positive pairs" in part.problem
+    assert part.num_positives == 0 and part.num_negatives == 3
+    assert result.detectors[0].overall.metrics is not None
+
+
+def test_a_detector_without_weights_is_skipped_unless_strict(filelist, tmp_path, run_cli):
+    arguments = ["benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    arguments += ["--input-size", 16, "--detectors"]
+    name = "timm:resnet18"
+    out = run_cli(*arguments, f"{name},mse", "-o", tmp_path / "a")
+    assert f"Left out: {name}" in out.stdout and f"'{name}' is left out" in out.stderr
+    written = json.loads((tmp_path / "a" / FILES[0]).read_text())
+    assert [item["name"] for item in written["skipped"]] == [name]
+    run_cli(*arguments, f"{name},mse", "--strict", "-o", tmp_path / "b", exit_code=1)
+    none = run_cli(*arguments, name, "-o", tmp_path / "c", exit_code=1)
+    assert "none of the detectors" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--detectors", "msee"], "did you mean 'mse'"),
+        (["--detectors", "mse,mse"], "named twice"),
+        (["--detectors", ","], "no detector"),
+        (["--target-recall", "0"], "(0, 1]"),
+        (["--split", "VAL"], "--fit-split"),
+        (["--split", "TSET"], "did you mean 'TEST'"),
+        (["--ds-name", "thre"], "no data set 'thre'"),
+        (["--latents", "nowhere"], "no latent store"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(filelist, tmp_path, run_cli, arguments, words):
+    common = ["benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    if "--detectors" not in arguments:
+        common += ["--detectors", "mse"]
+    out = run_cli(*common, *arguments, "-o", tmp_path / "out", exit_code=2)
+    assert words in out.stderr.replace("\n", " ")
+    assert not (tmp_path / "out" / "benchmark_results.json").exists()
+
+
+def test_a_set_with_one_identity_is_refused_on_test_and_left_out_of_val(filelist, tmp_path):
+    rows = filelist.read_text().splitlines()
+    val = [row for row in rows if ",VAL,two" in row]
+    one = val[0].split(",")[1]
+    kept = [row for row in rows if ",VAL,two" not in row or row.split(",")[1] == one]
+    filelist.write_text("\n".join(kept) + "\n")
+    listener = Listener()
+    result = run(filelist, tmp_path / "out", reporter=listener)
+    assert "of 1 data set(s)" in result.detectors[0].thresholds[0].fitted_on
+    assert any("'two'" in warning for warning in listener.warnings)
+
+
+def command(filelist, output, detectors):
+    return [
+        sys.executable, "-m", "lcmem_cli", "benchmark", "--filelist", str(filelist),
+        "--basedir", str(filelist.parent / "images"), "--detectors", detectors,
+        "--input-size", "32", "--workers", "0", "-o", str(output),
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment_and_started_again_gives_the_same_files(filelist, tmp_path):
+    names = "mse,phash"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command(filelist, tmp_path / "whole", names), check=True, **options)
+    killed = tmp_path / "killed"
+    stages = killed / "stages"
+    for num_stages in (1, 2):
+        process = subprocess.Popen(command(filelist, killed, names), **options)
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            if stages.is_dir() and len(list(stages.glob("*.safetensors"))) >= num_stages:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run(command(filelist, killed, names), check=True, **options)
+    assert read(killed) == read(tmp_path / "whole")
+    same = ("config.toml", "environment.json", "inputs.json")
+    for name in same:
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_damaged_stage_is_made_again(filelist, tmp_path):
+    run(filelist, tmp_path / "out")
+    before = read(tmp_path / "out")
+    for stage in (tmp_path / "out" / "stages").iterdir():
+        stage.write_bytes(stage.read_bytes()[:-9])
+    run(filelist, tmp_path / "out")
+    assert read(tmp_path / "out") == before
+
+
+@pytest.fixture
+def checkpoint(run_cli, image_folder, tiny_codec, tmp_path) -> Path:
+    """A network of one epoch, with the latents that it was trained on."""
+    run_cli(
+        "latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 32,
+        "-o", tmp_path / "store",
+    )  # fmt: skip
+    run_cli(
+        "train-stage1", "--latents", tmp_path / "store", "-o", tmp_path / "stage1",
+        "--set=schedule.epochs=1", "--set=image.size=32", "--set=network.backbone=resnet10t",
+        "--set=network.num_features=16", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
+    )  # fmt: skip
+    return tmp_path / "stage1" / "checkpoint.safetensors"
+
+
+def test_stored_latents_give_the_scores_of_the_images(
+    checkpoint, image_folder, tiny_codec, tmp_path, run_cli
+):
+    name = f"lcmem:{checkpoint}"
+    common = {"detectors": [name], "workers": 0, "cache": False}
+    benchmark(image_folder, output=tmp_path / "images-out", **common)
+    benchmark(image_folder, output=tmp_path / "out", latents=tmp_path / "store", **common)
+    first, second = (
+        [float(row[name]) for row in rows_of(tmp_path / folder / "scores.csv")]
+        for folder in ("images-out", "out")
+    )
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    run_cli(
+        "latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 48,
+        "-o", tmp_path / "large",
+    )  # fmt: skip
+    refused = run_cli(
+        "benchmark", "--filelist", image_folder, "--detectors", name,
+        "--latents", tmp_path / "large", "-o", tmp_path / "refused", exit_code=2,
+    )  # fmt: skip
+    assert "48 pixels" in refused.stderr and "takes 32" in refused.stderr
