@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.files import atomic_path, sha256_file, write_json
+from lcmem_cli.engine.files import atomic_path
+
+_SUFFIX = ".safetensors"
+
+
+class _Place(NamedTuple):
+    shard: int
+    row: int
 
 
 class FeatureCache:
     """Append-only features of one detector, keyed by the SHA-256 of the image file.
 
-    Every write makes one new shard and then its side file, so a killed process leaves at most a
-    shard that is not listed. A shard whose checksum fails is left out: its images are embedded
-    again.
+    Every write makes one new file with features, keys and a checksum a row, under a name that its
+    content gives. So a killed process leaves nothing half-written, any number of processes may
+    read and write at once, and a damaged row is noticed when it is asked for: it counts as unknown
+    and is computed again.
 
     Args:
         folder: shared by all detectors.
@@ -28,12 +37,12 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder / fingerprint[:32]
-        self._places: dict[str, tuple[int, int]] = {}
-        self._shards: list[NDArray[Any]] = []
-        self._next = 0
-        for side in sorted(self.folder.glob("*.json")):
-            self._next = max(self._next, int(side.stem) + 1)
-            self._open(side)
+        self.fingerprint = fingerprint
+        self._shards: list[tuple[Any, NDArray[np.uint32]]] = []
+        self._places: dict[str, list[_Place]] = {}
+        self._checked: set[_Place] = set()
+        for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
+            self._open(path)
 
     @classmethod
     def default_folder(cls) -> Path:
@@ -47,43 +56,87 @@ class FeatureCache:
         return len(self._places)
 
     def __contains__(self, content_hash: object) -> bool:
-        """Return whether the features of an image are known."""
-        return content_hash in self._places
+        """Return whether the features of an image are known and undamaged."""
+        return isinstance(content_hash, str) and self._find(content_hash) is not None
 
     def get_many(self, hashes: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the features of the known ones among some images.
 
+        Args:
+            hashes: SHA-256 of each image file, in hexadecimal.
+
         Returns:
             Rows of the known ones in order ``[k, d]``, and which are known ``[n]``.
         """
-        found = np.asarray([h in self._places for h in hashes], dtype=bool)
-        rows = [
-            self._shards[shard][row]
-            for shard, row in (self._places[h] for h in hashes if h in self._places)
-        ]
+        places = [self._find(content) for content in hashes]
+        rows = [self._read(place) for place in places if place is not None]
+        found = np.asarray([place is not None for place in places], dtype=bool)
         return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
 
     def put_many(self, hashes: Sequence[str], features: NDArray[Any]) -> None:
-        """Add features ``[n, d]`` of images that are not known yet."""
+        """Keep features of images.
+
+        Args:
+            hashes: SHA-256 of each image file, in hexadecimal.
+            features: ``[n, d]``, float32 or uint8.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        from safetensors.numpy import save_file
+
         if not len(hashes):
             return
-        path = self.folder / f"{self._next:08d}.npy"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, features, allow_pickle=False)
-        side = path.with_suffix(".json")
-        write_json(side, {"hashes": list(hashes), "sha256": sha256_file(path)})
-        self._next += 1
-        self._open(side)
+        features = np.ascontiguousarray(features)
+        keys = np.asarray([list(bytes.fromhex(content)) for content in hashes], dtype=np.uint8)
+        sums = np.asarray(
+            [_checksum(key, row) for key, row in zip(keys, features, strict=True)], np.uint32
+        )
+        name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
+        path = self.folder / f"{name}{_SUFFIX}"
+        with atomic_path(path) as temporary:
+            save_file(
+                {"keys": keys, "checksums": sums, "features": features},
+                temporary,
+                metadata={"fingerprint": self.fingerprint},
+            )
+        self._open(path)
 
-    def _open(self, side: Path) -> None:
+    def _open(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
         try:
-            listed = json.loads(side.read_text(encoding="utf-8"))
-            path = side.with_suffix(".npy")
-            if sha256_file(path) != listed["sha256"]:
+            shard: Any = safe_open(path, framework="numpy")
+            if shard.metadata().get("fingerprint") != self.fingerprint:
                 return
-            shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-            places = {h: (len(self._shards), row) for row, h in enumerate(listed["hashes"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
+            rows = shard.get_slice("features")
+        except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
-        self._shards.append(shard)
-        self._places.update(places)
+        number = len(self._shards)
+        self._shards.append((rows, sums))
+        for row, key in enumerate(keys):
+            self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
+
+    def _read(self, place: _Place) -> NDArray[Any]:
+        row: NDArray[Any] = self._shards[place.shard][0][place.row : place.row + 1][0]
+        return row
+
+    def _find(self, content: str) -> _Place | None:
+        """Return the first undamaged place of an image; damaged ones are forgotten."""
+        places = self._places.get(content, [])
+        while places:
+            place = places[0]
+            if place not in self._checked:
+                key = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)
+                if _checksum(key, self._read(place)) != self._shards[place.shard][1][place.row]:
+                    places.pop(0)
+                    continue
+                self._checked.add(place)
+            return place
+        self._places.pop(content, None)
+        return None
+
+
+def _checksum(key: NDArray[np.uint8], row: NDArray[Any]) -> int:
+    return zlib.crc32(row.tobytes(), zlib.crc32(key.tobytes()))
