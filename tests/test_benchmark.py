@@ -119,9 +119,19 @@ def test_thresholds_come_from_val_and_few_negatives_are_stated(filelist, tmp_pat
     assert {t["kind"] for t in fitted} == {"recall"}
     assert fitted[0]["fingerprint"] == result.detectors[0].fingerprint
     assert fitted[0]["fitted_on"].startswith("VAL: 12 positive and 120 negative pairs")
-    assert any("picked on the scores" in note and "VAL" in note for note in result.notes)
+    assert "picked on the scores" in result.notes[0] and "fitted on VAL" in result.notes[1]
     every = run(filelist, tmp_path / "all", detectors=["mse"], pairs="all", ds_names=["one"])
     assert every.num_pairs == 9 * 8 // 2 and every.num_duplicates == 0
+
+
+def test_without_a_split_to_fit_on_only_the_judged_images_are_embedded(filelist, tmp_path):
+    listener = Listener()
+    result = run(filelist, tmp_path / "out", detectors=["mse"], fit_split=None, reporter=listener)
+    assert listener.events[0][1]["images"] == 18 and not listener.warnings
+    assert result.detectors[0].thresholds == () and result.num_fit_pairs == 0
+    assert {at.reason for at in result.detectors[0].overall.at_fpr} == {
+        "no split to fit thresholds on was asked for"
+    }
 
 
 def test_rates_at_a_fitted_threshold_are_those_of_the_scores(filelist, tmp_path, monkeypatch):

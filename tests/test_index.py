@@ -4,14 +4,29 @@ import numpy as np
 import pytest
 
 from lcmem_cli import Index, load_detector
-from lcmem_cli.engine.errors import CorruptFileError, FingerprintMismatchError
+from lcmem_cli.engine.errors import (
+    CorruptFileError,
+    FingerprintMismatchError,
+    InputError,
+    UnreadableLimitError,
+)
 from lcmem_cli.engine.evaluation import indexing
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
+from lcmem_cli.engine.reporter import Reporter
+from tests.conftest import draw_identity
 
 
 @pytest.fixture
 def detector():
     return load_detector("ncc", input_size=16)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
+    }
 
 
 def test_adding_in_two_steps_equals_building_at_once(image_folder, tmp_path, detector, monkeypatch):
@@ -51,14 +66,107 @@ def test_another_detector_is_refused(image_folder, tmp_path, detector):
         add_to_index(image_folder, tmp_path / "index", load_detector("mse", input_size=16))
 
 
-def test_a_damaged_segment_is_named(image_folder, tmp_path, detector):
+def test_what_a_killed_addition_left_is_cut_off(image_folder, tmp_path, detector, monkeypatch):
+    monkeypatch.setattr(indexing, "IMAGES_PER_SEGMENT", 10)
+    add_to_index(image_folder, tmp_path / "once", detector)
+
+    def killed(self, images, hashes, features):
+        if len(self) == 30:
+            with (self.folder / "features.bin").open("ab") as file:
+                file.write(b"half of a row")
+            raise KeyboardInterrupt
+        return append(self, images, hashes, features)
+
+    append = Index.append
+    monkeypatch.setattr(Index, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add_to_index(image_folder, tmp_path / "killed", detector)
+    monkeypatch.setattr(Index, "append", append)
+    assert add_to_index(image_folder, tmp_path / "killed", detector).num_known == 30
+    assert contents(tmp_path / "killed") == contents(tmp_path / "once")
+
+
+def test_known_contents_are_not_embedded_again(image_folder, tmp_path, detector):
     add_to_index(image_folder, tmp_path / "index", detector)
-    segment = next((tmp_path / "index" / "segments").glob("*.npy"))
-    data = bytearray(segment.read_bytes())
-    data[-3] ^= 1
-    segment.write_bytes(data)
-    with pytest.raises(CorruptFileError, match=segment.name):
+    copies = tmp_path / "copies" / "id"
+    copies.mkdir(parents=True)
+    for number, file in enumerate(sorted(image_folder.rglob("*.png"))[:5]):
+        (copies / f"{number}.png").write_bytes(file.read_bytes())
+    result = add_to_index(tmp_path / "copies", tmp_path / "index", detector)
+    assert (result.num_added, result.encoder_passes, result.num_distinct) == (5, 0, 72)
+
+
+class Listening(Reporter):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
+def test_a_file_that_changed_is_added_with_its_new_content(image_folder, tmp_path, detector):
+    add_to_index(image_folder, tmp_path / "index", detector)
+    changed = image_folder / "id00" / "0.png"
+    draw_identity(99, 0).save(changed)
+    listening = Listening()
+    result = add_to_index(image_folder, tmp_path / "index", detector, reporter=listening)
+    assert (result.num_added, result.num_changed, result.num_known) == (1, 1, 71)
+    assert "another content" in listening.warnings[0]
+    match = Index.open(tmp_path / "index").best_match(detector, changed)
+    assert match.score == pytest.approx(1) and match.row == 72
+
+
+def test_unreadable_images_are_listed_and_asked_for_again(image_folder, tmp_path, detector):
+    broken = image_folder / "id01" / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UnreadableLimitError, match=r"broken\.png"):
+        add_to_index(image_folder, tmp_path / "index", detector)
+    draw_identity(1, 9).save(broken)
+    result = add_to_index(image_folder, tmp_path / "index", detector)
+    assert (result.num_added, result.num_known, result.num_changed) == (1, 72, 0)
+
+
+@pytest.mark.parametrize("place", [3, -3])
+def test_damaged_features_are_named(image_folder, tmp_path, detector, place):
+    add_to_index(image_folder, tmp_path / "index", detector)
+    features = tmp_path / "index" / "features.bin"
+    data = bytearray(features.read_bytes())
+    data[place] ^= 1
+    features.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=r"features\.bin: .* 00000000\.json"):
         Index.open(tmp_path / "index")
+    features.write_bytes(data[:-100])
+    with pytest.raises(CorruptFileError, match=r"features\.bin"):
+        Index.open(tmp_path / "index")
+
+
+def test_a_missing_or_damaged_segment_is_named(image_folder, tmp_path, detector, monkeypatch):
+    monkeypatch.setattr(indexing, "IMAGES_PER_SEGMENT", 30)
+    add_to_index(image_folder, tmp_path / "index", detector)
+    segments = tmp_path / "index" / "segments"
+    whole = (segments / "00000001.json").read_text()
+    (segments / "00000001.json").write_text(whole[:-20])
+    with pytest.raises(CorruptFileError, match=r"00000001\.json: missing or damaged"):
+        Index.open(tmp_path / "index")
+    (segments / "00000001.json").unlink()
+    with pytest.raises(CorruptFileError, match=r"00000001\.json: missing or damaged"):
+        Index.open(tmp_path / "index")
+
+
+def test_features_of_another_kind_and_an_empty_index_are_refused(tmp_path, detector):
+    index = Index.create(tmp_path, detector="ncc", fingerprint=detector.fingerprint)
+    with pytest.raises(InputError, match="empty"):
+        index.search(detector, np.zeros((1, 4), np.float32), 1)
+    index.append([("a", "a", "0")], ["0"], np.zeros((1, 4), np.float32))
+    with pytest.raises(InputError, match="4 numbers"):
+        index.append([("b", "b", "1")], ["1"], np.zeros((1, 5), np.float32))
+
+
+def test_names_need_not_be_text(tmp_path, detector):
+    name = b"caf\xe9'\n\".png".decode("utf-8", "surrogateescape")
+    index = Index.create(tmp_path, detector="ncc", fingerprint=detector.fingerprint)
+    index.append([(name, "a", "0")], ["0"], np.zeros((1, 4), np.float32))
+    assert Index.open(tmp_path).entries[0].path == name
 
 
 def test_index_commands(run_cli, image_folder, tmp_path):

@@ -19,7 +19,6 @@ from lcmem_cli.cli.options import (
     Device,
     DeviceOption,
     FilelistOption,
-    FitSplitOption,
     InputSizeOption,
     JsonOption,
     OutputOption,
@@ -53,7 +52,9 @@ def benchmark_command(
         typer.Option("--pairs", help="The published pairs, or every pair within a data set."),
     ] = PairChoice.REFERENCE,
     split: SplitOption = "TEST",
-    fit_split: FitSplitOption = "VAL",
+    fit_split: Annotated[
+        str, typer.Option("--fit-split", help="Split that thresholds are fitted on, or none.")
+    ] = "VAL",
     seed: SeedOption = 42,
     target_recall: Annotated[
         float, typer.Option("--target-recall", help="Recall of the _atR metrics, in (0, 1].")
@@ -88,7 +89,7 @@ def benchmark_command(
         ds_names=split_names(ds_name) if ds_name else None,
         pairs=pairs.value,
         split=split,
-        fit_split=fit_split,
+        fit_split=None if fit_split == "none" else fit_split,
         seed=seed,
         target_recall=target_recall,
         input_size=input_size,
@@ -114,8 +115,7 @@ def _show(result: BenchmarkResult, output: Path) -> None:
     if len(datasets) > 1:
         for name in datasets:
             _show_set(result, [item.per_dataset[name] for item in result.detectors], name)
-    for note in result.notes:
-        render.line(f"Note: {note}.")
+    render.line(f"Note: {'; '.join(result.notes)}.")
     for item in result.skipped:
         render.line(f"Left out: {item.name}: {item.reason}")
     render.line(

@@ -19,38 +19,11 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, perturb, perturb_seed
 from lcmem_cli.engine.detectors.base import resize_batch
-from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.evaluation.judge import within_pairs
-from lcmem_cli.engine.evaluation.metrics import pair_metrics
 
 PIXEL_SIZE = 64
 WORKING_SIZE = 256
 NATURAL = ("imagenet_sample", "grocery", "tower", "nyala", "ham_lesion", "celebs")
 NUM_QUERIES, NUM_BANK, RATE = 100, 400, 0.01
-
-
-def reidentification(manifest, names):
-    """Print AUC per data set of the TEST pairs: all positives, negatives within the data set."""
-    test = manifest.select("TEST")
-    pairs = within_pairs(test.records)
-    table = {}
-    for name in names:
-        detector = load_detector(name, input_size=PIXEL_SIZE)
-        embedded = embed_files(detector, test.paths())
-        features = embedded.features[embedded.rows]
-        scores = detector.score_features(features[pairs.first], features[pairs.second])
-        table[name] = {}
-        for number, dataset in enumerate(pairs.names):
-            chosen = pairs.dataset == number
-            if pairs.labels[chosen].any():
-                table[name][dataset] = pair_metrics(scores[chosen], pairs.labels[chosen])["auc"]
-    rows = [d for d in pairs.names if d in table[names[0]]]
-    print("| data set |", " | ".join(names), "|")
-    print("| --- |", " | ".join("---" for _ in names), "|")
-    for dataset in rows:
-        print(f"| {dataset} |", " | ".join(f"{table[n][dataset]:.3f}" for n in names), "|")
-    means = [np.mean([table[n][d] for d in rows]) for n in names]
-    print("| mean |", " | ".join(f"{m:.3f}" for m in means), "|")
 
 
 def copies(manifest, names):
@@ -138,13 +111,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--filelist", type=Path)
     parser.add_argument("--detectors", default="lcmem,ncc")
-    parser.add_argument("--copies", action="store_true")
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
     if arguments.speed:
         return speed()
-    names = arguments.detectors.split(",")
-    (copies if arguments.copies else reidentification)(load_manifest(arguments.filelist), names)
+    copies(load_manifest(arguments.filelist), arguments.detectors.split(","))
 
 
 if __name__ == "__main__":

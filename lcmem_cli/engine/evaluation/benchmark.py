@@ -25,7 +25,6 @@ from lcmem_cli.engine.data.pairs import (
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit_files import write_csv
@@ -85,8 +84,9 @@ _RESULT_FILES = (
 )
 TEST_SCORES_NOTE = (
     "threshold_bestF1 and threshold_atR are picked on the scores that they are judged on, as in "
-    "the published table; the rates at a false-positive rate use thresholds fitted on {fit_split}"
+    "the published table"
 )
+FIT_NOTE = "the rates at a false-positive rate use thresholds fitted on {fit_split}"
 
 PairMode = Literal["reference", "all"]
 
@@ -172,7 +172,7 @@ class BenchmarkResult(Result):
         detectors: in the order asked for.
         skipped: detectors that could not run.
         split: that was judged.
-        fit_split: that thresholds were fitted on.
+        fit_split: that thresholds were fitted on; ``None``: none was asked for.
         pairs: how pairs were made.
         seed: of the pairs and the bootstrap.
         target_recall: of the ``_atR`` metrics.
@@ -190,7 +190,7 @@ class BenchmarkResult(Result):
     detectors: tuple[DetectorResult, ...]
     skipped: tuple[Skipped, ...]
     split: str
-    fit_split: str
+    fit_split: str | None
     pairs: PairMode
     seed: int
     target_recall: float
@@ -251,7 +251,7 @@ def benchmark(
     ds_names: Sequence[str] | None = None,
     pairs: PairMode = "reference",
     split: str = "TEST",
-    fit_split: str = "VAL",
+    fit_split: str | None = "VAL",
     seed: int = 42,
     target_recall: float = DEFAULT_TARGET_RECALL,
     input_size: int = 512,
@@ -278,7 +278,8 @@ def benchmark(
         pairs: the published ones, or every pair within each data set.
         split: to judge.
         fit_split: to fit thresholds on, by the same rule of pairing (the published one with
-            ``FIT_NEGATIVES_PER_ANCHOR`` negatives an image, for want of negatives).
+            ``FIT_NEGATIVES_PER_ANCHOR`` negatives an image, for want of negatives); ``None``:
+            fit none.
         seed: of the pairs and the bootstrap.
         target_recall: of the ``_atR`` metrics, in (0, 1].
         input_size: side in pixels for the pixel measures.
@@ -322,7 +323,7 @@ def benchmark(
         max_missing=None if store is not None else max_unreadable,
         reporter=reporter,
     )
-    fingerprints, skipped = find_detectors(
+    available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
     inputs = {
@@ -348,16 +349,16 @@ def benchmark(
     with open_results(
         output,
         inputs,
-        fingerprints,
+        available.fingerprints,
         config=config,
         results=_RESULT_FILES,
         overwrite=overwrite,
         ranks=ranks,
     ) as folder:
         scored: list[_Scored] = []
-        for name, fingerprint in fingerprints.items():
+        for name, fingerprint in available.fingerprints.items():
             if not ranks.broadcast(folder is not None and folder.has(name, fingerprint)):
-                detector = load_detector(name, device=device, input_size=input_size)
+                detector = available.take(name)
                 made = _score(
                     detector,
                     study,
@@ -377,7 +378,7 @@ def benchmark(
             result = _conclude(
                 study,
                 scored,
-                skipped,
+                available.skipped,
                 limit=max_unreadable,
                 options={
                     "pairs": pairs,
@@ -414,7 +415,7 @@ def _make_study(
     *,
     basedir: Path | None,
     ds_names: Sequence[str] | None,
-    splits: tuple[str, str],
+    splits: tuple[str, str | None],
     pairs: PairMode,
     seed: int,
     max_missing: int | None,
@@ -432,7 +433,9 @@ def _make_study(
             "no identity has two images"
         )
     fit: PairSet | None = None
-    fit_from = fit_records(manifest.select(splits[1], ds_names), reporter)
+    fit_from: tuple[Record, ...] = ()
+    if splits[1] is not None:
+        fit_from = fit_records(manifest.select(splits[1], ds_names), reporter)
     if fit_from:
         shift = len(judged.records)
         made = make_pairs(
@@ -445,8 +448,8 @@ def _make_study(
         fit = dataclasses.replace(made, first=made.first + shift, second=made.second + shift)
     if fit is not None and not (fit.num_positives and fit.num_negatives):
         fit = None
-    reason = None
-    if fit is None:
+    reason = None if splits[1] is not None else "no split to fit thresholds on was asked for"
+    if fit is None and splits[1] is not None:
         reason = f"{splits[1]} holds no positive and negative pairs to fit a threshold on"
         reporter.warn(f"no rates at fixed false-positive rates: {reason}")
     return _Study(
@@ -594,7 +597,7 @@ def _load_scored(folder: ResultsFolder, name: str, fingerprint: str) -> _Scored:
 def _conclude(
     study: _Study,
     scored: Sequence[_Scored],
-    skipped: Sequence[Skipped],
+    skipped: tuple[Skipped, ...],
     *,
     limit: int | None,
     options: dict[str, Any],
@@ -633,9 +636,12 @@ def _conclude(
                 )
             )
             task.advance()
+    notes = [TEST_SCORES_NOTE]
+    if options["fit_split"] is not None:
+        notes.append(FIT_NOTE.format(fit_split=options["fit_split"]))
     result = BenchmarkResult(
         detectors=tuple(results),
-        skipped=tuple(skipped),
+        skipped=skipped,
         replicates=replicates,
         num_images=len(study.records),
         num_pairs=len(study.test),
@@ -643,7 +649,7 @@ def _conclude(
         num_dropped=int((~keep).sum()),
         num_fit_pairs=0 if fit is None else len(fit),
         unreadable=tuple(unreadable.values()),
-        notes=(TEST_SCORES_NOTE.format(fit_split=options["fit_split"]),),
+        notes=tuple(notes),
         **options,
     )
     _write(folder, result, study, test, judged)
@@ -699,7 +705,7 @@ def _fit(
     scores: NDArray[np.float64],
     pairs: PairSet | None,
     study: _Study,
-    split: str,
+    split: str | None,
 ) -> tuple[list[Threshold], dict[float, str]]:
     """Fit what the number of different pairs supports; say why not for the other rates."""
     if pairs is None or not (pairs.num_positives and pairs.num_negatives):

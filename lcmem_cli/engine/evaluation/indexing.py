@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -29,6 +33,7 @@ class IndexingResult(Result):
         num_distinct: distinct contents among them.
         num_added: images added now.
         num_known: listed images that were in the index already.
+        num_changed: files whose content was another when they were added; the index holds both.
         encoder_passes: images that the encoder saw now.
         unreadable: images left out.
     """
@@ -39,6 +44,7 @@ class IndexingResult(Result):
     num_distinct: int
     num_added: int
     num_known: int
+    num_changed: int
     encoder_passes: int
     unreadable: tuple[Unreadable, ...]
 
@@ -72,8 +78,9 @@ def add_to_index(
 ) -> IndexingResult:
     """Add a folder or filelist to an index, making it if there is none.
 
-    Images that are in the index already are skipped, so a killed run is continued by the same
-    call, and adding in two calls ends as adding in one.
+    Images that are in the index already, with the content that they have now, are skipped, so a
+    killed run is continued by the same call, and adding in two calls ends as adding in one.
+    Contents that the index knows under another path are not embedded again.
 
     Args:
         source: folder or filelist.
@@ -99,34 +106,48 @@ def add_to_index(
     ranks.barrier()
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    known = {entry.path for entry in index.entries}
-    todo = [
-        (path, record.id)
-        for path, record in zip(paths, manifest.records, strict=True)
-        if str(path) not in known
+    contents = _hash_files(paths, workers, ranks)
+    known_paths = {entry.path for entry in index.entries}
+    known = {(entry.path, entry.content_hash) for entry in index.entries}
+    is_new = [
+        (str(path), content) not in known for path, content in zip(paths, contents, strict=True)
     ]
+    num_changed = sum(
+        new and content is not None and str(path) in known_paths
+        for new, path, content in zip(is_new, paths, contents, strict=True)
+    )
+    if num_changed:
+        reporter.warn(
+            f"{folder}: {num_changed} file(s) have another content than when they were added; "
+            "the index holds both contents"
+        )
     unreadable: list[Unreadable] = []
     added = passes = 0
-    for start in range(0, len(todo), IMAGES_PER_SEGMENT):
-        part = todo[start : start + IMAGES_PER_SEGMENT]
+    for start in range(0, len(paths), IMAGES_PER_SEGMENT):
+        part = [
+            number
+            for number in range(start, min(start + IMAGES_PER_SEGMENT, len(paths)))
+            if is_new[number]
+        ]
+        missing = [number for number in part if contents[number] not in index]
         embedded = embed_files(
             detector,
-            [path for path, _ in part],
+            [paths[number] for number in missing],
             batch_size=batch_size,
             workers=workers,
             ranks=ranks,
             reporter=reporter,
         )
-        rows_known = index.known_rows()
+        found = zip(embedded.rows, embedded.content_hashes, strict=True)
+        made = dict(zip(missing, found, strict=True))
         images: list[tuple[str, str, str]] = []
         fresh: dict[str, int] = {}
-        for (path, identity), row, content in zip(
-            part, embedded.rows, embedded.content_hashes, strict=True
-        ):
-            if row < 0 or content is None:
+        for number in part:
+            row, content = made.get(number, (-1, contents[number]))
+            if content is None or (row < 0 and content not in index):
                 continue
-            images.append((str(path), identity, content))
-            if content not in rows_known:
+            images.append((str(paths[number]), manifest.records[number].id, content))
+            if content not in index:
                 fresh.setdefault(content, int(row))
         if ranks.is_main and images:
             with folder_lock(folder):
@@ -149,7 +170,8 @@ def add_to_index(
         num_images=len(index),
         num_distinct=index.num_rows,
         num_added=added,
-        num_known=len(paths) - len(todo),
+        num_known=len(paths) - sum(is_new),
+        num_changed=num_changed,
         encoder_passes=passes,
         unreadable=tuple(unreadable),
     )
@@ -191,3 +213,19 @@ def query_index(
         },
         unreadable=embedded.unreadable,
     )
+
+
+def _hash_files(paths: Sequence[Path], workers: int, ranks: Ranks) -> list[str | None]:
+    """Return the SHA-256 of each file, ``None`` where it cannot be read."""
+
+    def digest(path: Path) -> str | None:
+        try:
+            return content_hash(path)
+        except UnreadableImageError:
+            return None
+
+    with ThreadPoolExecutor(max(1, resolve_workers(workers, ranks.size))) as pool:
+        shares = ranks.gather(list(pool.map(digest, ranks.share(paths))))
+    # Shares are every size-th item, so taking one of each in turn restores the order.
+    turns = itertools.zip_longest(*shares, fillvalue="")
+    return list(itertools.chain.from_iterable(turns))[: len(paths)]

@@ -30,7 +30,6 @@ from lcmem_cli.engine.data.perturb import (
 )
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_perturbed
-from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit_files import write_csv
@@ -388,7 +387,7 @@ def robustness(
         reporter=reporter,
     )
     _check_support(study, fit, rates[fit], fit_split)
-    fingerprints, skipped = find_detectors(
+    available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
     inputs = {
@@ -417,17 +416,17 @@ def robustness(
     with open_results(
         output,
         inputs,
-        fingerprints,
+        available.fingerprints,
         config=config,
         results=_RESULT_FILES,
         overwrite=overwrite,
         ranks=ranks,
     ) as folder:
         scored: list[_Scored] = []
-        for name, fingerprint in fingerprints.items():
+        for name, fingerprint in available.fingerprints.items():
             missing = ranks.broadcast(_missing_parts(folder, study, name, fingerprint))
             if missing:
-                detector = load_detector(name, device=device, input_size=input_size)
+                detector = available.take(name)
                 run = _Run(
                     cache=feature_cache(detector) if cache else None,
                     batch_size=batch_size,
@@ -443,7 +442,7 @@ def robustness(
             result = _conclude(
                 study,
                 scored,
-                skipped,
+                available.skipped,
                 limit=max_unreadable,
                 rates=rates,
                 options={
@@ -704,7 +703,7 @@ def _load_scored(folder: ResultsFolder, study: _Study, name: str, fingerprint: s
 def _conclude(
     study: _Study,
     scored: Sequence[_Scored],
-    skipped: Sequence[Skipped],
+    skipped: tuple[Skipped, ...],
     *,
     limit: int | None,
     rates: Mapping[str, float],
@@ -745,7 +744,7 @@ def _conclude(
         )
     result = RobustnessResult(
         detectors=tuple(results),
-        skipped=tuple(skipped),
+        skipped=skipped,
         num_images=len(study.records),
         num_pairs=len(study.test),
         num_dropped=int((~keep).sum()),

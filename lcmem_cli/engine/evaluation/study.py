@@ -62,6 +62,40 @@ class Skipped:
     reason: str
 
 
+class Available:
+    """Detectors that can run here.
+
+    Args:
+        fingerprints: by name, in the order asked for.
+        skipped: those that cannot run.
+        first: the first one, which is kept because it is used next.
+        device: where they compute.
+        input_size: of the pixel measures.
+    """
+
+    def __init__(
+        self,
+        fingerprints: dict[str, str],
+        skipped: Sequence[Skipped],
+        first: Detector | None,
+        *,
+        device: str,
+        input_size: int,
+    ) -> None:
+        self.fingerprints = fingerprints
+        self.skipped = tuple(skipped)
+        self._first = first
+        self._device = device
+        self._input_size = input_size
+
+    def take(self, name: str) -> Detector:
+        """Return a detector; none is held here any more, so that memory holds one at a time."""
+        first, self._first = self._first, None
+        if first is not None and first.name == name:
+            return first
+        return load_detector(name, device=self._device, input_size=self._input_size)
+
+
 class ResultsFolder:
     """A folder that holds the results of one study, and its finished parts.
 
@@ -210,7 +244,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def find_detectors(
     names: Sequence[str], *, device: str, input_size: int, strict: bool, reporter: Reporter = SILENT
-) -> tuple[dict[str, str], list[Skipped]]:
+) -> Available:
     """Find out which detectors can run; each is loaded and let go again, to bound memory.
 
     Args:
@@ -220,19 +254,18 @@ def find_detectors(
         strict: raise where a detector's weights cannot be had, instead of leaving it out.
         reporter: warned of each that is left out.
 
-    Returns:
-        The fingerprints by name, and what is left out.
-
     Raises:
         WeightsUnavailableError: with ``strict``, or when no detector is left.
         InputError: a checkpoint that is named is not there, or not one.
     """
     fingerprints: dict[str, str] = {}
     skipped: list[Skipped] = []
+    first: Detector | None = None
     for name in names:
         try:
             detector = load_detector(name, device=device, input_size=input_size)
             fingerprints[name] = detector.fingerprint
+            first = first or detector
         except (WeightsUnavailableError, MissingExtraError) as error:
             if strict:
                 raise
@@ -241,7 +274,7 @@ def find_detectors(
     if not fingerprints:
         reasons = "\n".join(f"  {item.name}: {item.reason}" for item in skipped)
         raise WeightsUnavailableError(f"none of the detectors can run here:\n{reasons}")
-    return fingerprints, skipped
+    return Available(fingerprints, skipped, first, device=device, input_size=input_size)
 
 
 def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record, ...]:

@@ -1,13 +1,16 @@
 """An index: the features of a training set on disk, to be searched again and again.
 
-Append-only: every addition is a segment of features and a side file that lists its images. Bound
-to the fingerprint of the detector that made the features.
+Append-only: an addition appends its features to one file, which is read as a memory map, and then
+writes a segment file that lists the images. What a killed process appended without a segment is
+cut off by the next addition. Bound to the fingerprint of the detector that made the features.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.errors import CorruptFileError, FingerprintMismatchError, InputError
-from lcmem_cli.engine.files import atomic_path, sha256_file, write_json
+from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.results import Result
-from lcmem_cli.engine.store.search import TopK, merge_top_k
+from lcmem_cli.engine.store.search import TopK
 
 FORMAT_VERSION = 1
-META_NAME, SEGMENT_FOLDER = "index.json", "segments"
+META_NAME, FEATURES_NAME, SEGMENT_FOLDER = "index.json", "features.bin", "segments"
+_READ_BYTES = 1 << 24
 
 
 class Searcher(Protocol):
@@ -78,12 +82,13 @@ class Index:
         self.detector = str(meta["detector"])
         self.fingerprint = str(meta["fingerprint"])
         self.entries: list[Entry] = []
-        self._segments: list[NDArray[Any]] = []
         self._first_entry: dict[int, Entry] = {}
         self._row_of: dict[str, int] = {}
-        self._num_rows = 0
-        for side in sorted((folder / SEGMENT_FOLDER).glob("*.json")):
-            self._open(side)
+        self._dtype = np.dtype(np.float32)
+        self._num_features = 0
+        self._num_segments = 0
+        for number in range(len(list((folder / SEGMENT_FOLDER).glob("[!.]*.json")))):
+            self._open_segment(number)
 
     @classmethod
     def create(cls, folder: Path, *, detector: str, fingerprint: str) -> Index:
@@ -129,17 +134,21 @@ class Index:
     @property
     def num_rows(self) -> int:
         """Distinct images."""
-        return self._num_rows
+        return len(self._row_of)
 
     @property
     def features(self) -> NDArray[Any]:
-        """All features ``[num_rows, d]``; a memory map where there is one segment."""
-        if len(self._segments) == 1:
-            return self._segments[0]
-        return np.concatenate(self._segments) if self._segments else np.zeros((0, 0), np.float32)
+        """All features ``[num_rows, d]``, memory-mapped."""
+        shape = (self.num_rows, self._num_features)
+        if not self.num_rows:
+            return np.zeros(shape, dtype=self._dtype)
+        return np.memmap(self._features_path, dtype=self._dtype, mode="r", shape=shape)
 
     def check(self, fingerprint: str) -> None:
         """Refuse another detector.
+
+        Args:
+            fingerprint: of the detector that is to be used with this index.
 
         Raises:
             FingerprintMismatchError: its fingerprint is another.
@@ -151,37 +160,60 @@ class Index:
                 "detector, or build an index with this one"
             )
 
-    def known_rows(self) -> dict[str, int]:
-        """Return the row of each content hash in the index."""
-        return dict(self._row_of)
+    def __contains__(self, content_hash: object) -> bool:
+        """Return whether features of this content are in the index."""
+        return content_hash in self._row_of
 
     def append(
-        self, images: Sequence[tuple[str, str, str]], new_hashes: Sequence[str], features: Any
+        self,
+        images: Sequence[tuple[str, str, str]],
+        new_hashes: Sequence[str],
+        features: NDArray[Any],
     ) -> None:
-        """Add images as one segment.
+        """Add images as one segment; the caller holds the folder's lock.
 
         Args:
             images: ``(path, id, content hash)`` of each; the contents are known or new.
             new_hashes: contents that are not in the index yet.
             features: ``[len(new_hashes), d]``.
+
+        Raises:
+            InputError: features of another length or type than those of the index.
+            OSError: the disk is full, or the folder cannot be written.
         """
-        rows = dict(self._row_of)
-        for offset, content in enumerate(new_hashes):
-            rows[content] = self._num_rows + offset
-        number = len(list((self.folder / SEGMENT_FOLDER).glob("*.json")))
-        path = self.folder / SEGMENT_FOLDER / f"{number:08d}.npy"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.asarray(features), allow_pickle=False)
-        side = path.with_suffix(".json")
-        write_json(
-            side,
+        features = np.ascontiguousarray(features)
+        if not self.num_rows:
+            self._dtype, self._num_features = features.dtype, features.shape[1]
+        if len(features) and (features.dtype, features.shape[1]) != (
+            self._dtype,
+            self._num_features,
+        ):
+            raise InputError(
+                f"{self.folder}: holds {self._dtype} features of {self._num_features} numbers, "
+                f"not {features.dtype} of {features.shape[1]}"
+            )
+        new_rows = {content: self.num_rows + place for place, content in enumerate(new_hashes)}
+        data = features.tobytes()
+        with self._features_path.open("r+b" if self._features_path.exists() else "w+b") as file:
+            file.truncate(self.num_rows * self._row_bytes)
+            file.seek(0, os.SEEK_END)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(  # last, so that a listed segment is complete
+            self._segment_path(self._num_segments),
             {
-                "sha256": sha256_file(path),
+                "dtype": self._dtype.name,
+                "num_features": self._num_features,
+                "sha256": hashlib.sha256(data).hexdigest(),
                 "hashes": list(new_hashes),
-                "entries": [[p, i, h, rows[h]] for p, i, h in images],
+                "entries": [
+                    [path, identity, content, new_rows.get(content, self._row_of.get(content))]
+                    for path, identity, content in images
+                ],
             },
         )
-        self._open(side)
+        self._open_segment(self._num_segments)
 
     def search(self, detector: Searcher, features: NDArray[Any], k: int) -> list[list[IndexMatch]]:
         """Return the ``k`` best distinct images for each row of ``features``, exactly.
@@ -191,15 +223,9 @@ class Index:
             InputError: the index is empty.
         """
         self.check(detector.fingerprint)
-        if not self._num_rows:
+        if not self.num_rows:
             raise InputError(f"{self.folder}: the index is empty")
-        offsets = np.cumsum([0, *(len(s) for s in self._segments)])[:-1].tolist()
-        used = [(s, o) for s, o in zip(self._segments, offsets, strict=True) if len(s)]
-        found = merge_top_k(
-            [detector.top_k(features, segment, k) for segment, _ in used],
-            [offset for _, offset in used],
-            k,
-        )
+        found = detector.top_k(features, self.features, k)
         return [
             [
                 IndexMatch(
@@ -223,27 +249,57 @@ class Index:
         images = image[None] if hasattr(image, "ndim") and image.ndim == 3 else [image]
         return self.search(detector, detector.embed(images), 1)[0][0]
 
-    def _open(self, side: Path) -> None:
-        path = side.with_suffix(".npy")
+    @property
+    def _features_path(self) -> Path:
+        return self.folder / FEATURES_NAME
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._num_features * self._dtype.itemsize
+
+    def _segment_path(self, number: int) -> Path:
+        return self.folder / SEGMENT_FOLDER / f"{number:08d}.json"
+
+    def _open_segment(self, number: int) -> None:
+        path = self._segment_path(number)
         try:
-            listed = json.loads(side.read_text(encoding="utf-8"))
-            if sha256_file(path) != listed["sha256"]:
-                raise ValueError("content does not match its checksum")
-            segment: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            listed = json.loads(path.read_text(encoding="utf-8"))
+            self._dtype = np.dtype(listed["dtype"])
+            self._num_features = int(listed["num_features"])
+            hashes = [str(content) for content in listed["hashes"]]
             entries = [Entry(*entry) for entry in listed["entries"]]
-            hashes = listed["hashes"]
+            known = self.num_rows + len(hashes)
+            if not all(0 <= entry.row < known for entry in entries):
+                raise ValueError("an image without features")
+            if self._sha256(self.num_rows, len(hashes)) != listed["sha256"]:
+                raise CorruptFileError(
+                    f"{self._features_path}: the features of {path.name} do not match their "
+                    f"checksum; remove {path.name} and every later segment, and run the same "
+                    "lcmem index command again"
+                )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(
-                f"{path}: missing or damaged ({error}); remove it with its .json and every later "
-                "segment, and add these images again"
+                f"{path}: missing or damaged ({error}); remove it and every later segment, and "
+                "run the same lcmem index command again"
             ) from error
-        for offset, content in enumerate(hashes):
-            self._row_of[content] = self._num_rows + offset
+        for content in hashes:
+            self._row_of[content] = len(self._row_of)
         for entry in entries:
             self._first_entry.setdefault(entry.row, entry)
-        self._segments.append(segment)
-        self._num_rows += len(segment)
         self.entries.extend(entries)
+        self._num_segments = number + 1
+
+    def _sha256(self, first: int, count: int) -> str:
+        """Return the checksum of some rows; a shorter one where the file ends before them."""
+        digest = hashlib.sha256()
+        left = count * self._row_bytes
+        if left:
+            with self._features_path.open("rb") as file:
+                file.seek(first * self._row_bytes)
+                while left and (data := file.read(min(left, _READ_BYTES))):
+                    digest.update(data)
+                    left -= len(data)
+        return digest.hexdigest()
 
 
 def is_index(path: Path) -> bool:
