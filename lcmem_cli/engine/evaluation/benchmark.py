@@ -578,7 +578,8 @@ def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
     if store.image_size != detector.input_size:
         raise InputError(
             f"{store.folder}: latents of images of {store.image_size} pixels, but {detector.name} "
-            f"takes {detector.input_size}; encode them with lcmem latents --size {detector.input_size}"
+            f"takes {detector.input_size}; encode them with lcmem latents --size "
+            f"{detector.input_size}"
         )
 
 
