@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import draw_identity
 
 from lcmem_cli import Index, load_detector
 from lcmem_cli.engine.errors import (
@@ -13,7 +14,6 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.evaluation import indexing
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
 from lcmem_cli.engine.reporter import Reporter
-from tests.conftest import draw_identity
 
 
 @pytest.fixture
