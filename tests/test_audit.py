@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from audit_images import SmallCorrelation, altered, picture, save_all
 from PIL import Image
+from scipy.special import expit
 from scipy.stats import binom
 from typer.testing import CliRunner
 
@@ -518,6 +519,26 @@ def test_an_index_takes_the_place_of_any_set(sets, tmp_path):
     with pytest.raises(FingerprintMismatchError, match="made by detector small-correlation"):
         audit(sets / "generated", tmp_path / "train", fpr=0.05, detector=other)
     assert other.num_embedded == 0
+
+
+def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path, monkeypatch):
+    class Probability(SmallCorrelation):
+        fingerprint = "7" * 64
+
+        def score_features(self, a, b):
+            return expit(10 * super().score_features(a, b))
+
+        def score_matrix(self, a, b):
+            return expit(10 * super().score_matrix(a, b))
+
+    monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.LCMemDetector", Probability)
+    result, plain = run(sets, detector=Probability(), output=tmp_path), run(sets)
+    assert [m.query for m in result.flagged] == [m.query for m in plain.flagged]
+    assert result.metrics.auth_pct == plain.metrics.auth_pct
+    for name in ("smallest", "median", "largest"):
+        logits = getattr(result.metrics.generated_ratio, name)
+        assert logits == pytest.approx(getattr(plain.metrics.generated_ratio, name), abs=1e-5)
+    assert "best-match score, as logit" in (tmp_path / "report.html").read_text()
 
 
 def test_an_audit_never_writes_beside_the_images(sets, tmp_path):
