@@ -7,14 +7,16 @@ statistics of the whole data set stand beside them (method: arXiv 2512.14421).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import CorruptFileError, InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import (
+    CorruptFileError,
+    InputError,
+    MissingExtraError,
+    UnreadableLimitError,
+)
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -35,6 +43,7 @@ from lcmem_cli.engine.results import Result, Unreadable
 FORMAT_VERSION = 1
 META_NAME, PLAN_NAME, INDEX_NAME, SHARD_FOLDER = "meta.json", "plan.json", "index.parquet", "shards"
 SHARD_RECORDS = 256
+SHARD_BYTES = 1 << 26
 STD_FLOOR = 1e-12
 _COLUMNS = ("path", "id", "Split", "ds_name")
 
@@ -69,7 +78,7 @@ class EncodingResult(Result):
 
 
 class LatentStore:
-    """A finished store, opened for reading.
+    """A finished store, opened for reading; a shard is compared with its checksum on first use.
 
     Attributes:
         folder: where it is.
@@ -90,7 +99,8 @@ class LatentStore:
         self.std = tuple(float(v) for v in meta["std"])
         self.manifest_digest = str(meta["manifest_digest"])
         self.unreadable = tuple(Unreadable(**u) for u in meta["unreadable"])
-        self._shards = meta["shards"]
+        self._shards = [(str(shard["file"]), str(shard["sha256"])) for shard in meta["shards"]]
+        self._verified: set[int] = set()
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         self.records = tuple(
             Record(*(_to_text(value) for value in row))  # type: ignore[arg-type]
@@ -140,25 +150,31 @@ class LatentStore:
         Raises:
             CorruptFileError: naming the first shard that differs or is missing.
         """
-        for shard in self._shards:
-            path = self.folder / SHARD_FOLDER / shard["file"]
-            if not path.is_file() or sha256_file(path) != shard["sha256"]:
-                raise CorruptFileError(
-                    f"{path}: missing or damaged; remove it and run lcmem latents again"
-                )
+        for number in range(len(self._shards)):
+            self._verify(number)
 
     def select(self, split: str) -> list[int]:
         """Return the rows of one split."""
         return [row for row, record in enumerate(self.records) if record.split == split]
 
+    def _verify(self, number: int) -> Path:
+        name, checksum = self._shards[number]
+        path = self.folder / SHARD_FOLDER / name
+        if number not in self._verified:
+            try:
+                if sha256_file(path) != checksum:
+                    raise ValueError("the content does not match its checksum")
+            except (OSError, ValueError) as error:
+                raise CorruptFileError(
+                    f"{path}: missing or damaged ({error}); run the same lcmem latents command "
+                    "again, which makes this shard anew"
+                ) from error
+            self._verified.add(number)
+        return path
+
     def _open_shard(self, number: int) -> NDArray[np.float32]:
-        path = self.folder / SHARD_FOLDER / _shard_name(number)
-        try:
-            shard: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CorruptFileError(
-                f"{path}: missing or damaged ({error}); remove it and run lcmem latents again"
-            ) from error
+        path = self._verify(number)
+        shard: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         return shard
 
 
@@ -178,6 +194,11 @@ def encode_latents(
 ) -> EncodingResult:
     """Encode every image of a list, continuing what an earlier run left unfinished.
 
+    Shards that are there and match their checksum are kept; the others are made anew, and so are
+    those that lack an image which can be read by now. A shard's bytes depend neither on the number
+    of processes nor on where an earlier run was stopped. While the codec works on a batch, the next
+    is decoded and the last shard is written.
+
     Args:
         manifest: images to encode.
         codec: frozen encoder.
@@ -196,89 +217,69 @@ def encode_latents(
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are kept.
     """
     ranks = ranks or Ranks()
-    if ranks.is_main:
-        with folder_lock(output):
-            _write_plan(manifest, codec, output, image_size=image_size, seed=seed)
-            return _encode_and_finish(
-                manifest, codec, output, image_size, batch_size, workers, seed,
-                max_unreadable, package, ranks, reporter,
-            )  # fmt: skip
-    return _encode_and_finish(
-        manifest, codec, output, image_size, batch_size, workers, seed,
-        max_unreadable, package, ranks, reporter,
-    )  # fmt: skip
+    with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
+        plan = _plan(manifest, codec, image_size=image_size, seed=seed)
+        if ranks.is_main:
+            _check_plan(output, plan)
+        ranks.barrier()  # the plan is there
+        shards = _Shards(output, len(manifest), plan["shard_records"])
+        paths = manifest.paths()
+        finished = ranks.gather(
+            [
+                number
+                for number in ranks.share(range(len(shards)))
+                if shards.is_whole(number) and not _readable_now(shards, number, paths)
+            ]
+        )
+        known = set(itertools.chain.from_iterable(finished))
+        if ranks.is_main:
+            _tell_what_is_there(shards, known, reporter)
+        encoded_now = _encode_shards(
+            ranks.share([number for number in range(len(shards)) if number not in known]),
+            shards,
+            manifest,
+            codec,
+            image_size=image_size,
+            batch_size=batch_size,
+            workers=resolve_workers(workers, ranks.size),
+            seed=seed,
+            reporter=reporter,
+        )
+        encoded_now = sum(ranks.gather(encoded_now))  # also waits for every process
+        if ranks.is_main:
+            _write_meta(manifest, codec, shards, image_size)
+        ranks.barrier()
+        return _finish(
+            shards,
+            num_encoded_now=encoded_now,
+            max_unreadable=max_unreadable,
+            archive=Path(f"{output}.tar.gz") if package else None,
+            is_main=ranks.is_main,
+        )
 
 
-def _encode_and_finish(
-    manifest: Manifest,
-    codec: Codec,
-    output: Path,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    seed: int,
+def _finish(
+    shards: _Shards,
+    *,
+    num_encoded_now: int,
     max_unreadable: int,
-    package: bool,
-    ranks: Ranks,
-    reporter: Reporter,
+    archive: Path | None,
+    is_main: bool,
 ) -> EncodingResult:
-    ranks.barrier()  # the plan is there
-    numbers = range(-(-len(manifest) // SHARD_RECORDS))
-    missing = [n for n in numbers if _read_side(output, n) is None]
-    mine = ranks.share(missing)
-    paths = manifest.paths()
-    encoded_now = 0
-    writing: Future[None] | None = None
-    ranks.barrier()  # every process has looked before any writes
-    total = sum(len(_shard_range(n, len(manifest))) for n in mine)
-    with ThreadPoolExecutor(1) as writer, reporter.task("latents", total, unit="image") as task:
-        for number in mine:
-            rows = _shard_range(number, len(manifest))
-            collected, kept, unreadable = [], [], []
-            for batch in iter_images(
-                [paths[r] for r in rows],
-                image_size,
-                workers=resolve_workers(workers, ranks.size),
-                batch_size=batch_size,
-            ):
-                unreadable += [
-                    {"path": manifest.records[rows[i]].path, "reason": reason}
-                    for i, reason in batch.unreadable
-                ]
-                if batch.indices:
-                    names = [manifest.records[rows[i]].path for i in batch.indices]
-                    collected.append(_encode(codec, batch.images, names, seed))
-                    kept += [rows[i] for i in batch.indices]
-                task.advance(len(batch.indices) + len(batch.unreadable))
-            if writing is not None:
-                writing.result()
-            shape = (0, codec.spec.latent_channels, 1, 1)
-            latents = np.concatenate(collected) if collected else np.zeros(shape, np.float32)
-            writing = writer.submit(_write_shard, output, number, latents, kept, unreadable)
-            encoded_now += len(kept)
-        if writing is not None:
-            writing.result()
-    encoded_now = sum(ranks.gather(encoded_now))  # also waits for every process
-    if ranks.is_main:
-        _write_meta(manifest, codec, output, image_size, len(numbers))
-    ranks.barrier()
-    store = LatentStore.open(output)
+    store = LatentStore.open(shards.folder)
     if len(store.unreadable) > max_unreadable:
         first = "; ".join(f"{u.path}: {u.reason}" for u in store.unreadable[:3])
         raise UnreadableLimitError(
             f"{len(store.unreadable)} image(s) could not be read, --max-unreadable is "
             f"{max_unreadable}: {first}"
         )
-    archive = None
-    if package:
-        archive = Path(f"{output}.tar.gz")
-        if ranks.is_main:
-            _write_package(output, archive, len(numbers))
+    if archive is not None and is_main:
+        _write_package(shards, archive)
     return EncodingResult(
-        folder=str(output),
+        folder=str(shards.folder),
         num_images=len(store),
-        num_shards=len(numbers),
-        num_encoded_now=encoded_now,
+        num_shards=len(shards),
+        num_encoded_now=num_encoded_now,
         codec=store.spec,
         image_size=store.image_size,
         mean=store.mean,
@@ -286,6 +287,175 @@ def _encode_and_finish(
         unreadable=store.unreadable,
         package=None if archive is None else str(archive),
     )
+
+
+class _Shards:
+    """The shards of a store: which rows of the list each holds, and its two files.
+
+    Args:
+        folder: the store.
+        num_images: length of the list.
+        shard_records: rows of the list in every shard but the last.
+    """
+
+    def __init__(self, folder: Path, num_images: int, shard_records: int) -> None:
+        self.folder = folder
+        self.num_images = num_images
+        self.shard_records = shard_records
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.shard_records)
+
+    def rows(self, number: int) -> range:
+        """Return the rows of the list that a shard is made of."""
+        first = number * self.shard_records
+        return range(first, min(first + self.shard_records, self.num_images))
+
+    def path(self, number: int) -> Path:
+        """Return the file of the latents."""
+        return self.folder / SHARD_FOLDER / f"{number:06d}.npy"
+
+    def side_path(self, number: int) -> Path:
+        """Return the file that tells what the latents are of."""
+        return self.folder / SHARD_FOLDER / f"{number:06d}.json"
+
+    def side(self, number: int) -> dict[str, Any]:
+        """Return what stands in the side file."""
+        values: dict[str, Any] = json.loads(self.side_path(number).read_text(encoding="utf-8"))
+        return values
+
+    def is_whole(self, number: int) -> bool:
+        """Return whether a shard is there and matches its checksum."""
+        try:
+            checksum: str = self.side(number)["sha256"]
+            return sha256_file(self.path(number)) == checksum
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def write(
+        self,
+        number: int,
+        latents: NDArray[np.float32],
+        kept: list[int],
+        unreadable: list[dict[str, str]],
+    ) -> None:
+        """Write a shard; its side file comes last, so that a shard that has one is complete."""
+        path = self.path(number)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, latents, allow_pickle=False)
+        exact = latents.astype(np.float64)
+        write_json(
+            self.side_path(number),
+            {
+                "file": path.name,
+                "sha256": sha256_file(path),
+                "rows": kept,
+                "unreadable": unreadable,
+                "pixels": int(latents.shape[0] * latents.shape[2] * latents.shape[3]),
+                "sum": exact.sum(axis=(0, 2, 3)).tolist(),
+                "sum_of_squares": np.square(exact).sum(axis=(0, 2, 3)).tolist(),
+            },
+        )
+
+
+def _readable_now(shards: _Shards, number: int, paths: Sequence[Path]) -> bool:
+    """Return whether an image that a shard lacks can be read by now."""
+    for row in sorted(set(shards.rows(number)) - set(shards.side(number)["rows"])):
+        with contextlib.suppress(UnreadableImageError, MissingExtraError):
+            load_image(paths[row])
+            return True
+    return False
+
+
+def _tell_what_is_there(shards: _Shards, known: set[int], reporter: Reporter) -> None:
+    """Report shards that an earlier run left, and damaged ones, which are made anew."""
+    if known:
+        reporter.event("continuing", shards_found=len(known), shards=len(shards))
+    damaged = [
+        shards.path(number).name
+        for number in range(len(shards))
+        if number not in known
+        and shards.side_path(number).is_file()
+        and not shards.is_whole(number)
+    ]
+    if damaged:
+        reporter.warn(
+            f"{shards.folder}: {len(damaged)} damaged shard(s) are made anew: "
+            + ", ".join(damaged[:5])
+        )
+
+
+def _encode_shards(
+    numbers: Sequence[int],
+    shards: _Shards,
+    manifest: Manifest,
+    codec: Codec,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    reporter: Reporter,
+) -> int:
+    """Encode and write some shards; return the number of images encoded."""
+    paths = manifest.paths()
+
+    def load() -> Iterator[tuple[int, LoadedBatch]]:
+        # Batches never span shards, so their composition does not depend on what is left to do.
+        for number in numbers:
+            part = [paths[row] for row in shards.rows(number)]
+            for batch in iter_images(part, image_size, workers=workers, batch_size=batch_size):
+                yield number, batch
+
+    num_encoded = num_notes = 0
+    writing: Future[None] | None = None
+    nothing = np.zeros((0, codec.spec.latent_channels, *_side(codec, image_size)), np.float32)
+    total = sum(len(shards.rows(number)) for number in numbers)
+    with ThreadPoolExecutor(1) as writer, reporter.task("latents", total, unit="image") as task:
+        for number, batches in itertools.groupby(_one_ahead(load()), lambda item: item[0]):
+            rows = shards.rows(number)
+            collected = [nothing]
+            kept: list[int] = []
+            unreadable: list[dict[str, str]] = []
+            for _, batch in batches:
+                unreadable += [
+                    {"path": manifest.records[rows[i]].path, "reason": reason}
+                    for i, reason in batch.unreadable
+                ]
+                num_notes += len(batch.notes)
+                names = [manifest.records[rows[i]].path for i in batch.indices]
+                if names:
+                    collected.append(_encode(codec, batch.images, names, seed))
+                    kept += [rows[i] for i in batch.indices]
+                task.advance(len(batch.indices) + len(batch.unreadable))
+            if writing is not None:
+                writing.result()
+            latents = np.concatenate(collected)
+            writing = writer.submit(shards.write, number, latents, kept, unreadable)
+            num_encoded += len(kept)
+        if writing is not None:
+            writing.result()
+    if num_notes:
+        reporter.warn(
+            f"{num_notes} image(s) of more than 8 bits without a stated range: their brightness "
+            "was guessed from their values"
+        )
+    return num_encoded
+
+
+def _one_ahead(
+    items: Iterator[tuple[int, LoadedBatch]],
+) -> Iterator[tuple[int, LoadedBatch]]:
+    """Make the next item in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = pool.submit(next, items, None)
+            yield item
+
+
+def _side(codec: Codec, image_size: int) -> tuple[int, int]:
+    return (image_size // codec.spec.downsampling,) * 2
 
 
 def _encode(
@@ -312,92 +482,68 @@ def _to_text(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "surrogateescape")
 
 
-def _shard_range(number: int, total: int) -> range:
-    return range(number * SHARD_RECORDS, min((number + 1) * SHARD_RECORDS, total))
-
-
-def _shard_name(number: int) -> str:
-    return f"{number:06d}.npy"
-
-
-def _side_path(output: Path, number: int) -> Path:
-    return output / SHARD_FOLDER / f"{number:06d}.json"
-
-
-def _write_shard(
-    output: Path,
-    number: int,
-    latents: NDArray[np.float32],
-    kept: list[int],
-    unreadable: list[dict[str, str]],
-) -> None:
-    path = output / SHARD_FOLDER / _shard_name(number)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, latents, allow_pickle=False)
-    exact = latents.astype(np.float64)
-    write_json(  # last, so that a shard with a side file is complete
-        _side_path(output, number),
-        {
-            "file": _shard_name(number),
-            "sha256": sha256_file(path),
-            "rows": kept,
-            "unreadable": unreadable,
-            "pixels": int(latents.shape[0] * latents.shape[2] * latents.shape[3]),
-            "sum": exact.sum(axis=(0, 2, 3)).tolist(),
-            "sum_of_squares": np.square(exact).sum(axis=(0, 2, 3)).tolist(),
-        },
-    )
-
-
-def _read_side(output: Path, number: int) -> dict[str, Any] | None:
-    side, path = _side_path(output, number), output / SHARD_FOLDER / _shard_name(number)
-    if not side.is_file() or not path.is_file():
-        return None
-    try:
-        values: dict[str, Any] = json.loads(side.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return values
-
-
-def _write_plan(
-    manifest: Manifest, codec: Codec, output: Path, *, image_size: int, seed: int
-) -> None:
+def _plan(manifest: Manifest, codec: Codec, *, image_size: int, seed: int) -> dict[str, Any]:
+    """Return everything that the bytes of the shards depend on."""
+    height, width = _side(codec, image_size)
+    latent_bytes = max(1, 4 * codec.spec.latent_channels * height * width)
     spec = {
-        k: v for k, v in dataclasses.asdict(codec.spec).items() if k not in ("name", "revision")
+        f"codec.{key}": value
+        for key, value in dataclasses.asdict(codec.spec).items()
+        if key not in ("name", "revision")  # the same weights may lie elsewhere
     }
-    plan = {
-        "codec": spec,
+    return {
+        "format": FORMAT_VERSION,
         "image_size": image_size,
         "manifest_digest": manifest.digest,
         "seed": seed if codec.spec.posterior == "sample" else None,
-        "shard_records": SHARD_RECORDS,
+        **spec,
+        "shard_records": max(1, min(SHARD_RECORDS, SHARD_BYTES // latent_bytes)),
     }
+
+
+def _check_plan(output: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or compare it with the one that is there.
+
+    Raises:
+        InputError: the folder holds latents that were made in another way; says what differs.
+        CorruptFileError: the plan that is there cannot be read.
+    """
     path = output / PLAN_NAME
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in plan if known.get(key) != plan[key])
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key in plan if known.get(key) != plan[key]]
+        except (ValueError, AttributeError) as error:
+            raise CorruptFileError(
+                f"{path}: damaged ({error}); remove the folder and run lcmem latents again"
+            ) from error
         if different:
+            details = "\n".join(
+                f"  {key}: {_short(known.get(key))} there, {_short(plan[key])} now"
+                for key in different
+            )
             raise InputError(
                 f"{output}: holds latents made with another {', '.join(different)}; choose another "
-                "folder, or remove this one"
+                f"folder, or remove this one\n{details}"
             )
     write_json(path, plan)
 
 
-def _write_meta(
-    manifest: Manifest, codec: Codec, output: Path, image_size: int, num_shards: int
-) -> None:
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: int) -> None:
+    """Write the index and the statistics of a complete store."""
     import pyarrow
     import pyarrow.parquet
 
-    shards, unreadable, rows = [], [], []
+    listed, unreadable, rows = [], [], []
     channels = codec.spec.latent_channels
     total, square, pixels = np.zeros(channels), np.zeros(channels), 0
-    for number in range(num_shards):
-        side = _read_side(output, number)
-        assert side is not None
-        shards.append({"file": side["file"], "sha256": side["sha256"]})
+    for number in range(len(shards)):
+        side = shards.side(number)
+        listed.append({"file": side["file"], "sha256": side["sha256"]})
         unreadable += side["unreadable"]
         rows += [(r, number, i) for i, r in enumerate(side["rows"])]
         total += np.asarray(side["sum"])  # in shard order: the same for any number of processes
@@ -417,10 +563,10 @@ def _write_meta(
             "row": pyarrow.array([i for _, _, i in rows], pyarrow.int64()),
         }
     )
-    with atomic_path(output / INDEX_NAME) as temporary:
+    with atomic_path(shards.folder / INDEX_NAME) as temporary:
         pyarrow.parquet.write_table(table, temporary)
     write_json(
-        output / META_NAME,
+        shards.folder / META_NAME,
         {
             "format": FORMAT_VERSION,
             "codec": dataclasses.asdict(codec.spec),
@@ -429,25 +575,26 @@ def _write_meta(
             "mean": mean.tolist(),
             "std": std.tolist(),
             "unreadable": unreadable,
-            "shards": shards,
+            "shards": listed,
         },
     )
 
 
-def _write_package(output: Path, archive: Path, num_shards: int) -> None:
+def _write_package(shards: _Shards, archive: Path) -> None:
     """Pack this store's own files; equal stores give equal bytes."""
     names = [META_NAME, PLAN_NAME, INDEX_NAME]
-    for number in range(num_shards):
-        side = _side_path(output, number)
-        names += [f"{SHARD_FOLDER}/{_shard_name(number)}", f"{SHARD_FOLDER}/{side.name}"]
+    for number in range(len(shards)):
+        for path in (shards.path(number), shards.side_path(number)):
+            names.append(f"{SHARD_FOLDER}/{path.name}")
     with (
         atomic_path(archive) as temporary,
         temporary.open("wb") as raw,
-        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as compressed,
+        # Latents are noise to a compressor: more effort than the least gains nothing.
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=0) as compressed,
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for name in sorted(names):
-            data = (output / name).read_bytes()
-            info = tarfile.TarInfo(f"{output.name}/{name}")
+            data = (shards.folder / name).read_bytes()
+            info = tarfile.TarInfo(f"{shards.folder.name}/{name}")
             info.size, info.mode = len(data), 0o644
             tar.addfile(info, io.BytesIO(data))
