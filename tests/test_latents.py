@@ -1,0 +1,278 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_identity
+
+from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.errors import (
+    CorruptFileError,
+    FolderBusyError,
+    InputError,
+    UnreadableLimitError,
+)
+from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.reporter import Reporter
+from lcmem_cli.engine.store import latents
+from lcmem_cli.engine.store.latents import LatentStore, encode_latents
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_RECORDS", 10)
+
+
+@pytest.fixture
+def encode(image_folder, tiny_codec):
+    def run(output, *, size=16, posterior="mean", input_range="symmetric", **options):
+        codec = load_codec(
+            str(tiny_codec), device="cpu", posterior=posterior, input_range=input_range
+        )
+        manifest = load_manifest(image_folder, max_missing=5)
+        return encode_latents(manifest, codec, output, image_size=size, workers=1, **options)
+
+    return run
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith((".lock", ".tmp"))
+    }
+
+
+class Listening(Reporter):
+    def __init__(self):
+        self.warnings, self.events = [], []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def event(self, name, **fields):
+        self.events.append((name, fields))
+
+
+def test_latents_do_not_depend_on_the_batch_size(encode, tmp_path):
+    encode(tmp_path / "a", batch_size=3)
+    encode(tmp_path / "b", batch_size=64)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_samples_are_seeded_per_image(encode, tmp_path):
+    for name, options in {"a": {"batch_size": 3}, "b": {"batch_size": 8}, "c": {"seed": 1}}.items():
+        encode(tmp_path / name, posterior="sample", **options)
+    encode(tmp_path / "mean")
+    stores = {name: LatentStore.open(tmp_path / name) for name in ("a", "b", "c", "mean")}
+    rows = range(72)
+    assert torch.equal(stores["a"].latents(rows), stores["b"].latents(rows))
+    assert not torch.equal(stores["a"].latents(rows), stores["c"].latents(rows))
+    assert not torch.equal(stores["a"].latents(rows), stores["mean"].latents(rows))
+
+
+def test_rows_are_read_in_any_order_across_shards(encode, tmp_path):
+    encode(tmp_path / "store")
+    store = LatentStore.open(tmp_path / "store")
+    everything = store.latents(range(len(store)))
+    assert everything.shape == (72, 4, 8, 8) and everything.dtype == torch.float32
+    assert torch.equal(store.latents([71, 0, 35, 0]), everything[[71, 0, 35, 0]])
+    assert [r.path for r in store.records] == [
+        f"id{i:02d}/{v}.png" for i in range(24) for v in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"size": 32}, "image_size: 16 there, 32 now"),
+        ({"input_range": "unit"}, r"codec\.input_range: symmetric there, unit now"),
+        ({"posterior": "sample", "seed": 3}, "seed: None there, 3 now"),
+    ],
+)
+def test_another_making_is_refused_and_named(encode, tmp_path, options, named):
+    encode(tmp_path / "store")
+    before = contents(tmp_path / "store")
+    with pytest.raises(InputError, match=named):
+        encode(tmp_path / "store", **options)
+    assert contents(tmp_path / "store") == before
+
+
+def test_another_list_is_refused(encode, image_folder, tmp_path):
+    encode(tmp_path / "store")
+    draw_identity(0, 9).save(image_folder / "id00" / "9.png")
+    with pytest.raises(InputError, match="manifest_digest"):
+        encode(tmp_path / "store")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "side", "missing"])
+def test_a_damaged_shard_is_named_and_made_anew(encode, tmp_path, damage):
+    encode(tmp_path / "store")
+    before = contents(tmp_path / "store")
+    shard = tmp_path / "store" / "shards" / "000003.npy"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    if damage == "cut":
+        shard.write_bytes(data[:-40])
+    elif damage == "flip":
+        shard.write_bytes(data)
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        shard.with_suffix(".json").write_text("{")
+    store = LatentStore.open(tmp_path / "store")
+    assert store.latents([0]).isfinite().all()
+    if damage != "side":
+        for read in (store.verify, lambda: store.latents([32])):
+            with pytest.raises(CorruptFileError, match=r"000003\.npy"):
+                read()
+    listening = Listening()
+    assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 10
+    assert "000003.npy" in listening.warnings[0]
+    assert listening.events == [("continuing", {"shards_found": 7, "shards": 8})]
+    assert contents(tmp_path / "store") == before
+    LatentStore.open(tmp_path / "store").verify()
+
+
+def test_a_damaged_index_or_plan_is_named(encode, tmp_path):
+    encode(tmp_path / "store")
+    (tmp_path / "store" / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CorruptFileError, match="index is damaged"):
+        LatentStore.open(tmp_path / "store")
+    (tmp_path / "store" / "plan.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"plan\.json"):
+        encode(tmp_path / "store")
+
+
+def test_unreadable_images_are_listed_and_taken_when_they_can_be_read(
+    encode, image_folder, tmp_path
+):
+    encode(tmp_path / "whole")
+    (image_folder / "id05" / "1.png").rename(tmp_path / "kept")
+    (image_folder / "id05" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableLimitError, match=r"id05/1\.png"):
+        encode(tmp_path / "store")
+    tolerated = encode(tmp_path / "store", max_unreadable=1)
+    assert (tolerated.num_images, tolerated.num_encoded_now) == (71, 0)
+    assert [bad.path for bad in tolerated.unreadable] == ["id05/1.png"]
+    store = LatentStore.open(tmp_path / "store")
+    assert len(store) == 71 and "id05/1.png" not in {record.path for record in store.records}
+    (tmp_path / "kept").replace(image_folder / "id05" / "1.png")
+    assert encode(tmp_path / "store").num_encoded_now == 10
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_an_unreadable_shard_is_empty_and_not_fatal(encode, image_folder, tmp_path):
+    for file in sorted(image_folder.rglob("*.png"))[:12]:
+        file.write_bytes(b"")
+    assert encode(tmp_path / "store", max_unreadable=12).num_images == 60
+    assert LatentStore.open(tmp_path / "store").latents([0, 59]).shape == (2, 4, 8, 8)
+
+
+def test_one_writer_at_a_time(encode, tmp_path):
+    (tmp_path / "store").mkdir()
+    with folder_lock(tmp_path / "store"), pytest.raises(FolderBusyError):
+        encode(tmp_path / "store")
+
+
+def test_an_unfinished_store_is_not_read(encode, tmp_path):
+    with pytest.raises(InputError, match="make one with"):
+        LatentStore.open(tmp_path / "store")
+    encode(tmp_path / "store")
+    (tmp_path / "store" / "meta.json").unlink()
+    with pytest.raises(InputError, match="not finished"):
+        LatentStore.open(tmp_path / "store")
+
+
+def test_a_full_disk_ends_with_the_systems_error_and_no_half_shard(encode, tmp_path, monkeypatch):
+    def full(file, array, **options):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.np, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            encode(tmp_path / "store")
+    assert not list((tmp_path / "store" / "shards").iterdir())
+    encode(tmp_path / "store")
+    encode(tmp_path / "other")
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
+def test_the_package_holds_this_stores_files_only(encode, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    result = encode(tmp_path / "store", package=True)
+    with tarfile.open(fileobj=io.BytesIO((tmp_path / "store.tar.gz").read_bytes())) as archive:
+        names = archive.getnames()
+        assert archive.getmember("store/meta.json").mtime == 0
+    assert result.package == str(tmp_path / "store.tar.gz")
+    assert len(names) == 3 + 2 * result.num_shards and "store/notes.txt" not in names
+
+
+COMMAND = """
+import sys, torch
+torch.set_num_threads(1)
+from lcmem_cli.engine.store import latents
+latents.SHARD_RECORDS = 10
+from lcmem_cli.cli.app import app
+app(sys.argv[1:])
+"""
+
+
+def command(image_folder, tiny_codec, output):
+    arguments = ["--quiet", "latents", "--filelist", image_folder, "--codec", tiny_codec]
+    options = ["-o", output, "--size", 16, "--device", "cpu", "--workers", 1, "--json"]
+    return [str(part) for part in (*arguments, *options)]
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(
+    encode, image_folder, tiny_codec, tmp_path
+):
+    encode(tmp_path / "whole")
+    store = tmp_path / "store"
+    slow = COMMAND.replace(
+        "from lcmem_cli.cli",
+        "from lcmem_cli.engine.models.codec import Codec\nimport time\nencode = Codec.encode\n"
+        "def slow(self, images, **o):\n    time.sleep(0.05)\n    return encode(self, images, **o)\n"
+        "Codec.encode = slow\nfrom lcmem_cli.cli",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *command(image_folder, tiny_codec, store), "--batch-size", "2"]
+    )
+    try:
+        while process.poll() is None and len(list(store.glob("shards/0*.json"))) < 2:
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    left = len(list(store.glob("shards/0*.json")))
+    assert 2 <= left < 8 and not (store / "meta.json").exists()
+    assert encode(store).num_encoded_now == 72 - 10 * left
+    assert contents(store) == contents(tmp_path / "whole")
+
+
+def test_two_processes_make_the_bytes_of_one(encode, image_folder, tiny_codec, tmp_path):
+    encode(tmp_path / "one")
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    run = subprocess.run(
+        [sys.executable, *map(str, launch), *command(image_folder, tiny_codec, tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert (result["num_images"], result["num_encoded_now"]) == (72, 72)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    np.testing.assert_array_equal(result["mean"], LatentStore.open(tmp_path / "one").mean)
