@@ -121,9 +121,9 @@ def weighted_l1_top_k(
     """
     _check_k(k)
     _check_shapes(queries, bank, weight)
-    k = min(k, len(bank))
     if len(queries) * bank.size <= _SMALL:
         return top_k_blocked(partial(weighted_l1_matrix, weight=weight), queries, bank, k)
+    k = min(k, len(bank))
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     for first in range(0, len(bank), block_rows):
