@@ -610,7 +610,7 @@ def test_a_killed_audit_ends_with_the_same_files(sets, tmp_path, monkeypatch):
     killed = command_line(sets, tmp_path / "killed")
     for milliseconds in (0, 100, 300, 1000):  # after the first features are on disk
         process = subprocess.Popen([sys.executable, *killed], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not list((tmp_path / "cache").rglob("*.npy")):
+        while process.poll() is None and not list((tmp_path / "cache").rglob("*.safetensors")):
             time.sleep(0.01)
         time.sleep(milliseconds / 1000)
         process.send_signal(signal.SIGKILL)
