@@ -37,9 +37,11 @@ class Passes(Reporter):
             self.distinct = int(str(fields["distinct"]))
 
 
-def encode_every_pair(filelist: Path, name: str, input_size: int, batch_size: int) -> np.ndarray:
+def encode_every_pair(
+    filelist: Path, basedir: Path | None, name: str, input_size: int, batch_size: int
+) -> np.ndarray:
     """Score the pairs as the published code does: load and encode both images of each pair."""
-    records = load_manifest(filelist).select("TEST")
+    records = load_manifest(filelist, basedir=basedir).select("TEST")
     pairs, paths = reference_pairs(records.records), records.paths()
     detector = load_detector(name, input_size=input_size)
     features = []
@@ -58,6 +60,7 @@ def main() -> None:
     """Take turns, compare the scores, and print both times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("filelist", type=Path)
+    parser.add_argument("--basedir", type=Path)
     parser.add_argument("--detector", default="lcmem")
     parser.add_argument("--input-size", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -67,7 +70,11 @@ def main() -> None:
     for _ in range(options.repeats):
         began = time.perf_counter()
         expected = encode_every_pair(
-            options.filelist, options.detector, options.input_size, options.batch_size
+            options.filelist,
+            options.basedir,
+            options.detector,
+            options.input_size,
+            options.batch_size,
         )
         times["every pair"].append(time.perf_counter() - began)
         passes = Passes()
@@ -75,6 +82,7 @@ def main() -> None:
             began = time.perf_counter()
             benchmark(
                 options.filelist,
+                basedir=options.basedir,
                 output=Path(folder) / "out",
                 detectors=[options.detector],
                 input_size=options.input_size,
