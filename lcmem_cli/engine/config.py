@@ -62,9 +62,10 @@ class NetworkSection(Section):
     """Stride of the first convolution. Latents are already smaller than the image, so 1 keeps the
     resolutions that a pretrained backbone saw; unset leaves the backbone's own."""
     align_stem: int = Field(0, ge=0, le=100_000)
-    """Images on which a pretrained backbone's ends are fitted to latents: the first convolution by
-    least squares to what it made of the pixels, the projection to use the sigmoid's range, the
-    head to a plain negative distance. 0: leave the ends random."""
+    """Images on which a pretrained backbone's first convolution is fitted to latents by least
+    squares to what it made of the pixels. The projection then begins as the principal components
+    of the backbone's features of all TRAIN images, whitened, and the head as a plain negative
+    distance. 0: leave the ends random."""
     drop_path_rate: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth while training."""
 
@@ -80,6 +81,19 @@ class LossSection(Section):
     """BCE negatives: half of the batch rolled by one, or every pair of two identities."""
 
 
+class RetentionSection(Section):
+    """Keeps what the pretrained backbone knew; see ``engine/training/teacher.py``."""
+
+    weight: float = Field(0.0, ge=0)
+    """Of the cosine distance between a feature and the pretrained backbone's of the clean image."""
+    instance_weight: float = Field(0.0, ge=0)
+    """Of the cross-entropy that finds an altered copy's target among those of all TRAIN images."""
+    temperature: float = Field(0.07, gt=0, le=10)
+    """Of that cross-entropy."""
+    teacher: str | None = None
+    """For finetune: what stage 1 wrote; unset: ``teacher.safetensors`` beside the checkpoint."""
+
+
 class SamplingSection(Section):
     """Which pairs a training epoch sees."""
 
@@ -87,6 +101,8 @@ class SamplingSection(Section):
     """Every image is its own identity."""
     mini_epoch_size: int = Field(0, ge=0)
     """Identities drawn for one epoch; 0: all. Validation uses a quarter of it, drawn once."""
+    passes_per_epoch: int = Field(1, ge=1)
+    """How often an epoch goes over its identities; validation comes after each epoch."""
     same_image_probability: float = Field(0.0, ge=0, le=1)
     """Share of the pairs whose second image is the first one (altered by the augmentation)."""
     datasets_per_batch: int = Field(0, ge=0)
@@ -98,6 +114,9 @@ class AugmentationSection(Section):
 
     preset: Literal["none", "reference", "strong"] = "strong"
     """``reference``: the published set; ``strong``: real ranges for every family of edits."""
+    working_size: int = Field(0, ge=0, le=4096)
+    """Side in pixels at which images are altered before they are shrunk to the network's size; 0:
+    the network's size. Real copies are altered at their own size."""
 
 
 class OptimiserSection(Section):
@@ -117,6 +136,10 @@ class OptimiserSection(Section):
     """Decay of an exponential moving average of the weights, which is then what is kept; 0: off."""
     clip_norm: float = Field(0.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
+    freeze_statistics: bool = False
+    """Keep the running mean and variance of batch normalisation as they were pretrained, and use
+    them in training too. Scores in training then depend on no other image of the batch, nor on how
+    many processes share it."""
 
 
 class ScheduleSection(Section):
@@ -205,6 +228,7 @@ class Stage1Config(Section):
     codec: CodecSection = CodecSection()
     network: NetworkSection = NetworkSection()
     loss: LossSection = LossSection()
+    retention: RetentionSection = RetentionSection()
     sampling: SamplingSection = SamplingSection()
     augmentation: AugmentationSection = AugmentationSection(preset="none")
     optimiser: OptimiserSection = OptimiserSection()
@@ -219,12 +243,21 @@ class RegularisationSection(Section):
     """Stochastic depth while training."""
 
 
+class FinetuneImageSection(Section):
+    """How an image becomes a tensor."""
+
+    size: int | None = Field(None, ge=16, le=4096, multiple_of=2)
+    """Side in pixels; unset: the checkpoint's. A convolutional backbone takes any."""
+
+
 class FinetuneConfig(Section):
     """Everything ``lcmem finetune`` needs beside its data and the stage-1 checkpoint."""
 
     kind: Literal["finetune"]
+    image: FinetuneImageSection = FinetuneImageSection()
     regularisation: RegularisationSection = RegularisationSection()
     loss: LossSection = LossSection()
+    retention: RetentionSection = RetentionSection()
     sampling: SamplingSection = SamplingSection()
     augmentation: AugmentationSection = AugmentationSection()
     optimiser: OptimiserSection = OptimiserSection(learning_rate=8e-5)
@@ -426,6 +459,14 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             )
         if get("network", "align_stem", 0) and get("network", "weights", "random") == "random":
             problems.append("network.align_stem: needs pretrained network.weights to align to")
+        if get("augmentation", "working_size") and get("augmentation", "preset") in (None, "none"):
+            problems.append('augmentation.working_size: has no effect with preset = "none"')
+        if get("retention", "teacher") is not None:
+            problems.append("retention.teacher: has no effect in stage 1, which makes the teacher")
+        if get("retention", "weight", 0) and not get("network", "align_stem", 0):
+            problems.append("retention.weight: needs network.align_stem, which makes the teacher")
+    if get("retention", "instance_weight", 0) and not get("retention", "weight", 0):
+        problems.append("retention.instance_weight: needs retention.weight above 0")
     if get("loss", "negatives") == "all" and get("loss", "alpha") == 0:
         problems.append("loss.negatives: has no effect with loss.alpha = 0")
     batch, parts = get("schedule", "batch_size"), get("schedule", "accumulate", 1)

@@ -1,9 +1,8 @@
-"""Initial weights: a file of timm weights, and fitting the first convolution to latents."""
+"""Initial weights: a pretrained backbone, its first convolution fitted to latents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,54 +10,31 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.models.siamese import (
-    SiameseNetwork,
-    first_convolution,
-    load_strictly,
-    normalise,
-    resolve_backbone,
-)
-from lcmem_cli.engine.models.weights import read_state_dict
+from lcmem_cli.engine.models.siamese import SiameseNetwork, first_convolution, normalise
+from lcmem_cli.engine.training.teacher import Teacher
 
 RIDGE = 1e-3
-LOGIT_STD = 1.5
 HEAD_SLOPE = 20.0
 HEAD_BIAS = 4.0
 
 
-def load_backbone_weights(network: SiameseNetwork, path: Path) -> nn.Conv2d | None:
-    """Load a timm backbone's weights, adapting the ends to this network.
+def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> nn.Conv2d | None:
+    """Copy a pretrained backbone's weights, leaving ends of another shape random.
 
     The classifier is left random. Where the first convolution takes another number of channels,
-    its weights are left to ``align_stem``. Files whose keys carry other names but whose tensors
-    have the same shapes in the same order are accepted.
+    its weights are left to ``align_stem``.
 
     Args:
         network: to be changed in place.
-        path: state dict of the same timm model with its own input and classifier.
+        pretrained: the same timm model with its own input and classifier.
 
     Returns:
-        The file's first convolution, if this network's takes other channels.
-
-    Raises:
-        CheckpointError: the weights are of another model.
+        The pretrained first convolution, if this network's takes other channels.
     """
-    import timm
-
-    name = resolve_backbone(network.spec.backbone)
-    state = read_state_dict(path)
-    reference: nn.Module = timm.create_model(name, pretrained=False)
-    expected = reference.state_dict()
-    if set(state) != set(expected):
-        shapes = [tuple(v.shape) for v in state.values()]
-        if shapes == [tuple(v.shape) for v in expected.values()]:
-            state = dict(zip(expected, state.values(), strict=True))
-    load_strictly(reference, state, source=str(path))
-    own = network.backbone.state_dict()
-    loaded = reference.state_dict()
-    skipped = {key for key in own if own[key].shape != loaded[key].shape}
-    network.backbone.load_state_dict({k: v for k, v in loaded.items() if k not in skipped}, False)
-    stem = first_convolution(reference)
+    own, loaded = network.backbone.state_dict(), pretrained.state_dict()
+    fitting = {key: loaded[key] for key in own if own[key].shape == loaded[key].shape}
+    network.backbone.load_state_dict(fitting, strict=False)
+    stem = first_convolution(pretrained)
     return stem if stem.in_channels != network.spec.in_channels else None
 
 
@@ -117,30 +93,52 @@ def align_stem(
         gram + RIDGE * scale * torch.eye(columns, dtype=torch.float64), cross
     )
     stem.weight.copy_(solution[:-1].T.reshape(stem.weight.shape).float())
+    constant = solution[-1].float()
     if stem.bias is not None:
-        stem.bias.copy_(solution[-1].float())
+        stem.bias.copy_(constant)
+    else:
+        norm = _norm_after(network.backbone, stem)
+        if norm is not None and norm.running_mean is not None:
+            norm.running_mean.sub_(constant)  # what it subtracts, less the constant
     residual = square - 2 * (solution * cross).sum(0) + (solution * (gram @ solution)).sum(0)
     variance = square - total.square() / count
     return float(1 - residual.sum() / variance.sum())
 
 
+def _norm_after(backbone: nn.Module, stem: nn.Conv2d) -> nn.BatchNorm2d | None:
+    """Return the batch normalisation that follows the first convolution, if one does."""
+    modules = list(backbone.modules())
+    position = next(i for i, module in enumerate(modules) if module is stem)
+    for module in modules[position + 1 :]:
+        if isinstance(module, nn.BatchNorm2d):
+            return module
+        if isinstance(module, nn.Conv2d):
+            return None
+    return None
+
+
 @torch.no_grad()
-def spread_features(network: SiameseNetwork, batches: Iterator[torch.Tensor]) -> None:
+def project_features(
+    network: SiameseNetwork, teacher: Teacher, batches: Iterator[torch.Tensor]
+) -> None:
     """Start from the pretrained backbone's own notion of likeness.
 
-    The projection becomes orthogonal, centred and scaled so that every feature uses the sigmoid's
-    range on these latents, and the head a plain negative L1 distance. A random head starts with
-    signs that training has to unlearn first.
+    The projection becomes the teacher's, centred on what this network makes of latents, and the
+    head a plain negative L1 distance. A random head starts with signs that training has to unlearn
+    first.
 
     Args:
         network: projection and head are replaced in place; its mode is kept.
+        teacher: fitted to the training images.
         batches: raw latents ``[B, C, h, w]``, some hundred in all.
     """
     backbone: Any = network.backbone
     projection = backbone.get_classifier()
     if not isinstance(projection, nn.Linear):
-        return
-    nn.init.orthogonal_(projection.weight)
+        raise InputError(
+            "network.align_stem: this backbone does not end in one linear layer; leave it 0"
+        )
+    projection.weight.copy_(teacher.projection)
     nn.init.zeros_(projection.bias)
     was_training = network.training
     network.eval()
@@ -153,8 +151,6 @@ def spread_features(network: SiameseNetwork, batches: Iterator[torch.Tensor]) ->
         ]
     )
     network.train(was_training)
-    scale = LOGIT_STD / outputs.std(dim=0).clamp_min(1e-6)
-    projection.weight.mul_(scale[:, None])
-    projection.bias.copy_(-outputs.mean(dim=0) * scale)
+    projection.bias.copy_(-outputs.mean(dim=0))
     network.head.weight.fill_(-HEAD_SLOPE / projection.out_features)
     network.head.bias.fill_(HEAD_BIAS)

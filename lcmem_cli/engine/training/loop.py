@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import math
 import time
@@ -29,24 +30,30 @@ from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDiverg
 from lcmem_cli.engine.files import atomic_path, write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.training.losses import PairLoss, pair_loss
+from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler
 from lcmem_cli.engine.training.sources import PairSource
 from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
+from lcmem_cli.engine.training.teacher import Retention
 
 STATE_NAME = "state.pt"
 HISTORY_NAME = "history.csv"
 SECONDS_BETWEEN_STATES = 60.0
+_NUM_SUMS = len(TrainingLoss._fields) + 1  # each part of the loss, and the pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """Mean losses of one epoch; the loss is ``alpha * bce + (1 - alpha) * ntxent``."""
+    """Mean losses of one epoch; the loss is ``alpha * bce + (1 - alpha) * ntxent + retention``.
+
+    Validation has no retention.
+    """
 
     epoch: int
     train_loss: float
     train_bce: float
     train_ntxent: float
+    train_retention: float
     val_loss: float
     val_bce: float
     val_ntxent: float
@@ -76,7 +83,7 @@ class _State:
 
     epoch: int = 0
     step: int = 0
-    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * _NUM_SUMS)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     best_epoch: int = -1
     best_loss: float = math.inf
@@ -95,6 +102,7 @@ class Trainer:
         runtime: see ``RuntimeSection``.
         folder: run folder; holds ``state.pt`` and ``history.csv``.
         run_digest: identifies config, data and initial weights; a state of another is refused.
+        retention: holds features near a teacher's, if wanted.
         ranks: processes that share the work.
         reporter: receives progress.
     """
@@ -111,6 +119,7 @@ class Trainer:
         runtime: RuntimeSection,
         folder: Path,
         run_digest: str,
+        retention: Retention | None = None,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
     ) -> None:
@@ -122,6 +131,7 @@ class Trainer:
         self.val_source, val_sampler = validation
         self.val_batches = val_sampler.validation()
         self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
+        self.retention = retention.to(self.device) if retention else None
         self.ranks = ranks or Ranks()
         self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
         self.state = _State()
@@ -165,6 +175,8 @@ class Trainer:
         remaining = batches[state.step :]
         parts = [rank_slice(len(batch), self.ranks) for batch in remaining]
         self.network.train()
+        if self.optimiser.freeze_statistics:
+            freeze_statistics(self.network)
         last_saved = time.monotonic()
         description = f"epoch {state.epoch + 1}/{self.schedule.epochs}"
         with self.reporter.task(description, len(batches), unit="step") as task:
@@ -172,17 +184,20 @@ class Trainer:
             stream = self.train_source.stream(remaining, parts)
             for batch, (first, second) in zip(remaining, stream, strict=True):
                 loss = self._step(batch, first, second)
-                values = [float(loss.total), float(loss.bce), float(loss.ntxent)]
+                values = [float(part) for part in loss]
                 for index, value in enumerate(values):
                     state.sums[index] += value * len(batch)
-                state.sums[3] += len(batch)
+                state.sums[-1] += len(batch)
                 state.step += 1
-                task.advance(loss=values[0], bce=values[1], ntxent=values[2])
+                shown: dict[str, Any] = dict(zip(("loss", "bce", "ntxent"), values, strict=False))
+                if self.retention is not None:
+                    shown["retention"] = values[3]
+                task.advance(**shown)
                 if time.monotonic() - last_saved > SECONDS_BETWEEN_STATES:
                     self._save()
                     last_saved = time.monotonic()
 
-    def _step(self, batch: PairBatch, first: torch.Tensor, second: torch.Tensor) -> PairLoss:
+    def _step(self, batch: PairBatch, first: torch.Tensor, second: torch.Tensor) -> TrainingLoss:
         number = self.state.epoch * self.steps_per_epoch + self.state.step
         factor = learning_rate_factor(
             number, self.steps_per_epoch * self.schedule.epochs, self.optimiser
@@ -194,7 +209,7 @@ class Trainer:
             self.scaler.scale(torch.zeros(1, device=self.device))  # creates its scale tensor
         loss = forward_backward(
             self.network,
-            self._loss_of,
+            functools.partial(self._loss_of, batch=batch),
             first.to(self.device, non_blocking=True),
             second.to(self.device, non_blocking=True),
             num_pairs=len(batch),
@@ -221,7 +236,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         state = self.state
-        train = [value / state.sums[3] for value in state.sums[:3]]
+        train = [value / state.sums[-1] for value in state.sums[:-1]]
         kept = self.ema or self.network
         val = self._validate(kept)
         state.history.append(
@@ -230,6 +245,7 @@ class Trainer:
                 "train_loss": train[0],
                 "train_bce": train[1],
                 "train_ntxent": train[2],
+                "train_retention": train[3],
                 "val_loss": val[0],
                 "val_bce": val[1],
                 "val_ntxent": val[2],
@@ -248,7 +264,7 @@ class Trainer:
             val=val[0],
             best=state.best_epoch + 1,
         )
-        state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
+        state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * _NUM_SUMS
         if self.ranks.is_main:
             self._write_history()
         self._save()
@@ -269,13 +285,21 @@ class Trainer:
                 autocast=self._autocast,
             )
             loss = self._loss_of(*features, network.head)
-            for index, part in enumerate(loss):
+            for index, part in enumerate(loss[:3]):
                 sums[index] += float(part) * len(batch)
             count += len(batch)
         return [value / count for value in sums]
 
-    def _loss_of(self, a: torch.Tensor, b: torch.Tensor, head: torch.nn.Linear) -> PairLoss:
-        return pair_loss(
+    def _loss_of(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        head: torch.nn.Linear,
+        *,
+        batch: PairBatch | None = None,
+    ) -> TrainingLoss:
+        """Return the loss of features; only a training batch, given with its rows, is retained."""
+        pair = pair_loss(
             a,
             b,
             head,
@@ -283,6 +307,10 @@ class Trainer:
             temperature=self.loss.temperature,
             negatives=self.loss.negatives,
         )
+        if self.retention is None or batch is None:
+            return TrainingLoss(*pair, retention=pair.total.new_zeros(()))
+        retained = self.retention(a, b, batch.first, batch.second)
+        return TrainingLoss(pair.total + retained, pair.bce, pair.ntxent, retained)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.autocast_dtype is None:
@@ -339,6 +367,13 @@ class Trainer:
         writer.writeheader()
         writer.writerows(self.state.history)
         write_text(self.folder / HISTORY_NAME, buffer.getvalue())
+
+
+def freeze_statistics(network: torch.nn.Module) -> None:
+    """Make batch normalisation use its running statistics and leave them as they are."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def learning_rate_factor(step: int, total_steps: int, optimiser: OptimiserSection) -> float:

@@ -22,6 +22,19 @@ class PairLoss(NamedTuple):
     ntxent: torch.Tensor
 
 
+class TrainingLoss(NamedTuple):
+    """The loss of a training step and its parts, each a scalar tensor."""
+
+    total: torch.Tensor
+    bce: torch.Tensor
+    ntxent: torch.Tensor
+    retention: torch.Tensor
+
+    def detach(self) -> TrainingLoss:
+        """Return the same values without their graph."""
+        return TrainingLoss(*(part.detach() for part in self))
+
+
 def nt_xent(
     features_a: torch.Tensor, features_b: torch.Tensor, *, temperature: float = 0.07
 ) -> torch.Tensor:

@@ -89,10 +89,13 @@ class PairSampler:
     def epoch(self, epoch: int) -> list[PairBatch]:
         """Return the batches of an epoch; a function of the seed and ``epoch`` only."""
         rng = np.random.default_rng([self.seed, epoch])
-        order = self._order(rng)
-        if self.sampling.mini_epoch_size:
-            order = order[: self.sampling.mini_epoch_size]
-        return self._batches(order, rng)
+        batches: list[PairBatch] = []
+        for _ in range(self.sampling.passes_per_epoch):
+            order = self._order(rng)
+            if self.sampling.mini_epoch_size:
+                order = order[: self.sampling.mini_epoch_size]
+            batches += self._batches(order, rng)
+        return batches
 
     def validation(self) -> list[PairBatch]:
         """Return the validation batches: drawn once, a quarter of ``mini_epoch_size`` if set."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from lcmem_cli.engine.config import FinetuneConfig, Stage1Config
+from lcmem_cli.engine.config import FinetuneConfig, RetentionSection, Stage1Config
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, Record
@@ -28,15 +28,16 @@ from lcmem_cli.engine.models.checkpoint import (
     save_checkpoint,
 )
 from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, resolve_backbone
+from lcmem_cli.engine.models.siamese import (
+    NetworkSpec,
+    SiameseNetwork,
+    load_strictly,
+    resolve_backbone,
+)
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
-from lcmem_cli.engine.training.initialise import (
-    align_stem,
-    load_backbone_weights,
-    spread_features,
-)
+from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
 from lcmem_cli.engine.training.loop import EpochRecord, Trainer, TrainingOutcome
 from lcmem_cli.engine.training.run import (
     check_unreadable,
@@ -45,6 +46,12 @@ from lcmem_cli.engine.training.run import (
 )
 from lcmem_cli.engine.training.sampling import PairSampler
 from lcmem_cli.engine.training.sources import ImageSource, LatentSource, PairSource
+from lcmem_cli.engine.training.teacher import (
+    TEACHER_NAME,
+    Retention,
+    Teacher,
+    load_pretrained,
+)
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
@@ -149,29 +156,23 @@ def train_stage1(
         drop_path_rate=config.network.drop_path_rate,
         pretrained=config.network.weights == "timm",
     )
+    teacher, retention = None, None
     if config.network.weights not in ("random", "timm"):
-        stem = load_backbone_weights(network, Path(config.network.weights))
+        pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
+        stem = copy_backbone(network, pretrained)
         if config.network.align_stem and stem is not None:
             if store is None or manifest is None:
                 raise InputError(
                     "network.align_stem fits the first convolution to images beside their latents: "
                     "pass --filelist (and --basedir) too"
                 )
-            explained = align_stem(
-                network,
-                stem,
-                _aligned_batches(store, manifest, config.network.align_stem, config.runtime.seed),
+            teacher, pooled = _fit_teacher(
+                config, pretrained, stem, network, store, manifest,
+                known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
+            )  # fmt: skip
+            retention = _retention(
+                config.retention, teacher, pooled, [records[row] for row in store.select("TRAIN")]
             )
-            spread_features(
-                network,
-                (
-                    latents
-                    for _, latents in _aligned_batches(
-                        store, manifest, config.network.align_stem, config.runtime.seed
-                    )
-                ),
-            )
-            reporter.event("aligned", explained_variance=explained)
 
     def source(rows: list[int]) -> PairSource:
         if store is not None:
@@ -183,6 +184,7 @@ def train_stage1(
             codec,
             image_size=size,
             augmentation=Augmentation.from_preset(config.augmentation.preset),
+            working_size=config.augmentation.working_size,
             num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
         )
 
@@ -205,7 +207,7 @@ def train_stage1(
         config, "stage1", network.to(device), records, source, finish, output=output,
         digest=f"{digest}/{_state_digest(network)}", resume=resume, ranks=ranks,
         evaluate_on=store if store is not None else manifest, unreadable=unreadable,
-        reporter=reporter,
+        teacher=teacher, retention=retention, reporter=reporter,
     )  # fmt: skip
 
 
@@ -245,26 +247,43 @@ def finetune(
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
-    network = SiameseNetwork(start.network, drop_path_rate=config.regularisation.drop_path_rate)
-    network.load_state_dict(start.build(source=str(checkpoint)).state_dict())
+    size = config.image.size or start.image_size
+    spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
+    network = SiameseNetwork(spec, drop_path_rate=config.regularisation.drop_path_rate)
+    load_strictly(network, start.build().state_dict(), source=f"{checkpoint} at {size} px")
     paths = manifest.paths()
+    digest, retention = f"{manifest.digest}/{start.fingerprint}", None
+    if config.retention.weight:
+        file = Path(config.retention.teacher or checkpoint.parent / TEACHER_NAME)
+        teacher = Teacher.load(file)
+        teacher.model.to(device)
+        train = [row for row, record in enumerate(manifest.records) if record.split == "TRAIN"]
+        workers = resolve_workers(config.runtime.num_workers, ranks.size)
+        pooled = teacher.pool(
+            [paths[row] for row in train], workers=workers, ranks=ranks, reporter=reporter
+        )
+        retention = _retention(
+            config.retention, teacher, pooled, [manifest.records[row] for row in train]
+        )
+        digest = f"{digest}/{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
     def source(rows: list[int]) -> PairSource:
         return ImageSource(
             [paths[row] for row in rows],
             encoder,
-            image_size=start.image_size,
+            image_size=size,
             augmentation=Augmentation.from_preset(config.augmentation.preset),
+            working_size=config.augmentation.working_size,
             num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
         )
-
-    digest = f"{manifest.digest}/{start.fingerprint}"
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
         return dataclasses.replace(
             start,
             stage="finetune",
+            network=spec,
             network_state=outcome.state,
+            image_size=size,
             thresholds=(),
             training={
                 **_provenance(config, digest, outcome),
@@ -275,7 +294,7 @@ def finetune(
     return _run(
         config, "finetune", network.to(device), manifest.records, source, finish, output=output,
         digest=digest, resume=resume, ranks=ranks, evaluate_on=manifest, unreadable=unreadable,
-        reporter=reporter,
+        retention=retention, reporter=reporter,
     )  # fmt: skip
 
 
@@ -293,6 +312,8 @@ def _run(
     ranks: Ranks,
     evaluate_on: Any,
     unreadable: tuple[Unreadable, ...],
+    teacher: Teacher | None = None,
+    retention: Retention | None = None,
     reporter: Reporter,
 ) -> TrainingResult:
     """Train, save the kept network with its thresholds, and judge it on TEST."""
@@ -311,6 +332,8 @@ def _run(
 
     train, validation = part("TRAIN"), part("VAL")
     with open_training_folder(output, config, digest, resume=resume, ranks=ranks) as run_digest:
+        if teacher is not None and ranks.is_main:
+            teacher.save(output / TEACHER_NAME)
         outcome = Trainer(
             network,
             train=train,
@@ -321,6 +344,7 @@ def _run(
             runtime=config.runtime,
             folder=output,
             run_digest=run_digest,
+            retention=retention,
             ranks=ranks,
             reporter=reporter,
         ).run()
@@ -376,6 +400,54 @@ def _check_store(config: Stage1Config, store: LatentStore) -> None:
         )
     if problems:
         raise InputError(f"{store.folder}: {'; '.join(problems)}")
+
+
+def _fit_teacher(
+    config: Stage1Config,
+    pretrained: torch.nn.Module,
+    stem: torch.nn.Conv2d,
+    network: SiameseNetwork,
+    store: LatentStore,
+    manifest: Manifest,
+    *,
+    known: Path | None,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> tuple[Teacher, torch.Tensor]:
+    """Fit a pretrained network's ends to latents; return its teacher and the TRAIN features."""
+    seed, count = config.runtime.seed, config.network.align_stem
+    workers = resolve_workers(config.runtime.num_workers, ranks.size)
+    explained = align_stem(network, stem, _aligned_batches(store, manifest, count, seed))
+    pretrained.to(resolve_device(config.runtime.device))
+    paths = [manifest.basedir / store.records[row].path for row in store.select("TRAIN")]
+    if known is not None and known.is_file():
+        teacher = Teacher.load(known)
+        teacher.model.to(resolve_device(config.runtime.device))
+        pooled = teacher.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
+    else:
+        teacher, pooled = Teacher.fit(
+            resolve_backbone(config.network.backbone), pretrained, paths,
+            num_features=config.network.num_features, seed=seed, workers=workers, ranks=ranks,
+            reporter=reporter,
+        )  # fmt: skip
+    batches = _aligned_batches(store, manifest, count, seed)
+    project_features(network, teacher, (latents for _, latents in batches))
+    reporter.event("aligned", explained_variance=explained)
+    return teacher, pooled
+
+
+def _retention(
+    section: RetentionSection, teacher: Teacher, pooled: torch.Tensor, records: Sequence[Record]
+) -> Retention | None:
+    if not section.weight:
+        return None
+    return Retention(
+        teacher.targets(pooled, records),
+        records,
+        weight=section.weight,
+        instance_weight=section.instance_weight,
+        temperature=section.temperature,
+    )
 
 
 def _aligned_batches(

@@ -19,9 +19,9 @@ from torch import nn
 
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.models.siamese import SiameseNetwork
-from lcmem_cli.engine.training.losses import PairLoss
+from lcmem_cli.engine.training.losses import TrainingLoss
 
-LossOf = Callable[[torch.Tensor, torch.Tensor, nn.Linear], PairLoss]
+LossOf = Callable[[torch.Tensor, torch.Tensor, nn.Linear], TrainingLoss]
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -44,7 +44,7 @@ def forward_backward(
     step_seed: int = 0,
     autocast: Autocast = contextlib.nullcontext,
     scale: float = 1.0,
-) -> PairLoss:
+) -> TrainingLoss:
     """Compute the loss of the whole batch and leave its gradient in the parameters.
 
     Args:
@@ -92,7 +92,7 @@ def forward_backward(
         graph = graphs[number] if single else embed(number)
         torch.autograd.backward(graph, gradient)
     _sum_gradients(network.backbone, ranks)
-    return PairLoss(*(part.detach() for part in loss))
+    return loss.detach()
 
 
 def embed_batch_for_loss(
