@@ -13,7 +13,12 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models.convert import convert_reference, rename
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normalise
+from lcmem_cli.engine.models.siamese import (
+    NetworkSpec,
+    SiameseNetwork,
+    fold_batch_norm,
+    normalise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +189,29 @@ def test_sample_normalisation_is_as_stated():
     expected = torch.full((2, 3), 0.5)
     expected[1, 2] = 0.0
     np.testing.assert_allclose(done.flatten(2).std(dim=2), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "num_left"),
+    # The last convolution of resnet10t's stem is no sibling of the normalisation after it.
+    [("resnet10t", 1), ("tf_efficientnet_lite0", 0), ("convnext_atto", None)],
+)
+def test_folding_batch_normalisation_changes_no_feature(backbone, num_left):
+    torch.manual_seed(0)
+    spec = NetworkSpec(
+        backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample"
+    )
+    network = SiameseNetwork(spec).eval()
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+    folded = fold_batch_norm(network)
+    latents = torch.randn(3, 4, 32, 32)
+    with torch.no_grad():
+        np.testing.assert_allclose(folded(latents), network(latents), atol=1e-5)
+    left = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if num_left is None:
+        assert folded is network and not norms
+    else:
+        assert len(left) == num_left < len(norms)

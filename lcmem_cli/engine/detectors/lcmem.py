@@ -14,6 +14,7 @@ from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.siamese import fold_batch_norm
 from lcmem_cli.engine.store.search import (
     TopK,
     weighted_l1_matrix,
@@ -46,7 +47,8 @@ class LCMemDetector(Detector):
         self.input_size = checkpoint.image_size
         self.num_features = checkpoint.network.num_features
         self.thresholds = checkpoint.thresholds
-        self.network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
+        network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
+        self.network = fold_batch_norm(network)
         if self.device.type == "cpu":
             self.network = self.network.to(memory_format=torch.channels_last)
         head = self.network.head
