@@ -38,23 +38,43 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], target: Path) -> No
 
     Args:
         history: one mapping an epoch with ``epoch``, ``train_loss``, ``train_bce``,
-            ``train_ntxent`` and the same with ``val_``.
+            ``train_ntxent`` and the same with ``val_``; ``train_retention`` where there is any,
+            which is then a part of ``train_loss`` only.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    figure = _figure(10, 3.2)
+    parts = [("loss", "total"), ("bce", "binary cross-entropy"), ("ntxent", "NT-Xent")]
+    if any(row.get("train_retention") for row in history):
+        parts[0] = ("loss", "total (train: with retention)")
+        parts.append(("retention", "retention"))
+    figure = _figure(3.4 * len(parts), 3.2)
     epochs = [int(row["epoch"]) + 1 for row in history]
     marker = "o" if len(epochs) < 30 else ""
-    for axis, (part, title) in zip(
-        figure.subplots(1, 3),
-        (("loss", "total"), ("bce", "binary cross-entropy"), ("ntxent", "NT-Xent")),
-        strict=True,
-    ):
-        for side, style in zip(("train", "val"), styles(), strict=False):
+    for axis, (part, title) in zip(figure.subplots(1, len(parts)), parts, strict=True):
+        sides = ("train",) if part == "retention" else ("train", "val")
+        for side, style in zip(sides, styles(), strict=False):
             values = [row[f"{side}_{part}"] for row in history]
             axis.plot(epochs, values, label=side, marker=marker, markersize=3, **style)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
+    save_figure(figure, target)
+
+
+def plot_codec_losses(history: Sequence[Sequence[float]], target: Path) -> None:
+    """Plot the two parts of a codec's training loss against the step.
+
+    Args:
+        history: rows of step, mean absolute error and Kullback-Leibler term.
+        target: path without suffix; ``.png`` and ``.pdf`` are written.
+    """
+    figure = _figure(7, 3.2)
+    steps = [int(row[0]) for row in history]
+    titles = ("mean absolute error", "Kullback-Leibler term per pixel")
+    for column, (axis, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True), 1):
+        values = [row[column] for row in history]
+        axis.plot(steps, values, marker="o" if len(steps) < 30 else "", markersize=3)
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.grid(alpha=0.25)
     save_figure(figure, target)
 
 

@@ -29,6 +29,7 @@ from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
 from lcmem_cli.engine.files import atomic_path, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
+from lcmem_cli.engine.report.plots import plot_codec_losses
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
 from lcmem_cli.engine.training.run import (
@@ -221,6 +222,7 @@ class _CodecTrainer:
         writer.writerow(["step", "mean_absolute_error", "kl"])
         writer.writerows([[int(row[0]), *row[1:]] for row in self.history])
         write_text(self.folder / HISTORY_NAME, buffer.getvalue())
+        plot_codec_losses(self.history, self.folder / "loss")
 
     def _train_step(self, images: torch.Tensor) -> tuple[float, float]:
         schedule = self.config.schedule
