@@ -1,0 +1,176 @@
+"""Filelists: what is read, what is refused and with which words, and the split by identity."""
+
+import collections
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lcmem_cli.engine.data.manifest import (
+    Manifest,
+    Record,
+    load_manifest,
+    split_by_identity,
+    write_manifest,
+)
+from lcmem_cli.engine.errors import InputError, ManifestError
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(folder, text, name="list.csv"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_columns_in_any_order_and_case_others_ignored(images):
+    path = write(images, "Note,ID,PATH,split,ds_name\nx,1,a.png,train,s\ny,2,b.png,Test,s\n")
+    manifest = load_manifest(path)
+    assert manifest.records == (
+        Record("a.png", "1", "TRAIN", "s"),
+        Record("b.png", "2", "TEST", "s"),
+    )
+    assert manifest.paths() == [images / "a.png", images / "b.png"]
+    assert manifest.ds_names == ("s",)
+
+
+def test_csv_and_parquet_hold_the_same(images):
+    first = load_manifest(write(images, "path,id\na.png,1\nb.png,1\nc.png,2\nd.png,3\n"))
+    for name in ("copy.parquet", "copy.csv"):
+        write_manifest(first, images / name)
+        assert load_manifest(images / name).records == first.records
+
+
+PROBLEMS = {
+    "path,person\na.png,1\n": "no column 'id' in the first line",
+    "path;id\na.png;1\n": "separated by ';'",
+    "path,id,Splt\na.png,1,TRAIN\n": "'splt' is not known|'Splt' is not known; did you mean",
+    "path,id\n": "no images, only a header",
+    "path,id\na.png\n": "another number of cells than the header's 2",
+    "path,id\na.png,\n": r"1 empty cell\(s\) in column 'id'",
+    "path,id,Split\na.png,1,TRIAN\n": "unknown Split 'TRIAN'.*did you mean 'TRAIN'",
+    "path,id\na.png,1\na.png,2\n": "1 duplicate path",
+    "path,id,Split\na.png,1,TRAIN\nb.png,1,TEST\n": "1 id.* in (two|more than one) split",
+    "path,id\na.png,1\nzz.png,2\nyy.png,3\n": "2 .*zz.png",
+    "path,id\na.png,1\n../secret.png,2\n": "outside|leave",
+    'path,id\n"a.png,1\n': "not valid CSV",
+}
+
+
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_a_bad_list_is_refused_with_its_problem(run_cli, images, text):
+    path = write(images, text)
+    with pytest.raises(ManifestError, match=PROBLEMS[text]) as caught:
+        load_manifest(path)
+    assert str(path) in str(caught.value)
+    refused = run_cli("manifest", path, "-o", images / "out.csv", exit_code=2)
+    assert "Traceback" not in refused.stderr
+    assert not (images / "out.csv").exists()
+
+
+def test_every_problem_is_reported_at_once(images):
+    path = write(
+        images, "path,id,Split\na.png,1,TRAIN\na.png,1,TEST\nmissing.png,2,TRAIN\n../x.png,3,VALL\n"
+    )
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(path)
+    text = str(caught.value)
+    for part in ("a.png", "missing.png", "../x.png", "VALL"):
+        assert part in text
+
+
+def test_names_that_leave_the_base_folder_through_a_link_are_refused(images):
+    outside = images.parent / f"{images.name}-outside"
+    outside.mkdir()
+    Image.new("RGB", (4, 4)).save(outside / "x.png")
+    path = write(images, f"path,id\na.png,1\n{outside / 'x.png'},2\n")
+    with pytest.raises(ManifestError, match=r"x\.png"):
+        load_manifest(path)
+    inside = write(images, f"path,id\n{images / 'a.png'},1\nb.png,2\n")
+    assert load_manifest(inside).paths()[0] == images / "a.png"
+
+
+def test_a_missing_list_names_the_nearest_folder(run_cli, images):
+    refused = run_cli("manifest", images / "no" / "where", "-o", images / "o.csv", exit_code=2)
+    assert "no such folder" in refused.stderr and str(images) in refused.stderr
+    (images / "filelist.csv").write_text("path,id\na.png,1\n")
+    with pytest.raises(ManifestError, match=r"did you mean 'filelist\.csv'"):
+        load_manifest(images / "filelst.csv")
+
+
+def test_folders_an_identity_each_and_loose_images(images):
+    (images / "p1" / "deep").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(images / "p1" / "x.jpg")
+    Image.new("RGB", (4, 4)).save(images / "p1" / "deep" / "y.png")
+    (images / ".hidden").mkdir()
+    Image.new("RGB", (4, 4)).save(images / ".hidden" / "z.png")
+    (images / "notes.txt").write_text("no image")
+    found = {r.path: r.id for r in load_manifest(images, need_split=False).records}
+    assert found == {
+        "a.png": "a.png", "b.png": "b.png", "c.png": "c.png", "d.png": "d.png",
+        "p1/x.jpg": "p1", "p1/deep/y.png": "p1",
+    }  # fmt: skip
+    empty = images / "empty"
+    empty.mkdir()
+    with pytest.raises(ManifestError, match="no images"):
+        load_manifest(empty)
+    with pytest.raises(ManifestError, match="--basedir has no effect"):
+        load_manifest(images, basedir=images)
+
+
+def test_select_and_its_errors(images):
+    manifest = load_manifest(
+        write(images, "path,id,Split,ds_name\na.png,1,TRAIN,s\nb.png,2,TEST,t\n")
+    )
+    assert [r.path for r in manifest.select("TEST").records] == ["b.png"]
+    assert [r.path for r in manifest.select(ds_names=["s"]).records] == ["a.png"]
+    with pytest.raises(InputError, match="did you mean 'TEST'"):
+        manifest.select("TSET")
+    with pytest.raises(InputError, match="no data set 'u'"):
+        manifest.select(ds_names=["u"])
+
+
+def test_the_command_writes_a_split_that_reads_back(run_cli, image_folder, tmp_path):
+    run_cli("manifest", image_folder, "-o", image_folder / "list.csv", "--seed", 3)
+    manifest = load_manifest(image_folder / "list.csv")
+    assert len(manifest) == 72
+    again = load_manifest(image_folder, split_seed=3)
+    assert {r.path: r.split for r in manifest.records} == {r.path: r.split for r in again.records}
+
+
+identities = st.lists(
+    st.tuples(st.sampled_from(["s", "t"]), st.integers(0, 12), st.integers(1, 3)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(identities, st.integers(0, 1000))
+def test_splits_are_disjoint_complete_and_do_not_depend_on_the_order(groups, seed):
+    records = [
+        Record(f"{s}/{i}/{n}/{k}", str(i), None, s)
+        for n, (s, i, count) in enumerate(groups)
+        for k in range(count)
+    ]
+    first = split_by_identity(records, seed=seed)
+    splits = collections.defaultdict(set)
+    for record in first:
+        splits[record.identity].add(record.split)
+    assert all(len(found) == 1 and None not in found for found in splits.values())
+    backwards = split_by_identity(records[::-1], seed=seed)
+    assert {r.path: r.split for r in first} == {r.path: r.split for r in backwards}
+
+
+def test_the_digest_is_of_the_rows(images):
+    rows = (Record("a.png", "1"), Record("b.png", "2"))
+    digest = Manifest(rows, images, images).digest
+    assert Manifest(rows, images / "x", images / "y").digest == digest
+    assert Manifest(rows[::-1], images, images).digest != digest
