@@ -711,3 +711,13 @@ def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorize
     assert not flagged & {name for name, copy in truth.items() if copy == "no"}
     fresh = audit(memorized / "fresh", memorized / "train", **options)
     assert fresh.num_flagged <= binom.ppf(0.999, 60, 0.01)
+
+
+def test_an_approximate_search_states_its_recall(sets):
+    pytest.importorskip("faiss", reason="needs the extra [search]")
+    exact = run(sets, detector="lcmem")
+    rough = run(sets, detector="lcmem", approximate=True)
+    assert any("approximate" in warning and "100.0%" in warning for warning in rough.warnings)
+    assert rough.matches == exact.matches  # 40 images are one cell of the inverted file
+    with pytest.raises(InputError, match="--approximate has no effect"):
+        run(sets, approximate=True)

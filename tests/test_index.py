@@ -179,3 +179,16 @@ def test_index_commands(run_cli, image_folder, tmp_path):
     found = json.loads(run_cli("index", "query", index, asked, "--json").stdout)
     assert found["matches"][str(asked)][0]["path"] == str(asked)
     assert "no index there" in run_cli("index", "info", tmp_path, exit_code=2).stderr
+
+
+def test_an_approximate_query_finds_the_image_itself(run_cli, image_folder, tmp_path):
+    pytest.importorskip("faiss", reason="needs the extra [search]")
+    index, asked = tmp_path / "index", image_folder / "id03" / "2.png"
+    run_cli("index", "build", image_folder, "-o", index)
+    found = json.loads(run_cli("index", "query", index, asked, "--approximate", "--json").stdout)
+    assert found["matches"][str(asked)][0]["path"] == str(asked)
+    assert found["search_recall"] == 1.0
+    assert (
+        "best match found for 100.0%"
+        in run_cli("index", "query", index, asked, "--approximate").stdout
+    )

@@ -10,6 +10,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    ApproximateOption,
     BasedirOption,
     BatchSizeOption,
     Device,
@@ -76,6 +77,7 @@ def audit_command(
             "--input-size", min=8, help="Side in pixels for the pixel measures (default: 512)."
         ),
     ] = None,
+    approximate: ApproximateOption = False,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Matches to list per image.")] = 5,
     fail_over: Annotated[
         Optional[float],  # noqa: UP045
@@ -113,6 +115,7 @@ def audit_command(
         bh=bh,
         detector=detector,
         input_size=input_size,
+        approximate=approximate,
         top_k=top_k,
         fail_over=fail_over,
         max_unreadable=max_unreadable,

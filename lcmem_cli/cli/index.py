@@ -9,6 +9,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    ApproximateOption,
     BasedirOption,
     BatchSizeOption,
     Device,
@@ -89,6 +90,7 @@ def query(
     index: IndexArgument,
     image: Annotated[Path, typer.Argument(help="Image, folder or filelist to ask about.")],
     top_k: Annotated[int, typer.Option(min=1, help="Matches per image.")] = 5,
+    approximate: ApproximateOption = False,
     batch_size: BatchSizeOption = 32,
     workers: WorkersOption = -1,
     device: DeviceOption = Device.AUTO,
@@ -104,6 +106,7 @@ def query(
         image,
         load_detector(Index.open(index).detector, device=device.value),
         top_k=top_k,
+        approximate=approximate,
         batch_size=batch_size,
         workers=workers,
         reporter=render.reporter(),
@@ -118,6 +121,8 @@ def query(
         render.table(["query", "score", "id", "match"], rows, align_left=True)
         for bad in result.unreadable:
             render.line(f"unreadable {bad.path}: {bad.reason}")
+        if approximate:
+            render.line(f"approximate search, best match found for {result.search_recall:.1%}")
 
     render.emit(result, as_json=as_json, human=human)
 

@@ -40,6 +40,14 @@ WorkersOption = Annotated[
     typer.Option("--workers", min=-1, help="Decoding workers (-1: from the CPUs one may use)."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+ApproximateOption = Annotated[
+    bool,
+    typer.Option(
+        "--approximate",
+        help="Find candidates with faiss and score them exactly: faster on millions of images, "
+        "but a match can be missed. Needs the extra [search].",
+    ),
+]
 MaxUnreadableOption = Annotated[
     int,
     typer.Option(

@@ -17,6 +17,7 @@ from lcmem_cli.engine.models.codec import Codec, load_codec
 from lcmem_cli.engine.models.siamese import fold_batch_norm
 from lcmem_cli.engine.store.search import (
     TopK,
+    approximate_top_k,
     weighted_l1_matrix,
     weighted_l1_pairs,
     weighted_l1_top_k,
@@ -129,12 +130,54 @@ class LCMemDetector(Detector):
         found = weighted_l1_top_k(queries, bank, self.weight, k)
         return TopK(self._probability(found.scores), found.rows)
 
+    def approximate(self) -> ApproximateLCMem:
+        """Return this detector with a search that is approximate; its scores are the same."""
+        copy = ApproximateLCMem.__new__(ApproximateLCMem)
+        copy.__dict__.update(self.__dict__)
+        copy.search_recall = 1.0
+        return copy
+
     def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
         """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
         from scipy.special import expit
 
         result: NDArray[np.float64] = expit(distance.astype(np.float64) + self.bias)
         return result
+
+
+class ApproximateLCMem(LCMemDetector):
+    """Finds candidates with an inverted file and scores them exactly; see ``approximate_top_k``.
+
+    Attributes:
+        search_recall: lowest share, over all searches so far, of the exact best matches that were
+            found on a sample of the queries.
+    """
+
+    search_recall: float
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, perhaps missing some.
+
+        Raises:
+            MissingExtraError: faiss is not installed.
+        """
+        found, recall = approximate_top_k(queries, bank, self.weight, k)
+        self.search_recall = min(self.search_recall, recall)
+        return TopK(self._probability(found.scores), found.rows)
+
+
+def approximate_search(detector: Detector) -> ApproximateLCMem:
+    """Return the detector with an approximate search.
+
+    Raises:
+        InputError: not an LCMem detector.
+    """
+    if not isinstance(detector, LCMemDetector):
+        raise InputError(
+            f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
+            "approximate search; leave it out"
+        )
+    return detector.approximate()
 
 
 def load_lcmem(

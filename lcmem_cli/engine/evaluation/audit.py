@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, LCMemDetector, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
@@ -109,6 +109,7 @@ def audit(
     bh: bool = False,
     detector: str | Detector = "lcmem",
     input_size: int | None = None,
+    approximate: bool = False,
     top_k: int = 5,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
@@ -138,6 +139,9 @@ def audit(
         detector: name, or a loaded detector.
         input_size: side in pixels for the pixel measures (default: 512); the others bring their
             own, and refuse another.
+        approximate: find candidates with faiss's inverted file and score them exactly: faster on
+            millions of training images, but a match can be missed; the recall is measured on a
+            sample and stated. LCMem detectors only.
         top_k: matches to list per generated image.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
@@ -181,6 +185,8 @@ def audit(
             f"--input-size {input_size} has no effect: detector {detector.name} takes images of "
             f"{detector.input_size} px; leave it out"
         )
+    if approximate:
+        detector = approximate_search(detector)
     for listing in listings.values():
         if listing.index is not None:
             listing.index.check(detector.fingerprint)
@@ -245,6 +251,7 @@ def audit(
                     "bh": bh,
                     "detector": detector.name,
                     "fingerprint": detector.fingerprint,
+                    "approximate": approximate,
                     "top_k": top_k,
                     "seed": seed,
                 },
@@ -519,6 +526,12 @@ class _Study:
             if images is not None and images.summary.unreadable:
                 number = counted(len(images.summary.unreadable), f"{name} image")
                 found.append(f"{number} could not be read and stood aside.")
+        if isinstance(self.detector, ApproximateLCMem):
+            found.append(
+                "The search was approximate: on a sample it found the best match of "
+                f"{self.detector.search_recall:.1%} of the images. A copy whose match was missed "
+                "is not flagged."
+            )
         repeated = num_queries - self.queries.num_distinct
         if repeated:
             found.append(

@@ -12,6 +12,7 @@ from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.files import folder_lock
@@ -57,11 +58,13 @@ class QueryResult(Result):
         folder: the index.
         matches: per query path, its best matches, best first.
         unreadable: queries that could not be read.
+        search_recall: share of the exact best matches found on a sample; 1 for exact search.
     """
 
     folder: str
     matches: dict[str, tuple[IndexMatch, ...]]
     unreadable: tuple[Unreadable, ...]
+    search_recall: float
 
 
 def add_to_index(
@@ -183,11 +186,22 @@ def query_index(
     detector: Detector,
     *,
     top_k: int = 5,
+    approximate: bool = False,
     batch_size: int = 32,
     workers: int = -1,
     reporter: Reporter = SILENT,
 ) -> QueryResult:
     """Find the indexed images most like one image, or like each of a folder or filelist.
+
+    Args:
+        folder: the index.
+        query: image, folder or filelist.
+        detector: the one that the index was built with.
+        top_k: matches per image.
+        approximate: see ``audit``.
+        batch_size: images per network call.
+        workers: decoding workers; -1: from the CPUs.
+        reporter: receives progress.
 
     Raises:
         InputError: nothing readable to ask about.
@@ -203,7 +217,8 @@ def query_index(
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
         raise InputError(f"{query}: no readable image ({reasons})")
-    found = index.search(detector, embedded.features, top_k)
+    searcher = approximate_search(detector) if approximate else detector
+    found = index.search(searcher, embedded.features, top_k)
     return QueryResult(
         folder=str(folder),
         matches={
@@ -212,6 +227,7 @@ def query_index(
             if row >= 0
         },
         unreadable=embedded.unreadable,
+        search_recall=searcher.search_recall if isinstance(searcher, ApproximateLCMem) else 1.0,
     )
 
 
