@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "report", "detectors", "store", "data", "models"},
     "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
     "describe": {"models", "store"},
+    "check": {"training", "evaluation", "detectors", "store", "data", "models"},
 }
 HEAVY = ("torch", "timm", "diffusers", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "PIL")
 

@@ -12,6 +12,7 @@ from lcmem_cli import __version__
 from lcmem_cli.cli import render
 from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.benchmark import benchmark_command
+from lcmem_cli.cli.check import check
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
@@ -93,6 +94,7 @@ def main(
 
 
 app.command("demo")(demo)
+app.command("check")(check)
 app.command("infer")(infer)
 app.command("manifest")(manifest)
 app.command("latents")(latents)
