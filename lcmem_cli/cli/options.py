@@ -18,6 +18,13 @@ class Device(str, enum.Enum):
     MPS = "mps"
 
 
+def complete_config(incomplete: str) -> list[str]:
+    """Return the shipped configs for the shell's completion; a shell completes files itself."""
+    from lcmem_cli.engine.config import shipped_configs
+
+    return [name for name in shipped_configs() if name.startswith(incomplete)]
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
@@ -54,7 +61,12 @@ CheckpointOption = Annotated[
 ]
 ConfigOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--config", "-c", help="Shipped config name (lcmem config ls) or a TOML file."),
+    typer.Option(
+        "--config",
+        "-c",
+        help="Shipped config name (lcmem config ls) or a TOML file.",
+        autocompletion=complete_config,
+    ),
 ]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045
