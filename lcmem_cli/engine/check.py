@@ -51,6 +51,7 @@ from lcmem_cli.engine.training.stages import (
     teacher_file,
 )
 from lcmem_cli.engine.training.teacher import Teacher, load_pretrained
+from lcmem_cli.engine.training.trackers import check_trackers
 
 Level = Literal["problem", "warning", "fine"]
 AnyConfig = CodecConfig | Stage1Config | FinetuneConfig
@@ -154,6 +155,7 @@ def check_run(
         num_parameters = work.codec_training(settings, manifest)
     work.fit(settings, manifest, store, checkpoint, start)
     work.detectors(detectors)
+    work.trackers(settings)
     work.device(settings, device)
     if output is not None:
         work.output(output, _estimate(settings, num_parameters), training=settings is not None)
@@ -516,6 +518,12 @@ class _Check:
                     "detectors", "fine",
                     f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
                 )  # fmt: skip
+
+    def trackers(self, config: AnyConfig | None) -> None:
+        if config is not None and config.runtime.trackers:
+            with self.guard("trackers", "install it, or leave it out of runtime.trackers"):
+                check_trackers(config.runtime)
+                self.add("trackers", "fine", ", ".join(config.runtime.trackers))
 
     def device(self, config: AnyConfig | None, device: str) -> None:
         with self.guard("device", "choose another device: auto, cpu, cuda or mps"):

@@ -35,6 +35,7 @@ from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_bat
 from lcmem_cli.engine.training.sources import PairSource
 from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
 from lcmem_cli.engine.training.teacher import Retention
+from lcmem_cli.engine.training.trackers import Log
 
 STATE_NAME = "state.pt"
 HISTORY_NAME = "history.csv"
@@ -103,6 +104,7 @@ class Trainer:
         folder: run folder; holds ``state.pt`` and ``history.csv``.
         run_digest: identifies config, data and initial weights; a state of another is refused.
         retention: holds features near a teacher's, if wanted.
+        log: takes each epoch's record, if wanted.
         ranks: processes that share the work.
         reporter: receives progress.
     """
@@ -120,6 +122,7 @@ class Trainer:
         folder: Path,
         run_digest: str,
         retention: Retention | None = None,
+        log: Log | None = None,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
     ) -> None:
@@ -132,6 +135,7 @@ class Trainer:
         self.val_batches = val_sampler.validation()
         self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
         self.retention = retention.to(self.device) if retention else None
+        self.log = log
         self.ranks = ranks or Ranks()
         self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
         self.state = _State()
@@ -267,6 +271,8 @@ class Trainer:
         state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * _NUM_SUMS
         if self.ranks.is_main:
             self._write_history()
+        if self.log is not None:
+            self.log(state.history[-1])
         self._save()
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Method: arXiv 2512.14421.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from lcmem_cli.engine.config import FinetuneConfig, RetentionSection, Stage1Config
+from lcmem_cli.engine.config import (
+    NOT_THE_STUDY,
+    FinetuneConfig,
+    RetentionSection,
+    Stage1Config,
+)
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, Record
@@ -52,6 +58,7 @@ from lcmem_cli.engine.training.teacher import (
     Teacher,
     load_pretrained,
 )
+from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
@@ -117,6 +124,7 @@ def train_stage1(
     """
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    check_trackers(config.runtime)
     check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
     unreadable: tuple[Unreadable, ...] = ()
     if store is None:
@@ -216,6 +224,7 @@ def finetune(
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    check_trackers(config.runtime)
     start = load_checkpoint(checkpoint)
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
@@ -377,7 +386,13 @@ def _run(
         return source(rows), sampler
 
     train, validation = part("TRAIN"), part("VAL")
-    with open_training_folder(output, config, digest, resume=resume, ranks=ranks) as run_digest:
+    with contextlib.ExitStack() as stack:
+        run_digest = stack.enter_context(
+            open_training_folder(output, config, digest, resume=resume, ranks=ranks)
+        )
+        log = stack.enter_context(
+            open_trackers(config.runtime, output, config.model_dump(mode="json"), run_digest, ranks)
+        )
         if teacher is not None and ranks.is_main:
             teacher.save(output / TEACHER_NAME)
         outcome = Trainer(
@@ -391,6 +406,7 @@ def _run(
             folder=output,
             run_digest=run_digest,
             retention=retention,
+            log=log,
             ranks=ranks,
             reporter=reporter,
         ).run()
@@ -537,9 +553,7 @@ def _provenance(
     config: Stage1Config | FinetuneConfig, digest: str, outcome: TrainingOutcome
 ) -> dict[str, Any]:
     settings = config.model_dump(mode="json")
-    settings["runtime"] = {
-        k: v for k, v in settings["runtime"].items() if k not in ("device", "num_workers")
-    }
+    settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in NOT_THE_STUDY}
     return {
         "config": settings,
         "data_digest": digest,
