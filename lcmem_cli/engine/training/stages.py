@@ -39,6 +39,7 @@ from lcmem_cli.engine.models.siamese import (
     SiameseNetwork,
     load_strictly,
     resolve_backbone,
+    use_checkpointing,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
@@ -314,7 +315,7 @@ def stage1_network(
         store: for the statistics of its latents.
 
     Raises:
-        InputError: the backbone cannot be built so.
+        InputError: the backbone cannot be built so, or cannot do what ``config.runtime`` asks for.
     """
     torch.manual_seed(config.runtime.seed)
     whole = store is not None and config.network.normalisation == "dataset"
@@ -328,11 +329,14 @@ def stage1_network(
         mean=store.mean if store and whole else None,
         std=store.std if store and whole else None,
     )
-    return SiameseNetwork(
+    network = SiameseNetwork(
         spec,
         drop_path_rate=config.network.drop_path_rate,
         pretrained=config.network.weights == "timm",
     )
+    if config.runtime.checkpointing:
+        use_checkpointing(network)
+    return network
 
 
 def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) -> SiameseNetwork:
@@ -340,11 +344,14 @@ def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) 
 
     Raises:
         CheckpointError: its weights do not fit another size.
+        InputError: it cannot do what ``config.runtime`` asks for.
     """
     size = config.image.size or start.image_size
     spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
     network = SiameseNetwork(spec, drop_path_rate=config.regularisation.drop_path_rate)
     load_strictly(network, start.build().state_dict(), source=f"{source} at {size} px")
+    if config.runtime.checkpointing:
+        use_checkpointing(network)
     return network
 
 
