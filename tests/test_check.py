@@ -119,6 +119,11 @@ def test_the_table_names_the_problem_and_the_remedy(run_cli, tmp_path):
     assert "expected a number" in run_cli("check", "--images", "some", exit_code=2).stderr
 
 
+def test_options_without_effect_are_named(tmp_path):
+    result = check_run(overrides=["loss.alpha=1"], basedir=tmp_path)
+    assert [what.split()[0] for what in of(result, "warning")] == ["--set", "--basedir"]
+
+
 def test_missing_columns_are_named(tmp_path):
     (tmp_path / "list.csv").write_text("file,id\na.png,1\n")
     problems = of(check_run(filelist=tmp_path / "list.csv"), "problem", "filelist")
@@ -255,7 +260,11 @@ def test_a_backbone_and_weights_that_cannot_be_used(tmp_path):
 def test_a_codec_config_whose_sides_do_not_fit(filelist):
     result = check_run(config="mini/codec", overrides=["image.size=18"], filelist=filelist)
     assert any("crop_size" in w for w in of(result, "problem", "inputs"))
-    assert check_run(config="mini/codec", filelist=filelist).num_problems == 0
+    good = check_run(config="mini/codec", filelist=filelist)
+    assert (good.num_problems, good.num_warnings) == (0, 0)
+    rewrite(filelist, lambda rows: [r for r in rows if r[2] != "VAL"])
+    empty = check_run(config="mini/codec", filelist=filelist)
+    assert of(empty, "problem") == ["training a codec needs TRAIN and VAL images"]
 
 
 def test_devices_that_are_not_here(monkeypatch):

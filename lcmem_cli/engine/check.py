@@ -133,12 +133,19 @@ def check_run(
         0
     """
     work = _Check(num_images, reporter)
+    if overrides and config is None:
+        work.add("config", "warning", "--set has no effect without --config", "pass --config too")
+    if basedir is not None and filelist is None:
+        work.add(
+            "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
+        )  # fmt: skip
     settings = None if config is None else work.config(config, overrides)
     if device == "auto" and settings is not None:
         device = settings.runtime.device
     manifest = None if filelist is None else work.filelist(filelist, basedir)
     if manifest is not None:
-        work.splits(manifest, settings)
+        if not isinstance(settings, CodecConfig):  # which compares no images
+            work.splits(manifest, settings)
         work.images(manifest)
     if checkpoint is None and not (config or filelist or latents or detectors):
         checkpoint = embedded_checkpoint()
@@ -219,11 +226,11 @@ class _Check:
             self.add("filelist", "fine", f"{source}: {len(manifest):,} images ({shown})")
         return manifest
 
-    def splits(self, manifest: Manifest, config: AnyConfig | None) -> None:
+    def splits(self, manifest: Manifest, config: Stage1Config | FinetuneConfig | None) -> None:
         """Check what training and evaluation need of each split."""
-        trains = isinstance(config, (Stage1Config, FinetuneConfig))
-        sampling = config.sampling if isinstance(config, (Stage1Config, FinetuneConfig)) else None
-        size = config.schedule.batch_size if config is not None else len(manifest) + 3
+        trains = config is not None
+        sampling = SamplingSection() if config is None else config.sampling
+        size = len(manifest) if config is None else config.schedule.batch_size
         batches: dict[str, list[PairBatch]] = {}
         for split in SPLITS:
             part = [record for record in manifest.records if record.split == split]
@@ -233,18 +240,18 @@ class _Check:
                 continue
             images = collections.Counter(record.identity for record in part)
             single = sum(count == 1 for count in images.values())
-            if single and not (sampling and sampling.unsupervised):
+            if single and not sampling.unsupervised:
                 self.add(
                     "filelist", "warning",
                     f"{split}: {single:,} of {len(images):,} identities have no second image",
                     "they give no positive pair; add images, or take these ids out",
                 )  # fmt: skip
-            if split == "TEST" or isinstance(config, CodecConfig):
+            if split == "TEST":
                 continue
             with self.guard(
                 "filelist", f"list more ids in {split}", level="problem" if trains else "warning"
             ):
-                sampler = PairSampler(part, sampling or SamplingSection(), batch_size=size, seed=0)
+                sampler = PairSampler(part, sampling, batch_size=size, seed=0)
                 batches[split] = sampler.epoch(0) if split == "TRAIN" else sampler.validation()
         if trains and len(batches) == 2:
             with self.guard("filelist", "change the config, or list more ids"):
