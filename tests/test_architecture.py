@@ -1,6 +1,8 @@
 """Rules of the layout: who may import whom, and what the command line must not load."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "report", "detectors", "store", "data", "models"},
     "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
     "describe": {"models", "store"},
+    "check": {"training", "evaluation", "detectors", "store", "data", "models"},
 }
 HEAVY = ("torch", "timm", "diffusers", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "PIL")
 
@@ -87,3 +90,50 @@ def test_public_names_are_imported_on_first_use():
     assert callable(lcmem_cli.audit)
     with pytest.raises(AttributeError):
         _ = lcmem_cli.nosuch
+
+
+def complete(*words):
+    """Return what bash would offer for the last word, and the modules that were loaded."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lcmem_cli"],
+        env={**os.environ, "_LCMEM_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words),
+             "COMP_CWORD": str(len(words) - 1)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    return done.stdout.split(), loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("lcmem", "train"), {"train-codec", "train-stage1"}),
+        (("lcmem", "finetune", "--max"), {"--max-unreadable"}),
+        (("lcmem", "train-stage1", "--config", "mini/s"), {"mini/stage1"}),
+        (("lcmem", "config", "show", "fine"), {"finetune"}),
+    ],
+)
+def test_completion_is_quick_and_knows_commands_options_and_configs(words, offered):
+    found, loaded = complete(*words)
+    assert set(found) == offered
+    assert "typer" in loaded and not loaded & set(HEAVY)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_completion_is_installed_for_the_shell_in_use(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    program = f"{sys.executable} -m lcmem_cli --%s; exit $?"
+
+    def bash(option):
+        done = subprocess.run(
+            ["bash", "-c", program % option], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "complete -o default -F _lcmem_completion lcmem" in bash("show-completion")
+    assert "bash completion installed" in bash("install-completion")
+    script = tmp_path / ".bash_completions" / "lcmem.sh"
+    assert "_LCMEM_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()

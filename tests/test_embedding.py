@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lcmem_cli.engine.data.batching import AUTO, Batching
+from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.perturb import Setting
 from lcmem_cli.engine.detectors import embedding
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files, embed_perturbed
@@ -19,8 +22,12 @@ from lcmem_cli.engine.detectors.pixel import MSE, PHash
 from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.evaluation.inference import score_pairs
+from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.reporter import Reporter
+from lcmem_cli.engine.store import latents as latent_store
 from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 
 
 class Counting(NetworkDetector):
@@ -272,6 +279,98 @@ def test_a_round_trip_is_not_cached(paths: list[Path], tmp_path: Path) -> None:
             cache=cache,
         )
         assert detector.seen == number
+
+
+class SmallCard(Counting):
+    """Has room for a few images only, as a graphics card has."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(batch))
+        if len(batch) > self.room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().forward(batch)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Path]:
+    """Forty different images."""
+    rng = np.random.default_rng(1)
+    for number in range(40):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    return sorted(tmp_path.glob("*.png"))
+
+
+def test_auto_halves_the_batches_until_they_fit(many: list[Path]) -> None:
+    detector = SmallCard(room=5)
+    found = embed_files(detector, many, batch_size=AUTO)
+    same(found, embed_files(Counting(), many, batch_size=7))
+    assert detector.sizes == [32, 16, 8, *[4] * 10]
+    assert detector.seen == found.encoder_passes == 40
+    pairs = list(itertools.pairwise(many))
+    for size in (AUTO, 3):
+        result = score_pairs(SmallCard(room=5), pairs, batch_size=size)
+        assert [p.score for p in result.pairs] == [
+            p.score for p in score_pairs(Counting(), pairs).pairs
+        ]
+
+
+def test_a_fixed_size_and_a_single_image_that_do_not_fit(many: list[Path]) -> None:
+    with pytest.raises(LcmemError, match=r"with 32 image.*--batch-size auto"):
+        embed_files(SmallCard(room=5), many, batch_size=32)
+    hopeless = SmallCard(room=0)
+    with pytest.raises(LcmemError, match=r"with 1 image.*--device cpu"):
+        embed_files(hopeless, many, batch_size=AUTO)
+    assert hopeless.sizes == [32, 16, 8, 4, 2, 1]
+
+
+def test_auto_begins_with_what_the_device_is_good_for() -> None:
+    assert (Batching(AUTO, "cuda:0").loaded, Batching(AUTO, "cpu").loaded) == (128, 32)
+    assert Batching(7, "cuda").loaded == 7
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_latents_are_encoded_in_batches_that_fit(
+    posterior: Any, many: list[Path], tiny_codec: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    manifest = load_manifest(many[0].parent)
+    codec = load_codec(str(tiny_codec), posterior=posterior)
+
+    def store(name: str, batch_size: int) -> torch.Tensor:
+        encode_latents(manifest, codec, tmp_path / name, image_size=16, batch_size=batch_size)
+        return LatentStore.open(tmp_path / name).latents(range(40))
+
+    expected = store("fixed", 16)
+    sizes: list[int] = []
+    inner = latent_store._encode
+
+    def small(codec: Any, images: torch.Tensor, names: list[str], *, seed: int) -> Any:
+        sizes.append(len(images))
+        assert len(names) == len(images)
+        if len(images) > 10:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return inner(codec, images, names, seed=seed)
+
+    monkeypatch.setattr(latent_store, "_encode", small)
+    assert torch.equal(store("auto", AUTO), expected)
+    assert sizes == [32, 16, 8, 8, 8, 8, 8]
+
+
+def test_the_option_takes_auto(run_cli: Any, many: list[Path], tmp_path: Path) -> None:
+    folder, command = many[0].parent, ["--detector", "mse", "--json", "--batch-size"]
+    found = [
+        run_cli("index", "build", folder, "-o", tmp_path / size, *command, size).stdout
+        for size in ("auto", "3")
+    ]
+    assert found[0].replace(str(tmp_path / "auto"), str(tmp_path / "3")) == found[1]
+    refused = run_cli("index", "build", folder, "-o", tmp_path / "x", *command, "0", exit_code=2)
+    assert "expected a number from 1" in refused.stderr
 
 
 def test_no_files_and_no_room(monkeypatch: pytest.MonkeyPatch, paths: list[Path]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +15,7 @@ from lcmem_cli import __version__
 from lcmem_cli.cli import render
 from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.benchmark import benchmark_command
+from lcmem_cli.cli.check import check
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
@@ -31,10 +35,18 @@ EXIT_INTERRUPTED = 130
 class ErrorHandlingGroup(TyperGroup):
     """Turns engine errors into a message on stderr and an exit code, without a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the global options; ``--log-format json`` also holds for errors among them."""
+        if "--log-format=json" in args or ("--log-format", "json") in itertools.pairwise(args):
+            render.configure(quiet=False, debug=False, log_format=render.LogFormat.JSON)
+        with _usage_errors_as_json():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with _usage_errors_as_json():
+                return super().invoke(ctx)
         except LcmemError as error:
             if render.settings.debug:
                 raise
@@ -52,6 +64,20 @@ class ErrorHandlingGroup(TyperGroup):
             where = f"{error.filename}: " if error.filename else ""
             render.error(f"{where}{error.strerror or error}")
             raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _usage_errors_as_json() -> Iterator[None]:
+    """Log what Typer would draw a box around, where stderr holds JSON lines."""
+    try:
+        yield
+    except Exception as caught:
+        error: Any = caught  # Typer does not export the class of usage errors
+        is_usage_error = hasattr(error, "format_message") and hasattr(error, "exit_code")
+        if not is_usage_error or render.settings.log_format is not render.LogFormat.JSON:
+            raise
+        render.error(error.format_message() or "no command is given; see --help")
+        raise typer.Exit(error.exit_code) from caught
 
 
 app = typer.Typer(
@@ -93,6 +119,7 @@ def main(
 
 
 app.command("demo")(demo)
+app.command("check")(check)
 app.command("infer")(infer)
 app.command("manifest")(manifest)
 app.command("latents")(latents)

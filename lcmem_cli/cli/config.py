@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JsonOption, SetOption
+from lcmem_cli.cli.options import JsonOption, SetOption, complete_config
 
 config_app = typer.Typer(
     no_args_is_help=True, help="List, show, copy and check the TOML configs of the trainings."
@@ -33,7 +33,9 @@ def list_configs(as_json: JsonOption = False) -> None:
 
 @config_app.command("show")
 def show_config(
-    name: Annotated[str, typer.Argument(help="Shipped name or path.")],
+    name: Annotated[
+        str, typer.Argument(help="Shipped name or path.", autocompletion=complete_config)
+    ],
     overrides: SetOption = None,
 ) -> None:
     """Print a config as it resolves: every key, defaults and overrides included."""
@@ -46,7 +48,7 @@ def show_config(
 
 @config_app.command("cp")
 def copy_config(
-    name: Annotated[str, typer.Argument(help="Shipped name.")],
+    name: Annotated[str, typer.Argument(help="Shipped name.", autocompletion=complete_config)],
     target: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
 ) -> None:
     """Copy a shipped config to a file, comments included, to be edited."""
@@ -64,7 +66,9 @@ def copy_config(
 
 @config_app.command("check")
 def check_config(
-    path: Annotated[str, typer.Argument(help="TOML file or shipped name.")],
+    path: Annotated[
+        str, typer.Argument(help="TOML file or shipped name.", autocompletion=complete_config)
+    ],
     overrides: SetOption = None,
 ) -> None:
     """Validate a config and report every problem at once (exit 2 if there is one)."""

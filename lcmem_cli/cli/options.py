@@ -18,6 +18,26 @@ class Device(str, enum.Enum):
     MPS = "mps"
 
 
+def complete_config(incomplete: str) -> list[str]:
+    """Return the shipped configs for the shell's completion; a shell completes files itself."""
+    from lcmem_cli.engine.config import shipped_configs
+
+    return [name for name in shipped_configs() if name.startswith(incomplete)]
+
+
+def batch_size(text: str) -> int:
+    """Return a number of images, or 0 for ``auto``, by which the engine chooses."""
+    if str(text) == "auto":
+        return 0
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise typer.BadParameter(f"'{text}': expected a number from 1, or 'auto'")
+    return number
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
@@ -33,7 +53,13 @@ BasedirOption = Annotated[
     typer.Option("--basedir", help="Folder that paths are relative to (default: the filelist's)."),
 ]
 BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images per network call.")
+    int,
+    typer.Option(
+        "--batch-size",
+        parser=batch_size,
+        metavar="N|auto",
+        help="Images per network call; auto: halved whenever a GPU's memory is exceeded.",
+    ),
 ]
 WorkersOption = Annotated[
     int,
@@ -62,7 +88,12 @@ CheckpointOption = Annotated[
 ]
 ConfigOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--config", "-c", help="Shipped config name (lcmem config ls) or a TOML file."),
+    typer.Option(
+        "--config",
+        "-c",
+        help="Shipped config name (lcmem config ls) or a TOML file.",
+        autocompletion=complete_config,
+    ),
 ]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045

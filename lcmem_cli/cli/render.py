@@ -1,17 +1,21 @@
 """Everything a person sees. The only module that imports rich.
 
-Results go to stdout, everything else (progress, warnings, errors, log lines) to stderr.
+Results go to stdout, everything else (progress, warnings, errors, log lines) to stderr. With
+``--log-format json`` every line on stderr is a JSON object with the keys ``time``, ``level`` and
+``event``, also what libraries write there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -48,12 +52,15 @@ settings = Settings()
 def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
     """Apply the global options."""
     settings.quiet, settings.debug, settings.log_format = quiet, debug, log_format
+    if log_format is LogFormat.JSON and not isinstance(sys.stderr, _JsonStream):
+        sys.stderr = _JsonStream(sys.stderr)
+        warnings.showwarning = _log_python_warning
 
 
 def error(message: str) -> None:
     """Show an error on stderr."""
     if settings.log_format is LogFormat.JSON:
-        _log_line("error", message=message)
+        _log_line("error", "error", message=message)
     else:
         typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
         typer.echo(_printable(message), err=True)
@@ -63,7 +70,7 @@ def note(message: str) -> None:
     """Show a remark on stderr."""
     if not settings.quiet:
         if settings.log_format is LogFormat.JSON:
-            _log_line("note", message=message)
+            _log_line("info", "note", message=message)
         else:
             typer.echo(_printable(message), err=True)
 
@@ -124,7 +131,7 @@ def table(
 def reporter() -> Reporter:
     """Return the reporter that the global options and the terminal call for."""
     if settings.log_format is LogFormat.JSON:
-        return _JsonReporter()
+        return _QuietJsonReporter() if settings.quiet else _JsonReporter()
     if settings.quiet:
         return _WarningsOnly()
     return _RichReporter() if sys.stderr.isatty() else _PlainReporter()
@@ -146,10 +153,63 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=None if terminal else 120, highlight=False, soft_wrap=False)
 
 
-def _log_line(event: str, **fields: object) -> None:
-    record = {"time": round(time.time(), 3), "event": event, **fields}
-    sys.stderr.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
-    sys.stderr.flush()
+def _log_line(level: str, event: str, /, **fields: object) -> None:
+    record = {"time": round(time.time(), 3), "level": level, "event": event, **fields}
+    stream = sys.stderr.stream if isinstance(sys.stderr, _JsonStream) else sys.stderr
+    stream.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+    stream.flush()
+
+
+def _log_python_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _log_line(
+        "warning",
+        "python-warning",
+        message=str(message),
+        category=category.__name__,
+        where=f"{filename}:{lineno}",
+    )
+
+
+class _JsonStream(io.TextIOBase):
+    """Stands in for stderr: what is written to it by anybody else becomes JSON lines.
+
+    Args:
+        stream: the real stderr.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).replace("\r", "\n").split("\n")
+        for shown in lines:
+            self._log(shown)
+        return len(text)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._log(self.rest)
+        super().close()
+
+    def _log(self, text: str) -> None:
+        if text.strip():
+            _log_line("info", "output", message=text)
 
 
 class _WarningsOnly(Reporter):
@@ -168,15 +228,17 @@ class _PlainReporter(_WarningsOnly):
         typer.echo(_printable(f"{name}  {shown}"), err=True)
 
 
-class _JsonReporter(Reporter):
+class _QuietJsonReporter(Reporter):
+    def warn(self, message: str) -> None:
+        _log_line("warning", "warning", message=message)
+
+
+class _JsonReporter(_QuietJsonReporter):
     def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
         return _JsonTask(description, total, unit)
 
-    def warn(self, message: str) -> None:
-        _log_line("warning", message=message)
-
     def event(self, name: str, **fields: object) -> None:
-        _log_line(name, **fields)
+        _log_line("info", name, **fields)
 
 
 class _JsonTask(Task):
@@ -187,13 +249,24 @@ class _JsonTask(Task):
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
-        self.last = time.monotonic()
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> _JsonTask:
+        _log_line("info", "task-started", task=self.description, total=self.total, unit=self.unit)
+        return self
 
     def advance(self, steps: int = 1, **fields: object) -> None:
         self.done += steps
         if time.monotonic() - self.last >= self.SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
-            _log_line("progress", task=self.description, done=self.done, total=self.total, **fields)
+            _log_line(
+                "info",
+                "progress",
+                task=self.description,
+                done=self.done,
+                total=self.total,
+                **fields,
+            )
 
     def __exit__(
         self,
@@ -201,7 +274,15 @@ class _JsonTask(Task):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _log_line("task-ended", task=self.description, done=self.done, total=self.total)
+        _log_line(
+            "info",
+            "task-ended",
+            task=self.description,
+            done=self.done,
+            total=self.total,
+            seconds=round(time.monotonic() - self.began, 3),
+            failed=kind is not None,
+        )
 
 
 class _RichReporter(_PlainReporter):

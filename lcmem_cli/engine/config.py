@@ -168,6 +168,15 @@ class RuntimeSection(Section):
     """``auto``: only on accelerators that have it; never on a CPU."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: about a third slower,
+    for a graphics card with little memory. Loss and gradients are the same."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    """Where else the losses of each epoch are shown: TensorBoard, Weights & Biases."""
+
+
+NOT_THE_STUDY = ("device", "num_workers", "checkpointing", "trackers")
+"""Keys of ``RuntimeSection`` that change no result, so that a run may be continued with others."""
 
 
 class CodecModelSection(Section):
@@ -446,6 +455,10 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             bad = [c for c in channels if isinstance(c, int) and (c <= 0 or c % groups)]
             if bad:
                 problems.append(f"model.norm_groups: {groups} must divide every entry, not {bad}")
+        if get("runtime", "trackers"):
+            problems.append("runtime.trackers: has no effect on train-codec; see its history.csv")
+        if get("runtime", "checkpointing"):
+            problems.append("runtime.checkpointing: has no effect on train-codec")
     if values.get("kind") == "stage1":
         pixels = get("codec", "name") == "none"
         if pixels != (get("network", "normalisation") == "imagenet"):

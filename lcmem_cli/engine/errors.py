@@ -33,7 +33,15 @@ class ConfigError(InputError):
 
 
 class ManifestError(InputError):
-    """A filelist or image folder does not describe a usable set of images."""
+    """A filelist or image folder does not describe a usable set of images.
+
+    Attributes:
+        problems: one line each; a single one is the whole message.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems) or (message,)
+        super().__init__(message)
 
 
 class CheckpointError(InputError):

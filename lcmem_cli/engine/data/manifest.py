@@ -129,7 +129,38 @@ def load_manifest(
     Raises:
         ManifestError: the list is unusable; the message holds every problem found, with counts.
     """
-    source = Path(source)
+    manifest, problems = _load(
+        Path(source), basedir, split_seed=split_seed, need_split=need_split, max_missing=max_missing
+    )
+    if problems:
+        raise _manifest_error(manifest.source, problems)
+    return manifest
+
+
+def inspect_manifest(
+    source: Path, *, basedir: Path | None = None
+) -> tuple[Manifest | None, tuple[str, ...]]:
+    """Read a list of images as ``load_manifest`` does, and return what is wrong with it.
+
+    Returns:
+        The list as it stands, problems and all, or ``None`` where it cannot be read; and the
+        problems that ``load_manifest`` would raise.
+    """
+    try:
+        return _load(Path(source), basedir, split_seed=0, need_split=True, max_missing=0)
+    except ManifestError as error:
+        return None, error.problems
+
+
+def _load(
+    source: Path,
+    basedir: Path | None,
+    *,
+    split_seed: int,
+    need_split: bool,
+    max_missing: int | None,
+) -> tuple[Manifest, tuple[str, ...]]:
+    problems: list[str] = []
     _check_exists(source)
     if source.is_dir():
         if basedir is not None:
@@ -142,10 +173,10 @@ def load_manifest(
         base = source.parent if basedir is None else Path(basedir)
         if not base.is_dir():
             raise ManifestError(f"--basedir: {_no_such(base, 'folder')}")
-        records = _read_filelist(source, base, max_missing=max_missing)
+        records, problems = _read_filelist(source, base, max_missing=max_missing)
     if need_split and records and records[0].split is None:
         records = split_by_identity(records, seed=split_seed)
-    return Manifest(tuple(records), base, source)
+    return Manifest(tuple(records), base, source), tuple(problems)
 
 
 def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
@@ -322,7 +353,9 @@ def _is_listed(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _read_filelist(source: Path, basedir: Path, *, max_missing: int | None) -> list[Record]:
+def _read_filelist(
+    source: Path, basedir: Path, *, max_missing: int | None
+) -> tuple[list[Record], list[str]]:
     if not source.is_file():
         raise ManifestError(f"{source}: neither a folder nor a regular file")
     table = _read_table(source)
@@ -353,9 +386,7 @@ def _read_filelist(source: Path, basedir: Path, *, max_missing: int | None) -> l
     problems = _check_cells(table, cells)
     problems += _check_identities(records) if "Split" in cells else []
     problems += _check_paths(records, source, basedir, max_missing=max_missing)
-    if problems:
-        raise _manifest_error(source, problems)
-    return records
+    return records, problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -625,7 +656,7 @@ def _missing(paths: Iterable[str], basedir: Path) -> list[str]:
 
 def _manifest_error(source: Path, problems: Sequence[str]) -> ManifestError:
     lines = "\n".join(f"  {problem}" for problem in problems)
-    return ManifestError(f"{source}: {len(problems)} problem(s)\n{lines}")
+    return ManifestError(f"{source}: {len(problems)} problem(s)\n{lines}", problems)
 
 
 def _at(table: _Table, rows: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
 from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
@@ -71,7 +72,7 @@ def embed_files(
     Args:
         detector: what embeds.
         paths: image files, in any number of copies.
-        batch_size: images per network call; features do not depend on it.
+        batch_size: images per network call, see ``Batching``; features do not depend on it.
         workers: decoding threads; -1 from the CPUs.
         cache: features of this detector from earlier runs; filled as the work goes on, so that a
             killed run continues.
@@ -83,16 +84,19 @@ def embed_files(
         LcmemError: no room for the features, or a network returns values that are not finite.
     """
     num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
 
     def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
-        return iter_images(files, detector.input_size, workers=num_workers, batch_size=batch_size)
+        return iter_images(
+            files, detector.input_size, workers=num_workers, batch_size=batching.loaded
+        )
 
     return _embed(
         detector,
         paths,
         load,
         key=lambda content: content,
-        batch_size=batch_size,
+        batching=batching,
         workers=num_workers,
         cache=cache,
         ranks=ranks or Ranks(),
@@ -141,6 +145,7 @@ def embed_perturbed(
     if setting is not None:
         check_setting(setting)
     num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
 
     def edit(image: torch.Tensor, _: int) -> torch.Tensor:
         assert setting is not None
@@ -151,7 +156,7 @@ def embed_perturbed(
             files,
             working_size,
             workers=num_workers,
-            batch_size=batch_size,
+            batch_size=batching.loaded,
             transform=None if setting is None else edit,
         )
         for batch in batches:
@@ -166,7 +171,7 @@ def embed_perturbed(
         paths,
         load,
         key=key,
-        batch_size=batch_size,
+        batching=batching,
         workers=num_workers,
         cache=cache if round_trip is None else None,
         ranks=ranks or Ranks(),
@@ -181,7 +186,7 @@ def _embed(
     load: Load,
     *,
     key: Callable[[str], str],
-    batch_size: int,
+    batching: Batching,
     workers: int,
     cache: FeatureCache | None,
     ranks: Ranks,
@@ -198,7 +203,7 @@ def _embed(
     )
     files = [paths[index] for index in first.values()]
     todo = work.fill_from_cache()
-    passes = work.compute(todo, files, load, batch_size=batch_size, description=description)
+    passes = work.compute(todo, files, load, batching=batching, description=description)
     row_of = dict(zip(first, work.close_gaps(), strict=True))
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
@@ -265,7 +270,7 @@ class _Features:
         files: Sequence[Path],
         load: Load,
         *,
-        batch_size: int,
+        batching: Batching,
         description: str,
     ) -> int:
         """Embed rows in rounds; after each, all processes hold the rows of all.
@@ -275,9 +280,9 @@ class _Features:
         """
         mine = list(self.ranks.share(todo))
         batches = load([files[row] for row in mine])
-        per_round = max(1, self.round_images // batch_size)
+        per_round = max(1, self.round_images // batching.loaded)
         most = -(-len(todo) // self.ranks.size)
-        num_rounds = -(-most // (per_round * batch_size))
+        num_rounds = -(-most // (per_round * batching.loaded))
         passes, notes = 0, 0
         with self.reporter.task(description, len(mine), unit="image") as task:
             for _ in range(num_rounds):
@@ -289,7 +294,7 @@ class _Features:
                     notes += len(batch.notes)
                     if batch.indices:
                         rows += [mine[i] for i in batch.indices]
-                        values.append(np.asarray(self.detector.embed_batch(batch.images)))
+                        values.append(batching.call(self.detector.embed_batch, batch.images))
                     task.advance(len(batch.indices) + len(batch.unreadable))
                 made = (rows, np.concatenate(values) if values else None, bad)
                 for part in self.ranks.gather(made):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import (
     PairSet,
@@ -546,11 +547,12 @@ def _embed_stored(
         )
     present = [position for position, path in enumerate(paths) if path in known]
     mine = list(ranks.share(range(len(present))))
+    batching = Batching(batch_size, detector.device, reporter=reporter)
     parts: list[NDArray[Any]] = []
     with reporter.task(f"embedding latents ({detector.name})", len(mine), unit="image") as task:
-        for start in range(0, len(mine), batch_size):
-            part = [known[paths[present[i]]] for i in mine[start : start + batch_size]]
-            parts.append(detector.embed_latents(store.latents(part)))
+        for start in range(0, len(mine), batching.loaded):
+            part = [known[paths[present[i]]] for i in mine[start : start + batching.loaded]]
+            parts.append(batching.call(detector.embed_latents, store.latents(part)))
             task.advance(len(part))
     features = np.zeros((len(present), detector.num_features), dtype=np.float32)
     for numbers, rows in ranks.gather((mine, parts)):

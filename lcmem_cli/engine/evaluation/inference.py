@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector
@@ -78,7 +79,7 @@ def score_pairs(
         detector: what scores.
         pairs: files; the order within a pair does not matter.
         threshold: name of one of the detector's thresholds (``fpr0.01``); by default its first.
-        batch_size: images per network call; scores do not depend on it.
+        batch_size: images per network call, see ``Batching``; scores do not depend on it.
         workers: decoding threads.
         max_unreadable: tolerated unreadable images.
         reporter: receives progress.
@@ -88,6 +89,7 @@ def score_pairs(
         UnreadableLimitError: more unreadable images than tolerated.
     """
     chosen = choose_threshold(detector, threshold)
+    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
     number: dict[Path, int] = {}
     for pair in pairs:
         for path in pair:
@@ -100,11 +102,11 @@ def score_pairs(
             files,
             detector.input_size,
             workers=min(len(files), resolve_workers(workers)),
-            batch_size=batch_size,
+            batch_size=batching.loaded,
         ):
             bad.update(batch.unreadable)
             if batch.indices:
-                rows = np.asarray(detector.embed_batch(batch.images))
+                rows = batching.call(detector.embed_batch, batch.images)
                 if not features.shape[1]:
                     features = np.zeros((len(files), rows.shape[1]), dtype=rows.dtype)
                 features[batch.indices] = rows

@@ -19,6 +19,7 @@ from lcmem_cli.engine.errors import CheckpointError, InputError, WeightsUnavaila
 EMBEDDED = "embedded"
 PIXELS = "none"
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,11 +220,26 @@ def load_codec(
     folder = Path(name)
     if folder.is_dir():
         return Codec(_from_pretrained(name, folder=folder, revision=None), name=name, **options)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not _is_hub_id(name):
         raise InputError(
             f"codec '{name}': no such folder, and not a hub id like stabilityai/sd-vae-ft-mse"
         )
     return Codec(_from_pretrained(name, folder=None, revision=revision), name=name, **options)
+
+
+def needs_download(name: str, revision: str | None = None) -> bool:
+    """Return whether ``load_codec`` would have to ask the hub for weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name in (EMBEDDED, PIXELS) or Path(name).is_dir() or not _is_hub_id(name):
+        return False
+    return not all(
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _FILES
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).is_absolute() and not name.startswith(".") and name.count("/") == 1
 
 
 def build_model(class_name: str, config: dict[str, Any]) -> torch.nn.Module:

@@ -206,6 +206,24 @@ def build_backbone(
     return built
 
 
+def use_checkpointing(network: SiameseNetwork) -> None:
+    """Let the backbone compute activations again in the backward pass instead of keeping them.
+
+    Method: Chen et al. 2016, arXiv 1604.06174.
+
+    Raises:
+        InputError: the backbone cannot.
+    """
+    backbone: Any = network.backbone
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise InputError(
+            f"runtime.checkpointing: timm's {network.spec.backbone} does not support it; set it to "
+            "false, and raise schedule.accumulate to save memory"
+        ) from error
+
+
 def first_convolution(backbone: nn.Module) -> nn.Conv2d:
     """Return the convolution that sees the network's input.
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import UnreadableImageError, load_image
 from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
@@ -204,7 +205,7 @@ def encode_latents(
         codec: frozen encoder.
         output: folder of the store.
         image_size: side in pixels that images are resized to.
-        batch_size: images per codec call; latents do not depend on it.
+        batch_size: images per codec call, see ``Batching``; latents do not depend on it.
         workers: decoding threads; -1 from the CPUs.
         seed: of posterior samples; each image has its own.
         max_unreadable: tolerated unreadable images.
@@ -399,12 +400,13 @@ def _encode_shards(
 ) -> int:
     """Encode and write some shards; return the number of images encoded."""
     paths = manifest.paths()
+    batching = Batching(batch_size, codec.device, reporter=reporter)
 
     def load() -> Iterator[tuple[int, LoadedBatch]]:
         # Batches never span shards, so their composition does not depend on what is left to do.
         for number in numbers:
             part = [paths[row] for row in shards.rows(number)]
-            for batch in iter_images(part, image_size, workers=workers, batch_size=batch_size):
+            for batch in iter_images(part, image_size, workers=workers, batch_size=batching.loaded):
                 yield number, batch
 
     num_encoded = num_notes = 0
@@ -425,7 +427,8 @@ def _encode_shards(
                 num_notes += len(batch.notes)
                 names = [manifest.records[rows[i]].path for i in batch.indices]
                 if names:
-                    collected.append(_encode(codec, batch.images, names, seed))
+                    work = functools.partial(_encode, codec, seed=seed)
+                    collected.append(batching.call(work, batch.images, names))
                     kept += [rows[i] for i in batch.indices]
                 task.advance(len(batch.indices) + len(batch.unreadable))
             if writing is not None:
@@ -459,7 +462,7 @@ def _side(codec: Codec, image_size: int) -> tuple[int, int]:
 
 
 def _encode(
-    codec: Codec, images: torch.Tensor, names: Sequence[str], seed: int
+    codec: Codec, images: torch.Tensor, names: Sequence[str], *, seed: int
 ) -> NDArray[np.float32]:
     if codec.spec.posterior == "mean":
         latents: NDArray[np.float32] = codec.encode(images).cpu().numpy()

@@ -144,20 +144,7 @@ def train_codec(
         InputError: no images, sizes that do not fit, or a folder of another run.
         TrainingDivergedError: the loss became NaN or infinite.
     """
-    factor = 2 ** (len(config.model.block_channels) - 1)
-    for key, side in (
-        ("image.size", config.image.size),
-        ("schedule.crop_size", config.schedule.crop_size),
-    ):
-        if side % factor:
-            raise InputError(f"{key}: {side} is not divisible by the codec's downsampling {factor}")
-    if config.schedule.crop_size > config.image.size:
-        raise InputError(
-            f"schedule.crop_size: {config.schedule.crop_size} is larger than image.size "
-            f"{config.image.size}"
-        )
-    if not train_paths or not val_paths:
-        raise InputError("training a codec needs TRAIN and VAL images")
+    check_inputs(config, len(train_paths), len(val_paths))
     with open_training_folder(output, config, data_digest, resume=resume) as run_digest:
         trainer = _CodecTrainer(config, list(train_paths), output, run_digest, reporter)
         trainer.run()
@@ -174,6 +161,28 @@ def train_codec(
             val_psnr=psnr,
             steps=config.schedule.steps,
         )
+
+
+def check_inputs(config: CodecConfig, num_train: int, num_val: int) -> None:
+    """Check that sides fit the shape, and that there is something to train and to validate on.
+
+    Raises:
+        InputError: they do not, or there is not.
+    """
+    factor = 2 ** (len(config.model.block_channels) - 1)
+    for key, side in (
+        ("image.size", config.image.size),
+        ("schedule.crop_size", config.schedule.crop_size),
+    ):
+        if side % factor:
+            raise InputError(f"{key}: {side} is not divisible by the codec's downsampling {factor}")
+    if config.schedule.crop_size > config.image.size:
+        raise InputError(
+            f"schedule.crop_size: {config.schedule.crop_size} is larger than image.size "
+            f"{config.image.size}"
+        )
+    if not num_train or not num_val:
+        raise InputError("training a codec needs TRAIN and VAL images")
 
 
 class _CodecTrainer:

@@ -31,10 +31,11 @@ from lcmem_cli.engine.files import atomic_path, write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
-from lcmem_cli.engine.training.sampling import PairBatch, PairSampler
+from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.sources import PairSource
 from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
 from lcmem_cli.engine.training.teacher import Retention
+from lcmem_cli.engine.training.trackers import Log
 
 STATE_NAME = "state.pt"
 HISTORY_NAME = "history.csv"
@@ -103,6 +104,7 @@ class Trainer:
         folder: run folder; holds ``state.pt`` and ``history.csv``.
         run_digest: identifies config, data and initial weights; a state of another is refused.
         retention: holds features near a teacher's, if wanted.
+        log: takes each epoch's record, if wanted.
         ranks: processes that share the work.
         reporter: receives progress.
     """
@@ -120,6 +122,7 @@ class Trainer:
         folder: Path,
         run_digest: str,
         retention: Retention | None = None,
+        log: Log | None = None,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
     ) -> None:
@@ -132,6 +135,7 @@ class Trainer:
         self.val_batches = val_sampler.validation()
         self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
         self.retention = retention.to(self.device) if retention else None
+        self.log = log
         self.ranks = ranks or Ranks()
         self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
         self.state = _State()
@@ -139,14 +143,14 @@ class Trainer:
         self.base_rates = [group["lr"] for group in self.adam.param_groups]
         self.ema = copy.deepcopy(network).requires_grad_(False) if optimiser.ema_decay else None
         self.best: dict[str, torch.Tensor] = {}
-        precision = _precision(runtime, self.device)
+        precision = resolve_precision(runtime, self.device)
         self.autocast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if runtime.compile:
             network.backbone.compile()
-        self.steps_per_epoch = len(self.train_sampler.epoch(0))
-        if not self.steps_per_epoch or not self.val_batches:
-            raise InputError("no batch of at least 3 identities can be made from TRAIN or VAL")
+        batches = self.train_sampler.epoch(0)
+        check_batches(batches, self.val_batches)
+        self.steps_per_epoch = len(batches)
 
     def run(self) -> TrainingOutcome:
         """Train to the end, continuing from a saved state if there is one.
@@ -267,6 +271,8 @@ class Trainer:
         state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * _NUM_SUMS
         if self.ranks.is_main:
             self._write_history()
+        if self.log is not None:
+            self.log(state.history[-1])
         self._save()
 
     @torch.no_grad()
@@ -422,7 +428,12 @@ def _build_adam(network: SiameseNetwork, section: OptimiserSection) -> torch.opt
     return torch.optim.AdamW(groups, weight_decay=section.weight_decay)
 
 
-def _precision(runtime: RuntimeSection, device: torch.device) -> str:
+def resolve_precision(runtime: RuntimeSection, device: torch.device) -> str:
+    """Return ``no``, ``fp16`` or ``bf16`` for a device.
+
+    Raises:
+        InputError: the device does not compute in what the config asks for.
+    """
     if runtime.mixed_precision != "auto":
         if device.type == "cpu" and runtime.mixed_precision != "no":
             raise InputError(

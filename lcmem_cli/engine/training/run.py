@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lcmem_cli.engine.config import Section
+from lcmem_cli.engine.config import NOT_THE_STUDY, Section
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
@@ -33,8 +33,8 @@ def open_training_folder(
 ) -> Iterator[str]:
     """Lock a run folder, write the resolved config into it, and yield the run's digest.
 
-    The digest covers the config (but not the device and the number of workers, which may change
-    when a run moves to another machine) and the data.
+    The digest covers the data and the config, but not the keys of ``NOT_THE_STUDY``, which may
+    change when a run moves to another machine.
 
     Args:
         output: run folder; made if missing.
@@ -51,9 +51,7 @@ def open_training_folder(
     values = config.model_dump(mode="json")
     identity = {
         **values,
-        "runtime": {
-            k: v for k, v in values["runtime"].items() if k not in ("device", "num_workers")
-        },
+        "runtime": {k: v for k, v in values["runtime"].items() if k not in NOT_THE_STUDY},
     }
     text = json.dumps([identity, data_digest], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.config import SamplingSection
 from lcmem_cli.engine.data.manifest import Record
-from lcmem_cli.engine.errors import ManifestError
+from lcmem_cli.engine.errors import InputError, ManifestError
 
 MIN_IDENTITIES = 3
 _VALIDATION_EPOCH = -1
@@ -137,3 +137,12 @@ class PairSampler:
                 )
             )
         return batches
+
+
+def check_batches(train: Sequence[PairBatch], validation: Sequence[PairBatch]) -> None:
+    """Raise ``InputError`` where there is nothing to train or to validate on."""
+    if not train or not validation:
+        raise InputError(
+            f"no batch of at least {MIN_IDENTITIES} identities can be made from TRAIN or VAL; "
+            "raise schedule.batch_size or sampling.mini_epoch_size, or list more identities"
+        )

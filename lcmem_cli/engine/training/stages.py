@@ -5,6 +5,7 @@ Method: arXiv 2512.14421.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from lcmem_cli.engine.config import FinetuneConfig, RetentionSection, Stage1Config
+from lcmem_cli.engine.config import (
+    NOT_THE_STUDY,
+    FinetuneConfig,
+    RetentionSection,
+    Stage1Config,
+)
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, Record
@@ -33,6 +39,7 @@ from lcmem_cli.engine.models.siamese import (
     SiameseNetwork,
     load_strictly,
     resolve_backbone,
+    use_checkpointing,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
@@ -52,6 +59,7 @@ from lcmem_cli.engine.training.teacher import (
     Teacher,
     load_pretrained,
 )
+from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
@@ -117,18 +125,11 @@ def train_stage1(
     """
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
-    pixels = config.codec.name == "none"
-    if pixels and store is not None:
-        raise InputError('codec.name = "none" trains on images: pass --filelist, not --latents')
-    if not pixels and store is None:
-        raise InputError(
-            "stage 1 trains on latents: make them with lcmem latents and pass --latents, or use a "
-            'config with codec.name = "none" (the baselines)'
-        )
+    check_trackers(config.runtime)
+    check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
     unreadable: tuple[Unreadable, ...] = ()
     if store is None:
-        if manifest is None:
-            raise InputError("training on images needs --filelist")
+        assert manifest is not None
         manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
         check_unreadable(unreadable, max_unreadable)
         codec = load_codec("none", device=device)
@@ -137,35 +138,16 @@ def train_stage1(
     else:
         spec, size, digest, codec = store.spec, store.image_size, store.manifest_digest, None
         records, unreadable = store.records, store.unreadable
-        _check_store(config, store)
+        check_store(config, store)
         digest = f"{digest}/{spec.weights_hash}/{size}"
 
-    torch.manual_seed(config.runtime.seed)
-    network_spec = NetworkSpec(
-        backbone=resolve_backbone(config.network.backbone),
-        in_channels=spec.latent_channels,
-        num_features=config.network.num_features,
-        input_size=size // spec.downsampling,
-        normalisation=config.network.normalisation,
-        stem_stride=config.network.stem_stride,
-        mean=store.mean if store and config.network.normalisation == "dataset" else None,
-        std=store.std if store and config.network.normalisation == "dataset" else None,
-    )
-    network = SiameseNetwork(
-        network_spec,
-        drop_path_rate=config.network.drop_path_rate,
-        pretrained=config.network.weights == "timm",
-    )
+    network = stage1_network(config, spec, size, store)
     teacher, retention = None, None
     if config.network.weights not in ("random", "timm"):
         pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
         stem = copy_backbone(network, pretrained)
         if config.network.align_stem and stem is not None:
-            if store is None or manifest is None:
-                raise InputError(
-                    "network.align_stem fits the first convolution to images beside their latents: "
-                    "pass --filelist (and --basedir) too"
-                )
+            assert store is not None and manifest is not None
             teacher, pooled = _fit_teacher(
                 config, pretrained, stem, network, store, manifest,
                 known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
@@ -189,12 +171,12 @@ def train_stage1(
         )
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
-        codec_config, codec_state = _embeddable(store)
+        codec_config, codec_state = embeddable_codec(store)
         # A codec that is inside needs no path of the machine that it was made on.
         inside = spec if codec_state is None else dataclasses.replace(spec, name="inside")
         return Checkpoint(
             stage="stage1",
-            network=network_spec,
+            network=network.spec,
             network_state=outcome.state,
             codec=inside,
             codec_config=codec_config,
@@ -243,18 +225,17 @@ def finetune(
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    check_trackers(config.runtime)
     start = load_checkpoint(checkpoint)
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
     size = config.image.size or start.image_size
-    spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
-    network = SiameseNetwork(spec, drop_path_rate=config.regularisation.drop_path_rate)
-    load_strictly(network, start.build().state_dict(), source=f"{checkpoint} at {size} px")
+    network = finetune_network(config, start, source=str(checkpoint))
     paths = manifest.paths()
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     if config.retention.weight:
-        file = Path(config.retention.teacher or checkpoint.parent / TEACHER_NAME)
+        file = teacher_file(config, checkpoint)
         teacher = Teacher.load(file)
         teacher.model.to(device)
         train = [row for row, record in enumerate(manifest.records) if record.split == "TRAIN"]
@@ -281,7 +262,7 @@ def finetune(
         return dataclasses.replace(
             start,
             stage="finetune",
-            network=spec,
+            network=network.spec,
             network_state=outcome.state,
             image_size=size,
             thresholds=(),
@@ -296,6 +277,87 @@ def finetune(
         digest=digest, resume=resume, ranks=ranks, evaluate_on=manifest, unreadable=unreadable,
         retention=retention, reporter=reporter,
     )  # fmt: skip
+
+
+def check_stage1_inputs(config: Stage1Config, *, has_latents: bool, has_images: bool) -> None:
+    """Check that stage 1 is given what its config trains on.
+
+    Raises:
+        InputError: latents or images are missing, or are given in vain.
+    """
+    pixels = config.codec.name == "none"
+    if pixels and has_latents:
+        raise InputError('codec.name = "none" trains on images: pass --filelist, not --latents')
+    if not pixels and not has_latents:
+        raise InputError(
+            "stage 1 trains on latents: make them with lcmem latents and pass --latents, or use a "
+            'config with codec.name = "none" (the baselines)'
+        )
+    if pixels and not has_images:
+        raise InputError("training on images needs --filelist")
+    from_file = config.network.weights not in ("random", "timm")
+    if from_file and config.network.align_stem and not pixels and not has_images:
+        raise InputError(
+            "network.align_stem fits the first convolution to images beside their latents: "
+            "pass --filelist (and --basedir) too"
+        )
+
+
+def stage1_network(
+    config: Stage1Config, codec: CodecSpec, size: int, store: LatentStore | None
+) -> SiameseNetwork:
+    """Build the network of a stage-1 config with seeded weights.
+
+    Args:
+        config: resolved config.
+        codec: of the latents.
+        size: side in pixels of the images that they were made of.
+        store: for the statistics of its latents.
+
+    Raises:
+        InputError: the backbone cannot be built so, or cannot do what ``config.runtime`` asks for.
+    """
+    torch.manual_seed(config.runtime.seed)
+    whole = store is not None and config.network.normalisation == "dataset"
+    spec = NetworkSpec(
+        backbone=resolve_backbone(config.network.backbone),
+        in_channels=codec.latent_channels,
+        num_features=config.network.num_features,
+        input_size=size // codec.downsampling,
+        normalisation=config.network.normalisation,
+        stem_stride=config.network.stem_stride,
+        mean=store.mean if store and whole else None,
+        std=store.std if store and whole else None,
+    )
+    network = SiameseNetwork(
+        spec,
+        drop_path_rate=config.network.drop_path_rate,
+        pretrained=config.network.weights == "timm",
+    )
+    if config.runtime.checkpointing:
+        use_checkpointing(network)
+    return network
+
+
+def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) -> SiameseNetwork:
+    """Build a checkpoint's network at the config's image size.
+
+    Raises:
+        CheckpointError: its weights do not fit another size.
+        InputError: it cannot do what ``config.runtime`` asks for.
+    """
+    size = config.image.size or start.image_size
+    spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
+    network = SiameseNetwork(spec, drop_path_rate=config.regularisation.drop_path_rate)
+    load_strictly(network, start.build().state_dict(), source=f"{source} at {size} px")
+    if config.runtime.checkpointing:
+        use_checkpointing(network)
+    return network
+
+
+def teacher_file(config: FinetuneConfig, checkpoint: Path) -> Path:
+    """Return the file of the teacher that holds the features."""
+    return Path(config.retention.teacher or checkpoint.parent / TEACHER_NAME)
 
 
 def _run(
@@ -331,7 +393,13 @@ def _run(
         return source(rows), sampler
 
     train, validation = part("TRAIN"), part("VAL")
-    with open_training_folder(output, config, digest, resume=resume, ranks=ranks) as run_digest:
+    with contextlib.ExitStack() as stack:
+        run_digest = stack.enter_context(
+            open_training_folder(output, config, digest, resume=resume, ranks=ranks)
+        )
+        log = stack.enter_context(
+            open_trackers(config.runtime, output, config.model_dump(mode="json"), run_digest, ranks)
+        )
         if teacher is not None and ranks.is_main:
             teacher.save(output / TEACHER_NAME)
         outcome = Trainer(
@@ -345,6 +413,7 @@ def _run(
             folder=output,
             run_digest=run_digest,
             retention=retention,
+            log=log,
             ranks=ranks,
             reporter=reporter,
         ).run()
@@ -386,7 +455,7 @@ def _ranks(device: str) -> Ranks:
     return current_ranks(device)
 
 
-def _check_store(config: Stage1Config, store: LatentStore) -> None:
+def check_store(config: Stage1Config, store: LatentStore) -> None:
     """Refuse latents that were made otherwise than the config says."""
     problems = []
     if config.codec.input_range != store.spec.input_range:
@@ -465,7 +534,7 @@ def _aligned_batches(
         yield torch.stack(images), store.latents(part)
 
 
-def _embeddable(
+def embeddable_codec(
     store: LatentStore | None,
 ) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor] | None]:
     """Return config and encoder weights of the store's codec if small and on this machine."""
@@ -491,9 +560,7 @@ def _provenance(
     config: Stage1Config | FinetuneConfig, digest: str, outcome: TrainingOutcome
 ) -> dict[str, Any]:
     settings = config.model_dump(mode="json")
-    settings["runtime"] = {
-        k: v for k, v in settings["runtime"].items() if k not in ("device", "num_workers")
-    }
+    settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in NOT_THE_STUDY}
     return {
         "config": settings,
         "data_digest": digest,

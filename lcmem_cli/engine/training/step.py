@@ -90,7 +90,8 @@ def forward_backward(
     for number, rows in enumerate(pieces):
         gradient = torch.cat([local_a.grad[rows], local_b.grad[rows]])
         graph = graphs[number] if single else embed(number)
-        torch.autograd.backward(graph, gradient)
+        with _frozen_statistics(network):  # with checkpointing the forward pass runs again in here
+            torch.autograd.backward(graph, gradient)
     _sum_gradients(network.backbone, ranks)
     return loss.detach()
 
@@ -164,11 +165,11 @@ def _sum_gradients(module: nn.Module, ranks: Ranks) -> None:
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch normalisation from being updated twice."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     try:
         for layer in layers:
-            layer.momentum = 0.0
+            layer.momentum, layer.num_batches_tracked = 0.0, None
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer, (momentum, count) in zip(layers, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, count

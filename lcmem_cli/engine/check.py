@@ -1,0 +1,596 @@
+"""What would fail in a run, found by the run's own loaders before hours are spent on it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lcmem_cli.engine.config import (
+    CodecConfig,
+    FinetuneConfig,
+    SamplingSection,
+    Stage1Config,
+    apply_overrides,
+    find_config,
+    read_toml,
+    validate,
+)
+from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
+from lcmem_cli.engine.detectors.backbones import cached_weights
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.registry import check_name, load_detector
+from lcmem_cli.engine.distributed import resolve_device
+from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
+from lcmem_cli.engine.evaluation.benchmark import check_latents
+from lcmem_cli.engine.files import LOCK_NAME, folder_lock
+from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.codec import PIXELS, CodecSpec, load_codec, needs_download
+from lcmem_cli.engine.models.siamese import resolve_backbone
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.store.latents import LatentStore
+from lcmem_cli.engine.training import autoencoder
+from lcmem_cli.engine.training.loop import resolve_precision
+from lcmem_cli.engine.training.run import RUN_NAME, readable_part
+from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
+from lcmem_cli.engine.training.stages import (
+    check_stage1_inputs,
+    check_store,
+    embeddable_codec,
+    finetune_network,
+    stage1_network,
+    teacher_file,
+)
+from lcmem_cli.engine.training.teacher import Teacher, load_pretrained
+from lcmem_cli.engine.training.trackers import check_trackers
+
+Level = Literal["problem", "warning", "fine"]
+AnyConfig = CodecConfig | Stage1Config | FinetuneConfig
+DEFAULT_IMAGES = 64
+_FLOAT_BYTES = 4
+_SMALL_FILES_BYTES = 64 << 20  # plots, tables, the report page
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        group: what it is about, such as ``filelist``.
+        level: ``problem`` (a run would fail), ``warning`` or ``fine``.
+        what: what was found.
+        remedy: what to do about it; empty where it is fine.
+    """
+
+    group: str
+    level: Level
+    what: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckResult(Result):
+    """Everything that was checked.
+
+    Attributes:
+        findings: in order of the groups.
+        num_problems: findings that would make a run fail.
+        num_warnings: findings that weaken its result.
+        num_images_decoded: images that were decoded for this.
+        unreadable: those of them that could not be.
+    """
+
+    findings: tuple[Finding, ...]
+    num_problems: int
+    num_warnings: int
+    num_images_decoded: int
+    unreadable: tuple[Unreadable, ...]
+
+
+def check_run(
+    *,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    filelist: Path | None = None,
+    basedir: Path | None = None,
+    checkpoint: Path | None = None,
+    latents: Path | None = None,
+    detectors: Sequence[str] = (),
+    num_images: int | None = DEFAULT_IMAGES,
+    output: Path | None = None,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> CheckResult:
+    """Read what a run would read and return all that would fail; nothing is written.
+
+    What is not given is not checked. With nothing given, the embedded model is.
+
+    Args:
+        config: name or path of a training config.
+        overrides: ``section.key=value`` strings.
+        filelist: CSV, Parquet or folder of images.
+        basedir: folder that paths are relative to.
+        checkpoint: what fine-tuning starts from, or what scores.
+        latents: latent store.
+        detectors: names.
+        num_images: images to decode, and latents to read, of a seeded draw; ``None`` is all.
+        output: folder of the run.
+        device: ``auto`` takes the config's.
+        reporter: receives progress.
+
+    Example:
+        >>> check_run(config="finetune", filelist=Path("filelist.csv")).num_problems
+        0
+    """
+    work = _Check(num_images, reporter)
+    if overrides and config is None:
+        work.add("config", "warning", "--set has no effect without --config", "pass --config too")
+    if basedir is not None and filelist is None:
+        work.add(
+            "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
+        )  # fmt: skip
+    settings = None if config is None else work.config(config, overrides)
+    if device == "auto" and settings is not None:
+        device = settings.runtime.device
+    manifest = None if filelist is None else work.filelist(filelist, basedir)
+    if manifest is not None:
+        if not isinstance(settings, CodecConfig):  # which compares no images
+            work.splits(manifest, settings)
+        work.images(manifest)
+    if checkpoint is None and not (config or filelist or latents or detectors):
+        checkpoint = embedded_checkpoint()
+    start = None
+    if checkpoint is not None:
+        start = work.checkpoint(checkpoint, needs_thresholds=settings is None)
+    store = None if latents is None else work.latents(latents)
+    num_parameters = 0
+    if isinstance(settings, Stage1Config):
+        num_parameters = work.stage1(settings, store, manifest, given=bool(latents or filelist))
+    if isinstance(settings, FinetuneConfig):
+        num_parameters = work.finetune(settings, checkpoint, start)
+    if isinstance(settings, CodecConfig):
+        num_parameters = work.codec_training(settings, manifest)
+    work.fit(settings, manifest, store, checkpoint, start)
+    work.detectors(detectors)
+    work.trackers(settings)
+    work.device(settings, device)
+    if output is not None:
+        work.output(output, _estimate(settings, num_parameters), training=settings is not None)
+    return work.result()
+
+
+class _Check:
+    """Collects findings.
+
+    Args:
+        num_images: images to decode; ``None`` is all.
+        reporter: receives progress.
+    """
+
+    def __init__(self, num_images: int | None, reporter: Reporter) -> None:
+        self.num_images, self.reporter = num_images, reporter
+        self.findings: list[Finding] = []
+        self.num_decoded = 0
+        self.unreadable: tuple[Unreadable, ...] = ()
+
+    def result(self) -> CheckResult:
+        levels = collections.Counter(finding.level for finding in self.findings)
+        groups = list(dict.fromkeys(finding.group for finding in self.findings))
+        return CheckResult(
+            findings=tuple(sorted(self.findings, key=lambda f: groups.index(f.group))),
+            num_problems=levels["problem"],
+            num_warnings=levels["warning"],
+            num_images_decoded=self.num_decoded,
+            unreadable=self.unreadable,
+        )
+
+    def add(self, group: str, level: Level, what: str, remedy: str = "") -> None:
+        self.findings.append(Finding(group=group, level=level, what=what, remedy=remedy))
+
+    @contextlib.contextmanager
+    def guard(self, group: str, remedy: str, *, level: Level = "problem") -> Iterator[None]:
+        """Turn what a loader raises into findings, and go on after the block."""
+        try:
+            yield
+        except (ConfigError, ManifestError) as error:
+            for problem in error.problems:
+                self.add(group, level, problem, remedy)
+        except (LcmemError, OSError) as error:
+            self.add(group, level, str(error), remedy)
+
+    def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
+        with self.guard("config", f"edit the key in {name}, or pass --set section.key=value"):
+            path = find_config(name)
+            config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
+            self.add("config", "fine", f"{path}: valid {config.kind} config")
+            return config
+        return None
+
+    def filelist(self, source: Path, basedir: Path | None) -> Manifest | None:
+        manifest, problems = inspect_manifest(source, basedir=basedir)
+        for problem in problems:
+            self.add("filelist", "problem", problem, f"correct {source}, or pass another --basedir")
+        if manifest is not None and not problems:
+            counts = collections.Counter(record.split for record in manifest.records)
+            shown = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+            self.add("filelist", "fine", f"{source}: {len(manifest):,} images ({shown})")
+        return manifest
+
+    def splits(self, manifest: Manifest, config: Stage1Config | FinetuneConfig | None) -> None:
+        """Check what training and evaluation need of each split."""
+        trains = config is not None
+        sampling = SamplingSection() if config is None else config.sampling
+        size = len(manifest) if config is None else config.schedule.batch_size
+        batches: dict[str, list[PairBatch]] = {}
+        for split in SPLITS:
+            part = [record for record in manifest.records if record.split == split]
+            if not part:
+                level: Level = "problem" if trains and split != "TEST" else "warning"
+                self.add("filelist", level, f"{split} is empty", "set the column Split of more ids")
+                continue
+            images = collections.Counter(record.identity for record in part)
+            single = sum(count == 1 for count in images.values())
+            if single and not sampling.unsupervised:
+                self.add(
+                    "filelist", "warning",
+                    f"{split}: {single:,} of {len(images):,} identities have no second image",
+                    "they give no positive pair; add images, or take these ids out",
+                )  # fmt: skip
+            if split == "TEST":
+                continue
+            with self.guard(
+                "filelist", f"list more ids in {split}", level="problem" if trains else "warning"
+            ):
+                sampler = PairSampler(part, sampling, batch_size=size, seed=0)
+                batches[split] = sampler.epoch(0) if split == "TRAIN" else sampler.validation()
+        if trains and len(batches) == 2:
+            with self.guard("filelist", "change the config, or list more ids"):
+                check_batches(batches["TRAIN"], batches["VAL"])
+
+    def images(self, manifest: Manifest) -> None:
+        """Decode a draw of the images; missing ones are the filelist's problem."""
+        there = [
+            manifest.records[row]
+            for row in self._draw(len(manifest))
+            if (manifest.basedir / manifest.records[row].path).is_file()
+        ]
+        if not there:
+            return
+        drawn = Manifest(tuple(there), manifest.basedir, manifest.source)
+        kept, self.unreadable = readable_part(drawn, -1, self.reporter)
+        self.num_decoded = len(kept)
+        if not self.unreadable:
+            self.add("images", "fine", f"{len(kept):,} of {len(manifest):,} decoded")
+            return
+        shown = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.unreadable[:_SHOWN])
+        more = "; ..." if len(self.unreadable) > _SHOWN else ""
+        self.add(
+            "images", "problem",
+            f"{len(self.unreadable):,} of {len(there):,} drawn cannot be read: {shown}{more}",
+            "replace these files or take them out of the list, or run with --max-unreadable",
+        )  # fmt: skip
+
+    def _draw(self, count: int) -> list[int]:
+        if self.num_images is None or self.num_images >= count:
+            return list(range(count))
+        rng = np.random.default_rng(0)
+        return sorted(rng.choice(count, self.num_images, replace=False).tolist())
+
+    def checkpoint(self, path: Path, *, needs_thresholds: bool) -> Checkpoint | None:
+        with self.guard("checkpoint", "get the file again, or make it with lcmem convert"):
+            loaded = load_checkpoint(path)
+            loaded.build(source=str(path))
+            self.add(
+                "checkpoint", "fine",
+                f"{path}: {loaded.stage}, {loaded.image_size} px, fingerprint {loaded.fingerprint}",
+            )  # fmt: skip
+            self._thresholds(path, loaded, needed=needs_thresholds)
+            self._codec(path, loaded)
+            return loaded
+        return None
+
+    def _thresholds(self, path: Path, loaded: Checkpoint, *, needed: bool) -> None:
+        remedy = f"fit some with: lcmem calibrate {path}"
+        with self.guard("checkpoint", remedy):
+            for threshold in loaded.thresholds:
+                threshold.check(loaded.fingerprint)
+            names = ", ".join(threshold.name for threshold in loaded.thresholds)
+            if names:
+                self.add("checkpoint", "fine", f"thresholds {names}")
+            elif needed:
+                self.add("checkpoint", "warning", "no thresholds: scores without verdict", remedy)
+
+    def _codec(self, path: Path, loaded: Checkpoint) -> None:
+        spec = loaded.codec
+        if loaded.codec_state is None and needs_download(spec.name, spec.revision):
+            self.absent("codec", f"codec {spec.name}", "pass a copy of its folder with --codec")
+            return
+        with self.guard("codec", "pass the folder of the codec that it needs with --codec"):
+            codec = LCMemDetector(loaded, name=str(path)).codec
+            self.add("codec", "fine", codec.spec.describe())
+
+    def absent(self, group: str, what: str, remedy: str) -> None:
+        """Record weights that would have to be downloaded."""
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            self.add(group, "problem", f"{what}: not on this machine, which is offline", remedy)
+        else:
+            self.add(
+                group, "warning", f"{what}: not on this machine; the run would download it", remedy
+            )
+
+    def latents(self, folder: Path) -> LatentStore | None:
+        with self.guard("latents", "run the same lcmem latents command again"):
+            store = LatentStore.open(folder)
+            if self.num_images is None:
+                store.verify()
+            for row in [] if self.num_images is None else self._draw(len(store)):
+                store.latents([row])  # compares its shard with the checksum
+            self.add(
+                "latents", "fine",
+                f"{folder}: {len(store):,} of {store.image_size} px by {store.spec.describe()}",
+            )  # fmt: skip
+            return store
+        return None
+
+    def stage1(
+        self,
+        config: Stage1Config,
+        store: LatentStore | None,
+        manifest: Manifest | None,
+        *,
+        given: bool,
+    ) -> int:
+        """Check what ``train-stage1`` needs; return the number of the network's parameters."""
+        spec = None if store is None else store.spec
+        if given:
+            vain = store is not None and config.codec.name == PIXELS
+            with self.guard(
+                "inputs", "give train-stage1 what its config trains on",
+                level="problem" if vain else "warning",
+            ):  # fmt: skip
+                check_stage1_inputs(
+                    config, has_latents=store is not None, has_images=manifest is not None
+                )
+        if store is not None:
+            with self.guard("latents", "change the config, or make the latents anew"):
+                check_store(config, store)
+            with self.guard("codec", "restore the codec, or make the latents anew"):
+                embeddable_codec(store)
+        else:
+            spec = self._config_codec(config)
+        with self.guard("network", "set network.backbone and network.weights so that they fit"):
+            self._weights(config)
+        return 0 if spec is None else self._stage1_network(config, spec, store)
+
+    def _config_codec(self, config: Stage1Config) -> CodecSpec | None:
+        name, revision = config.codec.name, config.codec.revision
+        if needs_download(name, revision):
+            self.absent("codec", f"codec {name}", "set codec.name to a copy of its folder")
+            return None
+        with self.guard("codec", "set codec.name to a diffusers folder, a hub id or 'embedded'"):
+            codec = load_codec(name, revision=revision, input_range=config.codec.input_range)
+            self.add("codec", "fine", codec.spec.describe())
+            return codec.spec
+        return None
+
+    def _stage1_network(
+        self, config: Stage1Config, spec: CodecSpec, store: LatentStore | None
+    ) -> int:
+        random = config.network.model_copy(update={"weights": "random"})
+        size = config.image.size if store is None else store.image_size
+        with self.guard("network", "choose another image.size or network.backbone"):
+            built = stage1_network(config.model_copy(update={"network": random}), spec, size, store)
+            count = sum(value.numel() for value in built.parameters())
+            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
+            return count
+        return 0
+
+    def _weights(self, config: Stage1Config) -> None:
+        """Check the backbone's name, and the weights that it begins with."""
+        backbone = resolve_backbone(config.network.backbone)
+        if config.network.weights == "random":
+            return
+        if config.network.weights != "timm":
+            load_pretrained(backbone, Path(config.network.weights))
+            return
+        hub_id = _timm_hub_id(backbone)
+        if not hub_id:
+            self.add(
+                "network", "problem", f"{backbone}: timm has no pretrained weights",
+                'set network.weights to a file, or to "random"',
+            )  # fmt: skip
+        elif cached_weights(hub_id) is None:
+            self.absent("network", f"weights {hub_id}", "set network.weights to a file")
+
+    def finetune(self, config: FinetuneConfig, path: Path | None, start: Checkpoint | None) -> int:
+        """Check what ``finetune`` needs; return the number of the network's parameters."""
+        if path is None:
+            self.add(
+                "inputs", "warning", "fine-tuning starts from a checkpoint, which was not given",
+                "pass --checkpoint to have it checked too",
+            )  # fmt: skip
+        if path is None or start is None:
+            return 0
+        if config.retention.weight:
+            with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
+                Teacher.load(teacher_file(config, path))
+        with self.guard("network", "leave image.size unset to use the checkpoint's"):
+            built = finetune_network(config, start, source=str(path))
+            count = sum(value.numel() for value in built.parameters())
+            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
+            return count
+        return 0
+
+    def codec_training(self, config: CodecConfig, manifest: Manifest | None) -> int:
+        """Check what ``train-codec`` needs; return the number of the codec's parameters."""
+        counts = {"TRAIN": 1, "VAL": 1}
+        if manifest is not None:
+            for split in counts:
+                counts[split] = sum(record.split == split for record in manifest.records)
+        with self.guard("inputs", "change the config, or the splits of the filelist"):
+            autoencoder.check_inputs(config, counts["TRAIN"], counts["VAL"])
+        model = autoencoder.build_autoencoder(config)
+        return sum(value.numel() for value in model.parameters())
+
+    def fit(
+        self,
+        config: AnyConfig | None,
+        manifest: Manifest | None,
+        store: LatentStore | None,
+        path: Path | None,
+        start: Checkpoint | None,
+    ) -> None:
+        """Check that the inputs belong together."""
+        if store is not None and manifest is not None and store.manifest_digest != manifest.digest:
+            self._fit_latents(config, manifest, store)
+        if start is None:
+            return
+        if store is not None and config is None:
+            with self.guard("latents", "encode the images with the checkpoint's codec and size"):
+                check_latents(LCMemDetector(start, name=str(path)), store)
+        trained_on = str(start.training.get("data_digest", "")).partition("/")[0]
+        if isinstance(config, FinetuneConfig) and manifest and trained_on != manifest.digest:
+            self.add(
+                "checkpoint", "warning",
+                f"{path}: was not trained on this filelist, so images of its VAL or TEST may have "
+                "been in TRAIN then",
+                "use the filelist of stage 1, or do not rely on the TEST results",
+            )  # fmt: skip
+
+    def _fit_latents(
+        self, config: AnyConfig | None, manifest: Manifest, store: LatentStore
+    ) -> None:
+        listed = {record.path for record in manifest.records}
+        encoded = {record.path for record in store.records}
+        left_out = {bad.path for bad in store.unreadable}
+        aligns = isinstance(config, Stage1Config) and config.network.align_stem > 0
+        lacking = listed - encoded - left_out
+        if lacking:
+            self.add(
+                "latents", "warning" if isinstance(config, Stage1Config) else "problem",
+                f"{store.folder}: has no latents of {len(lacking):,} of {len(listed):,} listed "
+                f"images, such as {min(lacking)!r}",
+                "make them with lcmem latents on the same filelist",
+            )  # fmt: skip
+        unlisted = encoded - listed
+        if unlisted:
+            self.add(
+                "latents", "problem" if aligns else "warning",
+                f"{store.folder}: {len(unlisted):,} of its {len(encoded):,} images are not in the "
+                f"filelist, such as {min(unlisted)!r}",
+                "use the filelist that the latents were made of",
+            )  # fmt: skip
+        if not lacking and not unlisted:
+            self.add(
+                "latents", "warning",
+                f"{store.folder}: ids or splits differ from the filelist's; training uses those "
+                "of the store",
+                "make the latents anew where the filelist is right",
+            )  # fmt: skip
+
+    def detectors(self, names: Sequence[str]) -> None:
+        """Check that each detector can be loaded."""
+        for name in names:
+            with self.guard("detectors", "see: lcmem detectors"):
+                kind, target, options = check_name(name)
+                status, _ = kind.status()
+                here = bool(options.get("weights")) or Path(target or "nosuch").exists()
+                if kind.name == "timm" and not here:
+                    hub_id = _timm_hub_id(target)  # without one, loading says what is wrong
+                    here = not hub_id or cached_weights(hub_id) is not None
+                if status == "needs a download" and not here:
+                    self.absent("detectors", name, f"fetch its weights first ({kind.weights})")
+                    continue
+                detector = load_detector(name)
+                if isinstance(detector, LCMemDetector):
+                    spec = detector.checkpoint.codec
+                    inside = detector.checkpoint.codec_state is not None
+                    if not inside and needs_download(options.get("codec") or spec.name):
+                        self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
+                        continue
+                    _ = detector.codec
+                self.add(
+                    "detectors", "fine",
+                    f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
+                )  # fmt: skip
+
+    def trackers(self, config: AnyConfig | None) -> None:
+        if config is not None and config.runtime.trackers:
+            with self.guard("trackers", "install it, or leave it out of runtime.trackers"):
+                check_trackers(config.runtime)
+                self.add("trackers", "fine", ", ".join(config.runtime.trackers))
+
+    def device(self, config: AnyConfig | None, device: str) -> None:
+        with self.guard("device", "choose another device: auto, cpu, cuda or mps"):
+            found = resolve_device(device)
+            self.add("device", "fine", f"{device}: computes on {found}")
+            if config is not None and not isinstance(config, CodecConfig):
+                with self.guard("device", 'set runtime.mixed_precision to "auto"'):
+                    resolve_precision(config.runtime, torch.device(found))
+
+    def output(self, folder: Path, num_bytes: int, *, training: bool) -> None:
+        """Check that a run can write its folder; only a nameless file is made, and vanishes."""
+        there = folder.absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            self.add("output", "problem", f"{there}: is no folder", "choose another --output")
+            return
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                free = shutil.disk_usage(there).free
+        except OSError as error:
+            self.add(
+                "output", "problem", f"{there}: cannot write here ({error.strerror or error})",
+                "choose another --output, or change its permissions",
+            )  # fmt: skip
+            return
+        room = f"{free / 1e9:,.1f} GB free, about {num_bytes / 1e9:,.2f} GB needed"
+        if num_bytes > free:
+            self.add("output", "problem", f"{there}: {room}", "choose a folder on a larger disk")
+        else:
+            self.add("output", "fine", f"{folder}: {room}")
+        if (folder / LOCK_NAME).exists():
+            with self.guard("output", "wait for that process"), folder_lock(folder):
+                pass
+        if training and (folder / RUN_NAME).exists():
+            self.add(
+                "output", "problem", f"{folder}: holds a training run already",
+                "continue it with --resume, or choose another folder",
+            )  # fmt: skip
+        elif folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
+            self.add(
+                "output", "warning", f"{folder}: is not empty",
+                "results of another study would be refused; choose another folder",
+            )  # fmt: skip
+
+
+def _timm_hub_id(name: str) -> str:
+    """Return where timm's weights of a model are, or nothing where it has none."""
+    import timm
+
+    pretrained = timm.get_pretrained_cfg(name)
+    return str(pretrained.hf_hub_id or "") if pretrained else ""
+
+
+def _estimate(config: AnyConfig | None, num_parameters: int) -> int:
+    """Return about how many bytes a run writes at most, old and new state side by side."""
+    copies = 0
+    if isinstance(config, CodecConfig):
+        copies = 2 * (1 + 2) + 1  # states of weights and Adam's moments, and the codec
+    elif config is not None:
+        state = 1 + 2 + 1 + (config.optimiser.ema_decay > 0)  # also the best and the average
+        copies = 2 * state + 2  # and the checkpoint and the teacher
+    return copies * num_parameters * _FLOAT_BYTES + _SMALL_FILES_BYTES

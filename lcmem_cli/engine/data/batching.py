@@ -1,0 +1,87 @@
+"""How many images go into one network call: as said, or as many as the graphics card holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.errors import LcmemError
+from lcmem_cli.engine.reporter import SILENT, Reporter
+
+AUTO = 0
+"""The batch size that leaves the choice to ``Batching``."""
+CPU_SIZE = 32
+CUDA_SIZE = 128
+
+
+class Batching:
+    """Calls a network on batches, and on smaller ones from when they do not fit into its memory.
+
+    Args:
+        size: images per call; ``AUTO`` begins with 128 on CUDA and 32 elsewhere, and halves it
+            whenever CUDA runs out of memory.
+        device: of the network.
+        reporter: is told of a new size.
+
+    Attributes:
+        loaded: images to load at once.
+        size: images per call now.
+    """
+
+    def __init__(
+        self, size: int, device: torch.device | str = "cpu", *, reporter: Reporter = SILENT
+    ) -> None:
+        self.is_auto = size == AUTO
+        if self.is_auto:
+            size = CUDA_SIZE if torch.device(device).type == "cuda" else CPU_SIZE
+        self.loaded = self.size = size
+        self.reporter = reporter
+
+    def call(
+        self, work: Callable[..., NDArray[Any]], images: torch.Tensor, *beside: Sequence[Any]
+    ) -> NDArray[Any]:
+        """Return the rows that ``work`` makes of images, and of what stands beside each.
+
+        Args:
+            work: takes a slice of ``images``, and the same slice of each sequence in ``beside``.
+            images: at least one.
+            beside: sequences of the same length.
+
+        Raises:
+            LcmemError: out of memory with the size that was asked for, or with a single image.
+        """
+        rows: list[NDArray[Any]] = []
+        start = 0
+        while start < len(images):
+            part = slice(start, start + self.size)
+            made = _try(work, images[part], *(sequence[part] for sequence in beside))
+            if made is None:
+                self._halve()
+            else:
+                rows.append(made)
+                start += self.size
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def _halve(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self.is_auto or self.size == 1:
+            hint = (
+                "use --device cpu" if self.size == 1 else "use --batch-size auto, or a smaller one"
+            )
+            raise LcmemError(
+                f"out of GPU memory with {self.size} image(s) per network call; {hint}"
+            )
+        self.size //= 2
+        self.reporter.event("batch-size", images=self.size)
+
+
+def _try(work: Callable[..., NDArray[Any]], *inputs: Any) -> NDArray[Any] | None:
+    try:
+        return np.asarray(work(*inputs))
+    except torch.cuda.OutOfMemoryError:
+        return None  # the error is let go here, and with it what it keeps in memory
