@@ -21,6 +21,7 @@ def test_the_named_configs_are_shipped():
         "mini/codec",
         "mini/stage1",
         "mini/finetune",
+        "mini/finetune-160",
         "baselines/siamese",
         "baselines/siamese-ntxent",
         "baselines/siamese-ntxent-unsupervised",
@@ -105,7 +106,7 @@ def test_config_commands(run_cli, tmp_path):
     assert "mini/stage1" in run_cli("config", "ls").stdout
     assert "[network]" in run_cli("config", "show", "stage1").stdout
     copy = tmp_path / "mine.toml"
-    run_cli("config", "cp", "mini/finetune", copy)
+    run_cli("config", "cp", "mini/finetune", "mini/finetune-160", copy)
     assert "valid finetune config" in run_cli("config", "check", copy).stdout
     assert "exists already" in run_cli("config", "cp", "stage1", copy, exit_code=2).stderr
     copy.write_text(copy.read_text() + "\n[los]\nalpha = 1\n")
