@@ -106,7 +106,7 @@ def test_config_commands(run_cli, tmp_path):
     assert "mini/stage1" in run_cli("config", "ls").stdout
     assert "[network]" in run_cli("config", "show", "stage1").stdout
     copy = tmp_path / "mine.toml"
-    run_cli("config", "cp", "mini/finetune", "mini/finetune-160", copy)
+    run_cli("config", "cp", "mini/finetune", copy)
     assert "valid finetune config" in run_cli("config", "check", copy).stdout
     assert "exists already" in run_cli("config", "cp", "stage1", copy, exit_code=2).stderr
     copy.write_text(copy.read_text() + "\n[los]\nalpha = 1\n")

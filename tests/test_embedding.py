@@ -385,3 +385,30 @@ def test_no_files_and_no_room(monkeypatch: pytest.MonkeyPatch, paths: list[Path]
     monkeypatch.setattr(embedding.os, "posix_fallocate", full)
     with pytest.raises(LcmemError, match="set TMPDIR"):
         embed_files(MSE(16), paths)
+
+
+def test_the_allocator_is_left_alone_where_the_user_has_set_it(monkeypatch):
+    import ctypes
+
+    from lcmem_cli.engine.distributed import keep_freed_memory
+
+    asked = []
+
+    class Library:
+        def mallopt(self, option, value):
+            asked.append((option, value))
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    keep_freed_memory()
+    assert dict(asked) == {-3: 2**30, -1: 2**31 - 1}
+    asked.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    keep_freed_memory()
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    keep_freed_memory()
+    assert not asked

@@ -139,5 +139,5 @@ class ImageSource(PairSource):
     def _encode(self, pairs: list[LatentPair]) -> LatentPair:
         images = torch.stack([a for a, _ in pairs] + [b for _, b in pairs])
         # The codec runs in inference mode; a clone is an ordinary tensor that autograd accepts.
-        first, second = self.codec.encode(images).clone().chunk(2)
+        first, second = self.codec.encode(images, same_bits=False).clone().chunk(2)
         return first, second
