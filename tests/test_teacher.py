@@ -162,7 +162,8 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
     run_cli(
         "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,
         "-o", tmp_path / "tuned", "--set=image.size=48", "--set=sampling.passes_per_epoch=2",
-        "--set=augmentation.working_size=64", *common,
+        "--set=augmentation.working_size=64", "--set=schedule.keep=last",
+        "--set=schedule.patience=0", *common, "--set=schedule.epochs=2",
     )  # fmt: skip
     for stage in ("stage1", "tuned"):
         history = json.loads((tmp_path / stage / "training.json").read_text())["history"]
@@ -173,6 +174,7 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
             + history[0]["train_retention"],
             rel=1e-4,
         )
+    assert json.loads((tmp_path / "tuned" / "training.json").read_text())["best_epoch"] == 2
     first = load_checkpoint(tmp_path / "stage1" / "checkpoint.safetensors")
     tuned = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors")
     assert (first.image_size, tuned.image_size) == (32, 48)

@@ -149,6 +149,9 @@ class ScheduleSection(Section):
     """The most epochs."""
     patience: int = Field(25, ge=0)
     """Epochs without a better validation loss before stopping; 0: never stop early."""
+    keep: Literal["best", "last"] = "best"
+    """Network of the epoch with the best validation loss, or of the last epoch. Validation judges
+    identities of the same data sets; features for others may still improve when it rises."""
     batch_size: int = Field(512, ge=2)
     """Pairs per optimiser step, over all processes."""
     accumulate: int = Field(1, ge=1)
@@ -480,6 +483,8 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             problems.append("retention.weight: needs network.align_stem, which makes the teacher")
     if get("retention", "instance_weight", 0) and not get("retention", "weight", 0):
         problems.append("retention.instance_weight: needs retention.weight above 0")
+    if get("schedule", "keep") == "last" and get("schedule", "patience", 25):
+        problems.append('schedule.keep: "last" needs schedule.patience = 0, no early stopping')
     if get("loss", "negatives") == "all" and get("loss", "alpha") == 0:
         problems.append("loss.negatives: has no effect with loss.alpha = 0")
     batch, parts = get("schedule", "batch_size"), get("schedule", "accumulate", 1)

@@ -66,7 +66,7 @@ class TrainingOutcome:
     """What a training ends with.
 
     Attributes:
-        state: weights of the epoch with the best validation loss.
+        state: weights of the kept epoch, see ``schedule.keep``.
         history: one record an epoch.
         best_epoch: number of the kept epoch, from 0.
         stopped_early: whether patience ran out.
@@ -256,7 +256,7 @@ class Trainer:
                 "learning_rate": self.adam.param_groups[0]["lr"],
             }
         )
-        if val[0] < state.best_loss:
+        if val[0] < state.best_loss or self.schedule.keep == "last":
             state.best_loss, state.best_epoch = val[0], state.epoch
             self.best = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}
         self.reporter.event(
