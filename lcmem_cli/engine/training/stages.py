@@ -28,6 +28,7 @@ from lcmem_cli.engine.models.checkpoint import (
     save_checkpoint,
 )
 from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, resolve_backbone
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
@@ -212,7 +213,7 @@ def train_stage1(
 def finetune(
     config: FinetuneConfig,
     *,
-    checkpoint: Path,
+    checkpoint: str | Path,
     manifest: Manifest,
     output: Path,
     codec: str | None = None,
@@ -224,7 +225,7 @@ def finetune(
 
     Args:
         config: resolved config.
-        checkpoint: where the network and its codec come from.
+        checkpoint: where the network and its codec come from, see ``locate_checkpoint``.
         manifest: images with splits.
         output: run folder.
         codec: folder or hub id of the codec where the checkpoint does not hold it.
@@ -241,7 +242,7 @@ def finetune(
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
-    start = load_checkpoint(checkpoint)
+    start = load_checkpoint(locate_checkpoint(checkpoint))
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
