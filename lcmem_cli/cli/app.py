@@ -16,6 +16,7 @@ from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
 from lcmem_cli.cli.detectors import detectors
+from lcmem_cli.cli.export import export
 from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.cli.hub import pull, push
 from lcmem_cli.cli.index import index_app
@@ -103,6 +104,7 @@ app.command("finetune")(finetune)
 app.command("calibrate")(calibrate)
 app.command("convert")(convert)
 app.command("info")(info)
+app.command("export")(export)
 app.command("push")(push)
 app.command("pull")(pull)
 app.command("detectors")(detectors)
