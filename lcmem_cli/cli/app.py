@@ -20,7 +20,9 @@ from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.config import config_app
 from lcmem_cli.cli.demo import demo
 from lcmem_cli.cli.detectors import detectors
+from lcmem_cli.cli.export import export
 from lcmem_cli.cli.filter import filter_command
+from lcmem_cli.cli.hub import pull, push
 from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
@@ -129,6 +131,9 @@ app.command("finetune")(finetune)
 app.command("calibrate")(calibrate)
 app.command("convert")(convert)
 app.command("info")(info)
+app.command("export")(export)
+app.command("push")(push)
+app.command("pull")(pull)
 app.command("detectors")(detectors)
 app.add_typer(index_app, name="index")
 app.add_typer(config_app, name="config")

@@ -34,7 +34,7 @@ def check(
     ] = None,
     basedir: BasedirOption = None,
     checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Option("--checkpoint", help="What fine-tuning starts from, or what scores."),
     ] = None,
     latents: Annotated[

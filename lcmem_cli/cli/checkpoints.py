@@ -28,7 +28,7 @@ class ReferenceRange(str, enum.Enum):
 
 def info(
     path: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Argument(help="Checkpoint or latent store (default: the embedded model)."),
     ] = None,
     verify: Annotated[
@@ -85,7 +85,7 @@ def convert(
 
 
 def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="An lcmem checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="An lcmem checkpoint.")],
     filelist: FilelistOption,
     output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write.")],
     basedir: BasedirOption = None,

@@ -84,7 +84,10 @@ MaxUnreadableOption = Annotated[
 ]
 CheckpointOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--checkpoint", help="An lcmem .safetensors file (default: the embedded model)."),
+    typer.Option(
+        "--checkpoint",
+        help="An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
+    ),
 ]
 ConfigOption = Annotated[
     Optional[str],  # noqa: UP045

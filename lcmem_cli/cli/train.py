@@ -101,7 +101,7 @@ def train_stage1(
 
 
 def finetune(
-    checkpoint: Annotated[Path, typer.Argument(help="Stage-1 checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="Stage-1 checkpoint.")],
     filelist: FilelistOption,
     output: OutputOption,
     basedir: BasedirOption = None,

@@ -32,8 +32,9 @@ from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
 from lcmem_cli.engine.evaluation.benchmark import check_latents
 from lcmem_cli.engine.files import LOCK_NAME, folder_lock
-from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import PIXELS, CodecSpec, load_codec, needs_download
+from lcmem_cli.engine.models.hub import EMBEDDED, locate_checkpoint
 from lcmem_cli.engine.models.siamese import resolve_backbone
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
@@ -103,7 +104,7 @@ def check_run(
     overrides: Sequence[str] = (),
     filelist: Path | None = None,
     basedir: Path | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     latents: Path | None = None,
     detectors: Sequence[str] = (),
     num_images: int | None = DEFAULT_IMAGES,
@@ -148,19 +149,21 @@ def check_run(
             work.splits(manifest, settings)
         work.images(manifest)
     if checkpoint is None and not (config or filelist or latents or detectors):
-        checkpoint = embedded_checkpoint()
-    start = None
+        checkpoint = EMBEDDED
+    file, start = None, None
     if checkpoint is not None:
-        start = work.checkpoint(checkpoint, needs_thresholds=settings is None)
+        file = work.locate(checkpoint)
+    if file is not None:
+        start = work.checkpoint(file, needs_thresholds=settings is None)
     store = None if latents is None else work.latents(latents)
     num_parameters = 0
     if isinstance(settings, Stage1Config):
         num_parameters = work.stage1(settings, store, manifest, given=bool(latents or filelist))
     if isinstance(settings, FinetuneConfig):
-        num_parameters = work.finetune(settings, checkpoint, start)
+        num_parameters = work.finetune(settings, file, start)
     if isinstance(settings, CodecConfig):
         num_parameters = work.codec_training(settings, manifest)
-    work.fit(settings, manifest, store, checkpoint, start)
+    work.fit(settings, manifest, store, file, start)
     work.detectors(detectors)
     work.trackers(settings)
     work.device(settings, device)
@@ -285,6 +288,11 @@ class _Check:
             return list(range(count))
         rng = np.random.default_rng(0)
         return sorted(rng.choice(count, self.num_images, replace=False).tolist())
+
+    def locate(self, name: str | Path) -> Path | None:
+        with self.guard("checkpoint", "name a file, or get it on a machine with internet"):
+            return locate_checkpoint(name)
+        return None
 
     def checkpoint(self, path: Path, *, needs_thresholds: bool) -> Checkpoint | None:
         with self.guard("checkpoint", "get the file again, or make it with lcmem convert"):

@@ -9,22 +9,25 @@ from typing import Any
 from lcmem_cli.engine.errors import InputError
 
 
-def describe(path: Path | None, *, verify: bool = False) -> dict[str, Any]:
+def describe(name: str | Path | None, *, verify: bool = False) -> dict[str, Any]:
     """Return plain values that describe a checkpoint (verified) or a latent store.
 
     Args:
-        path: file or folder; ``None`` is the embedded model.
+        name: folder of a store, or a checkpoint, see ``locate_checkpoint``.
         verify: also compare a store's shards with their checksums.
 
     Raises:
         InputError: nothing there that lcmem made.
         CorruptFileError: damaged.
+        WeightsUnavailableError: a checkpoint cannot be had from the hub.
     """
-    if path is None or path.is_file():
-        from lcmem_cli.engine.models.checkpoint import embedded_checkpoint, load_checkpoint
+    from lcmem_cli.engine.models.hub import locate_checkpoint
 
-        found = path or embedded_checkpoint()
-        return {"kind": "checkpoint", "path": str(found), **load_checkpoint(found).summary()}
+    path = locate_checkpoint(name)
+    if path.is_file():
+        from lcmem_cli.engine.models.checkpoint import load_checkpoint
+
+        return {"kind": "checkpoint", "path": str(path), **load_checkpoint(path).summary()}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
     from lcmem_cli.engine.store.latents import LatentStore

@@ -52,6 +52,10 @@ class WeightsUnavailableError(LcmemError):
     """Weights of an external model are not on this machine and could not be fetched."""
 
 
+class HubError(LcmemError):
+    """The hub could not be reached, or it refused what was asked."""
+
+
 class FingerprintMismatchError(InputError):
     """Something made by one detector was used with another."""
 

@@ -34,7 +34,7 @@ def main() -> None:
     folded = detector.network
 
     def run(network, *, pieces=8, channels_last=True):
-        latents = torch.cat([detector.codec._encode(p * 2 - 1, None) for p in images.split(pieces)])
+        latents = torch.cat([detector.codec.forward(p) for p in images.split(pieces)])
         if not channels_last:
             inputs = normalise(latents, network.spec.normalisation).contiguous()
             return torch.sigmoid(network.backbone(inputs)).numpy()
@@ -69,10 +69,10 @@ def main() -> None:
         onnxruntime = None
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         if onnxruntime is not None:
-            from lcmem_cli.engine.models.export import export_onnx
+            from lcmem_cli.engine.detectors.export import export_checkpoint
 
             path = Path(name) / "model.onnx"
-            export_onnx(detector, path)
+            export_checkpoint("embedded", path)
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = cores
             session = onnxruntime.InferenceSession(str(path), settings)

@@ -7,6 +7,7 @@ from those you trust. An ONNX file holds a graph of fixed operators. A plain pic
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 import zipfile
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader, HeadDetector
 from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing, check_features
 from lcmem_cli.engine.distributed import available_cpus, resolve_device
 from lcmem_cli.engine.errors import CheckpointError, InputError, MissingExtraError
@@ -102,6 +105,26 @@ class TorchScriptDetector(NetworkDetector):
         return found[self.output] if isinstance(found, dict) else found[int(self.output)]
 
 
+def load_onnx(path: Path, *, name: str, device: str, options: Mapping[str, Any]) -> Detector:
+    """Load an ONNX file; an export of lcmem is scored by its own head unless ``score`` is given.
+
+    Args:
+        path: the model, with its weights inside.
+        name: how the user named it.
+        device: see ``OnnxDetector``.
+        options: see ``OnnxDetector``.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        InputError: see ``OnnxDetector``.
+        CheckpointError: not ONNX, or the header of the export is damaged.
+    """
+    network = OnnxDetector(path, name=name, device=device, options=options)
+    if network.header is None or "score" in options:
+        return network
+    return ExportedDetector(network, network.header)
+
+
 class OnnxDetector(NetworkDetector):
     """An ONNX file that takes images and returns feature vectors.
 
@@ -110,7 +133,11 @@ class OnnxDetector(NetworkDetector):
         name: how the user named it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps`` (which computes on the CPU).
         options: see ``read_options``; ``size`` and ``layout`` are read from the file where it
-            states them, ``mean`` and ``std`` are ImageNet's by default.
+            states them, ``mean`` and ``std`` are ImageNet's by default. An export of lcmem is fed
+            [0, 1] and takes neither.
+
+    Attributes:
+        header: what an export of lcmem says of itself, ``None`` for other files.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -121,26 +148,13 @@ class OnnxDetector(NetworkDetector):
     def __init__(
         self, path: Path, *, name: str, device: str = "auto", options: Mapping[str, Any]
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError(f"detector '{name}'", "onnx") from error
+        _check_onnxruntime(f"detector '{name}'")
         _check_file(path, name)
         content = path.read_bytes()
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = available_cpus()
-        settings.log_severity_level = 4
-        providers = ["CPUExecutionProvider"]
-        if resolve_device(device).startswith("cuda"):
-            providers = [*_cuda(onnxruntime.get_available_providers()), *providers]
-        try:
-            # From bytes, so that a model cannot read other files as its weights.
-            self.session = onnxruntime.InferenceSession(content, settings, providers=providers)
-        except Exception as error:  # onnxruntime has no common base for its errors
-            raise CheckpointError(
-                f"{path}: cannot be loaded as ONNX (its weights must be inside the file): "
-                f"{_first_line(error)}"
-            ) from error
+        self.session = open_session(content, source=str(path), device=device)
+        self.header = _exported_header(self.session, source=str(path))
+        if self.header is not None:
+            options = _exported_options(options, name)
         self.name = name
         self.input = self._only_input()
         shape = list(self.input.shape)
@@ -203,6 +217,99 @@ class OnnxDetector(NetworkDetector):
                 "one with ?output="
             )
         return str(wanted)
+
+
+class ExportedDetector(HeadDetector):
+    """An ONNX file made by ``lcmem export``, scored by the head in it.
+
+    Args:
+        network: what embeds.
+        header: from its file. The thresholds in it are taken over: the export was compared with
+            the checkpoint that they were fitted for.
+
+    Raises:
+        CheckpointError: network and header do not fit together.
+    """
+
+    def __init__(self, network: OnnxDetector, header: ExportHeader) -> None:
+        sizes = (network.input_size, network.num_features)
+        if sizes != (header.image_size, len(header.head_weight)):
+            raise CheckpointError(
+                f"detector '{network.name}': its network takes {sizes[0]} pixels and makes "
+                f"{sizes[1]} features, its header says {header.image_size} and "
+                f"{len(header.head_weight)}: the file was edited; export the checkpoint again"
+            )
+        self.network = network
+        self.name = network.name
+        self.fingerprint = network.fingerprint
+        self.input_size, self.num_features = sizes
+        self.weight = np.array(header.head_weight, dtype=np.float32)
+        self.bias = header.head_bias
+        self.thresholds = tuple(
+            dataclasses.replace(threshold, fingerprint=self.fingerprint)
+            for threshold in header.thresholds
+            if threshold.fingerprint == header.fingerprint
+        )
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.network.embed_batch(batch)
+
+
+def open_session(content: bytes, *, source: str, device: str = "cpu") -> Any:
+    """Open an ONNX model with onnxruntime.
+
+    Args:
+        content: the model. It is not read from its path, so that it cannot read other files as
+            its weights.
+        source: for messages.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps`` (which computes on the CPU).
+
+    Raises:
+        CheckpointError: not ONNX, or its weights are not inside.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = available_cpus()
+    settings.log_severity_level = 4
+    providers = ["CPUExecutionProvider"]
+    if resolve_device(device).startswith("cuda"):
+        providers = [*_cuda(onnxruntime.get_available_providers()), *providers]
+    try:
+        return onnxruntime.InferenceSession(content, settings, providers=providers)
+    except Exception as error:  # onnxruntime has no common base for its errors
+        raise CheckpointError(
+            f"{source}: cannot be loaded as ONNX (its weights must be inside the file): "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _check_onnxruntime(what: str) -> None:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(what, "onnx") from error
+
+
+def _exported_header(session: Any, *, source: str) -> ExportHeader | None:
+    text = session.get_modelmeta().custom_metadata_map.get(EXPORT_KEY)
+    return None if text is None else ExportHeader.from_json(text, source=source)
+
+
+def _exported_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the options with which an export of lcmem is fed images as they are.
+
+    Raises:
+        InputError: one was given that would feed it something else.
+    """
+    for key in ("mean", "std", "channels"):
+        if key in options:
+            raise InputError(
+                f"detector '{name}': the file is an export of lcmem, which takes RGB images in "
+                f"[0, 1]; leave {key} out"
+            )
+    return {**options, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def _check_file(path: Path, name: str) -> None:

@@ -10,25 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import fold_batch_norm
-from lcmem_cli.engine.store.search import (
-    TopK,
-    approximate_top_k,
-    weighted_l1_matrix,
-    weighted_l1_pairs,
-    weighted_l1_top_k,
-)
+from lcmem_cli.engine.store.search import TopK, approximate_top_k
 
 
-class LCMemDetector(Detector):
+class LCMemDetector(HeadDetector):
     """Scores ``sigmoid(w · |f1 - f2| + b)`` with ``f = sigmoid(backbone(codec(image)))``.
-
-    Because the logit is a signed weighted L1 distance, any number of pairs costs one network call
-    per distinct image (method: arXiv 2512.14421).
 
     Args:
         checkpoint: what to run.
@@ -117,32 +110,12 @@ class LCMemDetector(Detector):
         features: NDArray[np.float32] = self.network(latents).cpu().numpy()
         return features
 
-    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-        """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""
-        return self._probability(weighted_l1_pairs(a, b, self.weight))
-
-    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-        """Return probabilities ``[n, m]`` of every row of ``a`` with every row of ``b``."""
-        return self._probability(weighted_l1_matrix(a, b, self.weight))
-
-    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory."""
-        found = weighted_l1_top_k(queries, bank, self.weight, k)
-        return TopK(self._probability(found.scores), found.rows)
-
     def approximate(self) -> ApproximateLCMem:
         """Return this detector with a search that is approximate; its scores are the same."""
         copy = ApproximateLCMem.__new__(ApproximateLCMem)
         copy.__dict__.update(self.__dict__)
         copy.search_recall = 1.0
         return copy
-
-    def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
-        """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
-        from scipy.special import expit
-
-        result: NDArray[np.float64] = expit(distance.astype(np.float64) + self.bias)
-        return result
 
 
 class ApproximateLCMem(LCMemDetector):
@@ -183,18 +156,19 @@ def approximate_search(detector: Detector) -> ApproximateLCMem:
 def load_lcmem(
     checkpoint: str | Path | None = None, *, codec: str | None = None, device: str = "auto"
 ) -> LCMemDetector:
-    """Load a detector from a checkpoint file, by default the embedded one.
+    """Load a detector from a checkpoint, by default the embedded one.
 
     Args:
-        checkpoint: ``.safetensors`` file, or ``None``.
+        checkpoint: its name, see ``locate_checkpoint``.
         codec: where to find the codec if its weights are not in the checkpoint.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
 
     Raises:
         InputError: no such file.
         CheckpointError: not a checkpoint.
+        WeightsUnavailableError: it cannot be had from the hub.
     """
-    path = embedded_checkpoint() if checkpoint is None else Path(checkpoint)
+    path = locate_checkpoint(checkpoint)
     name = "lcmem" if checkpoint is None else f"lcmem:{checkpoint}"
     return LCMemDetector(
         load_checkpoint(path), name=name, codec=codec, device=resolve_device(device)

@@ -359,9 +359,9 @@ def _torchscript(request: Request) -> Detector:
 
 
 def _onnx(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.external import OnnxDetector
+    from lcmem_cli.engine.detectors.external import load_onnx
 
-    return OnnxDetector(
+    return load_onnx(
         Path(request.target), name=request.name, device=request.device, options=request.options
     )
 
@@ -565,7 +565,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
     ),
     _file_kind(
         "onnx",
-        "any network, such as SSCD",
+        "any network, or a file of lcmem export",
         _onnx,
         options=("size", "mean", "std", "score", "layout", "channels", "output"),
         config_file=True,

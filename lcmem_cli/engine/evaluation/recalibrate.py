@@ -10,6 +10,7 @@ from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.judge import judge
 from lcmem_cli.engine.models.checkpoint import halve, load_checkpoint, save_checkpoint
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold
 
@@ -34,7 +35,7 @@ class CalibrationResult(Result):
 
 
 def recalibrate(
-    checkpoint: Path,
+    checkpoint: str | Path,
     filelist: Path,
     *,
     output: Path,
@@ -47,7 +48,7 @@ def recalibrate(
     """Fit thresholds for per-pair rates on VAL and write the checkpoint with them.
 
     Args:
-        checkpoint: file to start from; left as it is.
+        checkpoint: what to start from, see ``locate_checkpoint``; left as it is.
         filelist: images with identities and splits (one is made where there is none).
         output: file to write.
         basedir: folder that paths start from.
@@ -59,7 +60,7 @@ def recalibrate(
     Raises:
         InputError: VAL holds too few pairs for any threshold.
     """
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(locate_checkpoint(checkpoint))
     if half:
         loaded = halve(loaded)
     judged = judge(

@@ -145,19 +145,32 @@ class Codec:
             return images
         if not len(images):
             return self._empty(images)
-        if self.spec.input_range == "symmetric":
-            images = images * 2 - 1
         if self.device.type != "cpu":
-            return self._encode(images, generator)
+            return self.forward(images, generator=generator)
         # A CPU is fastest with pieces that stay in its cache, and exact with single images.
         pieces = torch.split(images, 1 if same_bits else CPU_PIECE)
-        return torch.cat([self._encode(piece, generator) for piece in pieces])
+        return torch.cat([self.forward(piece, generator=generator) for piece in pieces])
 
     def _empty(self, images: torch.Tensor) -> torch.Tensor:
         height, width = (side // self.spec.downsampling for side in images.shape[-2:])
         return images.new_zeros(0, self.spec.latent_channels, height, width)
 
-    def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Encode a batch in one call, without the checks of ``encode``; this can be traced.
+
+        Args:
+            images: ``[B, 3, H, W]`` float32 in [0, 1] on the codec's device.
+            generator: see ``encode``.
+
+        Returns:
+            ``[B, C, H / f, W / f]`` float32.
+        """
+        if self.model is None:
+            return images
+        if self.spec.input_range == "symmetric":
+            images = images * 2 - 1
         if self.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         model: Any = self.model

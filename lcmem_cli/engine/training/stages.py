@@ -34,6 +34,7 @@ from lcmem_cli.engine.models.checkpoint import (
     save_checkpoint,
 )
 from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
@@ -196,7 +197,7 @@ def train_stage1(
 def finetune(
     config: FinetuneConfig,
     *,
-    checkpoint: Path,
+    checkpoint: str | Path,
     manifest: Manifest,
     output: Path,
     codec: str | None = None,
@@ -208,7 +209,7 @@ def finetune(
 
     Args:
         config: resolved config.
-        checkpoint: where the network and its codec come from.
+        checkpoint: where the network and its codec come from, see ``locate_checkpoint``.
         manifest: images with splits.
         output: run folder.
         codec: folder or hub id of the codec where the checkpoint does not hold it.
@@ -226,7 +227,8 @@ def finetune(
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
     check_trackers(config.runtime)
-    start = load_checkpoint(checkpoint)
+    start_file = locate_checkpoint(checkpoint)
+    start = load_checkpoint(start_file)
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
@@ -235,7 +237,7 @@ def finetune(
     paths = manifest.paths()
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     if config.retention.weight:
-        file = teacher_file(config, checkpoint)
+        file = teacher_file(config, start_file)
         teacher = Teacher.load(file)
         teacher.model.to(device)
         train = [row for row, record in enumerate(manifest.records) if record.split == "TRAIN"]

@@ -1,0 +1,269 @@
+"""Exporting a detector's network for other programs: ONNX and ``torch.export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lcmem_cli.engine.detectors.external import open_session
+from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
+from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError
+from lcmem_cli.engine.files import atomic_path, sha256_bytes
+from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.siamese import SiameseNetwork
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result
+
+Format = Literal["onnx", "pt2"]
+
+TOLERANCE = 1e-4
+HEADER_FILE = "lcmem.json"
+INPUT, OUTPUT = "images", "features"
+_BATCH = "N"
+_CHECK_BATCHES = [1, 3]
+_MAX_ONNX_BYTES = (2 << 30) - (1 << 20)  # a protobuf message ends at 2 GiB
+_SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportResult(Result):
+    """A network that was exported.
+
+    Attributes:
+        path: the file.
+        format: ``onnx`` or ``pt2``.
+        num_bytes: its size.
+        sha256: of its content.
+        fingerprint: of the checkpoint.
+        image_size: side in pixels of the images that the network takes.
+        num_features: numbers in a feature row.
+        opset: of ONNX, ``None`` for ``pt2``.
+        num_checked: images whose features were compared with those of the checkpoint.
+        max_difference: the largest difference of a feature, ``None`` if nothing could compare.
+        tolerance: largest difference that is allowed.
+    """
+
+    path: str
+    format: Format
+    num_bytes: int
+    sha256: str
+    fingerprint: str
+    image_size: int
+    num_features: int
+    opset: int | None
+    num_checked: int
+    max_difference: float | None
+    tolerance: float
+
+
+class _Exported(nn.Module):
+    """Codec and network as one module, from images in [0, 1] to features."""
+
+    def __init__(self, codec: Codec, network: SiameseNetwork) -> None:
+        super().__init__()
+        self.codec = codec
+        self.codec_model = codec.model
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.network(self.codec.forward(images))
+        return features
+
+
+def export_checkpoint(
+    checkpoint: str | Path | None,
+    output: Path,
+    *,
+    codec: str | None = None,
+    reporter: Reporter = SILENT,
+) -> ExportResult:
+    """Export codec and network as one file that needs no lcmem.
+
+    The network takes ``images [N, 3, S, S]`` (float32 in [0, 1], resized, any ``N``) and returns
+    ``features [N, n]``. The head and the thresholds are in the file as JSON, see ``ExportHeader``:
+    in the ONNX metadata under ``lcmem``, in a ``.pt2`` archive as the extra file ``lcmem.json``.
+    The file is written only if its features are those of the checkpoint.
+
+    Args:
+        checkpoint: its name, see ``locate_checkpoint``.
+        output: ``*.onnx`` or ``*.pt2``.
+        codec: folder or hub id of the codec where the checkpoint does not hold it.
+        reporter: receives warnings.
+
+    Raises:
+        InputError: another suffix, or a network that is too large for ONNX.
+        MissingExtraError: the ONNX exporter is not installed.
+        WeightsUnavailableError: checkpoint or codec are not on this machine.
+        LcmemError: the network cannot be traced, or the export computes something else.
+    """
+    kind = _SUFFIXES.get(output.suffix.lower())
+    if kind is None:
+        raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
+    if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise MissingExtraError("export to ONNX", "onnx")
+    detector = load_lcmem(checkpoint, codec=codec, device="cpu")
+    header = ExportHeader(
+        fingerprint=detector.fingerprint,
+        image_size=detector.input_size,
+        head_weight=tuple(float(weight) for weight in detector.weight),
+        head_bias=detector.bias,
+        thresholds=detector.thresholds,
+        codec=detector.codec.spec.describe(),
+    )
+    batches = _random_batches(detector.input_size)
+    expected = [detector.embed_batch(batch) for batch in batches]  # before memory formats change
+    program = _trace(detector)
+    opset = None
+    run: Callable[[torch.Tensor], NDArray[np.float32]] | None
+    if kind == "onnx":
+        content, opset = _to_onnx(program, header)
+        run = _onnx_runner(content) if find_spec("onnxruntime") else None
+        if run is None:
+            reporter.warn(
+                "onnxruntime is not installed, so the export was not compared with the checkpoint "
+                "(pip install 'lcmem[onnx]')"
+            )
+    else:
+        content = _to_archive(program, header)
+        run = _archive_runner(content)
+    difference = None
+    if run is not None:
+        found = [run(batch) for batch in batches]
+        difference = _difference(found, expected)
+        if not difference <= TOLERANCE:  # NaN too
+            raise LcmemError(
+                f"{output}: not written: the exported network's features differ from those of "
+                f"{detector.name} by up to {difference:.3g} (allowed: {TOLERANCE:g}); try the "
+                "other format, or another version of torch"
+            )
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(content)
+    return ExportResult(
+        path=str(output),
+        format=kind,
+        num_bytes=len(content),
+        sha256=sha256_bytes(content),
+        fingerprint=detector.fingerprint,
+        image_size=detector.input_size,
+        num_features=detector.num_features,
+        opset=opset,
+        num_checked=0 if run is None else sum(len(batch) for batch in batches),
+        max_difference=difference,
+        tolerance=TOLERANCE,
+    )
+
+
+def _random_batches(size: int) -> list[torch.Tensor]:
+    """Return random images of several sizes of pattern, in batches of one and of more."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for index in range(sum(_CHECK_BATCHES)):
+        side = max(2, size >> (2 * index))
+        noise = torch.rand(1, 3, side, side, generator=generator)
+        images.append(nn.functional.interpolate(noise, size=(size, size), mode="bilinear"))
+    return list(torch.split(torch.cat(images), _CHECK_BATCHES))
+
+
+def _trace(detector: LCMemDetector) -> torch.export.ExportedProgram:
+    """Trace codec and network with a batch of any size.
+
+    Raises:
+        LcmemError: something in them cannot be traced.
+    """
+    module = _Exported(detector.codec, detector.network).eval()
+    module.to(memory_format=torch.contiguous_format)  # what a file is expected to hold
+    size = detector.input_size
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module,
+                (torch.full((2, 3, size, size), 0.5),),
+                dynamic_shapes={INPUT: {0: torch.export.Dim(_BATCH)}},
+            )
+    except Exception as error:  # the tracer raises whatever it meets in a model
+        raise LcmemError(
+            f"{detector.name}: its network cannot be traced for export: {_first_line(error)}"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names paths on this machine
+    return program
+
+
+def _to_onnx(program: torch.export.ExportedProgram, header: ExportHeader) -> tuple[bytes, int]:
+    """Return an ONNX file with its weights inside, and its opset."""
+    num_bytes = sum(value.numel() * value.element_size() for value in program.state_dict.values())
+    if num_bytes > _MAX_ONNX_BYTES:
+        raise InputError(
+            f"a network of {num_bytes / 2**30:.1f} GiB does not fit into one ONNX file (2 GiB); "
+            "export to .pt2"
+        )
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+        )
+        assert exported is not None
+        model: Any = exported.model_proto
+    except Exception as error:  # the exporter raises whatever it meets in a model
+        raise LcmemError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
+    _tidy(model)
+    model.metadata_props.add(key=EXPORT_KEY, value=header.to_json())
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return model.SerializeToString(deterministic=True), int(opset)
+
+
+def _tidy(model: Any) -> None:
+    """Remove what the exporter notes for its developers, and name the axis of the batch."""
+    graph = model.graph
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    for entry in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    for entry in (*graph.input, *graph.output):
+        entry.type.tensor_type.shape.dim[0].dim_param = _BATCH
+
+
+def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], NDArray[np.float32]]:
+    session = open_session(content, source="the exported network")
+
+    def run(batch: torch.Tensor) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = session.run([OUTPUT], {INPUT: batch.numpy()})[0]
+        return features
+
+    return run
+
+
+def _to_archive(program: torch.export.ExportedProgram, header: ExportHeader) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={HEADER_FILE: header.to_json()})
+    return buffer.getvalue()
+
+
+def _archive_runner(content: bytes) -> Callable[[torch.Tensor], NDArray[np.float32]]:
+    module = torch.export.load(io.BytesIO(content)).module()
+
+    @torch.no_grad()
+    def run(batch: torch.Tensor) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = module(batch).numpy()
+        return features
+
+    return run
+
+
+def _difference(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:
+    differences = [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)]
+    return float(np.max(differences))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

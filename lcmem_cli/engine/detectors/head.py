@@ -1,0 +1,130 @@
+"""The head: scores from two rows of features, and how an exported file carries it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.errors import CheckpointError, InputError
+from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.store.search import (
+    TopK,
+    weighted_l1_matrix,
+    weighted_l1_pairs,
+    weighted_l1_top_k,
+)
+
+EXPORT_FORMAT = 1
+EXPORT_KEY = "lcmem"
+
+
+class HeadDetector(Detector):
+    """Scores ``sigmoid(w · |f1 - f2| + b)``.
+
+    Because the logit is a signed weighted L1 distance, any number of pairs costs one network call
+    per distinct image (method: arXiv 2512.14421).
+
+    Attributes:
+        weight: ``w``, one number per feature.
+        bias: ``b``.
+    """
+
+    weight: NDArray[np.float32]
+    bias: float
+
+    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""
+        return self._probability(weighted_l1_pairs(a, b, self.weight))
+
+    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return probabilities ``[n, m]`` of every row of ``a`` with every row of ``b``."""
+        return self._probability(weighted_l1_matrix(a, b, self.weight))
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory."""
+        found = weighted_l1_top_k(queries, bank, self.weight, k)
+        return TopK(self._probability(found.scores), found.rows)
+
+    def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
+        """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
+        from scipy.special import expit
+
+        result: NDArray[np.float64] = expit(distance.astype(np.float64) + self.bias)
+        return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHeader:
+    """What scoring with an exported network needs; a JSON document inside its file.
+
+    Attributes:
+        fingerprint: of the checkpoint that was exported.
+        image_size: side in pixels of the square images that the network takes.
+        head_weight: ``w``, one number per feature.
+        head_bias: ``b``.
+        thresholds: on the probability; they belong to the checkpoint.
+        codec: what encodes the images inside the network, for people.
+    """
+
+    fingerprint: str
+    image_size: int
+    head_weight: tuple[float, ...]
+    head_bias: float
+    thresholds: tuple[Threshold, ...]
+    codec: str
+
+    def to_json(self) -> str:
+        """Return the document."""
+        explained = {
+            "format": EXPORT_FORMAT,
+            "input": f"images [N, 3, {self.image_size}, {self.image_size}] float32 RGB in [0, 1], "
+            "resized with antialiased bilinear interpolation, aspect ratio not kept",
+            "output": f"features [N, {len(self.head_weight)}] in [0, 1]",
+            "score": "sigmoid(sum(head_weight * abs(f1 - f2)) + head_bias)",
+        }
+        return json.dumps(explained | dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> ExportHeader:
+        """Read the document.
+
+        Args:
+            text: see ``to_json``.
+            source: for messages.
+
+        Raises:
+            CheckpointError: it is of another format, or a value is missing or not usable.
+        """
+        try:
+            values = json.loads(text)
+            if values["format"] != EXPORT_FORMAT:
+                raise CheckpointError(
+                    f"{source}: exported in format {values['format']!r}; this version of lcmem "
+                    f"reads format {EXPORT_FORMAT}: export the checkpoint again"
+                )
+            header = cls(
+                fingerprint=str(values["fingerprint"]),
+                image_size=int(values["image_size"]),
+                head_weight=tuple(float(weight) for weight in values["head_weight"]),
+                head_bias=float(values["head_bias"]),
+                thresholds=tuple(Threshold.from_dict(t) for t in values["thresholds"]),
+                codec=str(values["codec"]),
+            )
+        except (
+            ValueError, KeyError, TypeError, OverflowError, RecursionError, InputError
+        ) as error:  # fmt: skip
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{source}: its lcmem header cannot be used ({type(error).__name__}: {error}); "
+                "export the checkpoint again"
+            ) from error
+        if not all(math.isfinite(value) for value in (*header.head_weight, header.head_bias)):
+            raise CheckpointError(f"{source}: the head in its lcmem header is not finite")
+        return header
