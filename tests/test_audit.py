@@ -531,7 +531,7 @@ def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path, monkey
         def score_matrix(self, a, b):
             return expit(10 * super().score_matrix(a, b))
 
-    monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.LCMemDetector", Probability)
+    monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.HeadDetector", Probability)
     result, plain = run(sets, detector=Probability(), output=tmp_path), run(sets)
     assert [m.query for m in result.flagged] == [m.query for m in plain.flagged]
     assert result.metrics.auth_pct == plain.metrics.auth_pct

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, LCMemDetector, approximate_search
+from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
@@ -493,7 +494,7 @@ class _Study:
 
     @property
     def _is_probability(self) -> bool:
-        return isinstance(self.detector, LCMemDetector)
+        return isinstance(self.detector, HeadDetector)
 
     def _linear(self, scores: Scores) -> Scores:
         return linear_scale(scores) if self._is_probability else scores
