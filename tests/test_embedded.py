@@ -11,7 +11,7 @@ from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.models.checkpoint import embedded_checkpoint, load_checkpoint
 
-GOLDEN = [0.98315, 0.584065, 0.718365, 0.882235, 0.718928]
+GOLDEN = [0.992274, 0.657839, 0.443031, 0.925371, 0.552664]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_files_are_small_and_carry_thresholds():
 def test_the_demonstration_runs_and_reports(run_cli, tmp_path):
     out = json.loads(run_cli("demo", "-o", tmp_path / "demo", "--json").stdout)
     assert len(out["planted"]) == 4 and "generated images match" in out["statement"]
-    assert len(set(out["flagged"]) - set(out["planted"])) <= 8
+    assert set(out["flagged"]) <= set(out["planted"]) and len(out["flagged"]) >= 3
     assert [p["score"] for p in out["pairs"]["pairs"]] == sorted(
         (p["score"] for p in out["pairs"]["pairs"]), reverse=True
     )

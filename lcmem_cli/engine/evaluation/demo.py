@@ -19,13 +19,13 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
 
 NUM_TRAINING, NUM_HELD_OUT, NUM_FRESH = 60, 120, 36
-RATE = 0.05
+RATE = 0.01
 SIDE = 192
 PLANTED = (
-    ("JPEGCompression", 50.0),
-    ("Brightness", 1.2),
-    ("CropResize", 0.9),
+    ("CropResize", 0.75),
     ("HorizontalFlip", 1.0),
+    ("GaussianBlur", 2.0),
+    ("Brightness", 1.3),
 )
 MARKER = ".lcmem-demo"
 
