@@ -100,6 +100,9 @@ class LatentStore:
         self.manifest_digest = str(meta["manifest_digest"])
         self.unreadable = tuple(Unreadable(**u) for u in meta["unreadable"])
         self._shards = [(str(shard["file"]), str(shard["sha256"])) for shard in meta["shards"]]
+        for name, _ in self._shards:
+            if Path(name).name != name:
+                raise ValueError(f"shard {name!r} lies outside of the store")
         self._verified: set[int] = set()
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         self.records = tuple(
@@ -130,9 +133,18 @@ class LatentStore:
             meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
             if meta["format"] != FORMAT_VERSION:
                 raise InputError(f"{folder}: latent store format {meta['format']} is not known")
-            return cls(folder, meta, pyarrow.parquet.read_table(folder / INDEX_NAME))
-        except (ValueError, KeyError, TypeError, OSError, pyarrow.lib.ArrowException) as error:
-            raise CorruptFileError(f"{folder}: the index is damaged: {error}") from error
+            index = folder / INDEX_NAME
+            if sha256_file(index) != meta.get("index_sha256", sha256_file(index)):
+                raise ValueError(f"{INDEX_NAME} does not match its checksum")
+            return cls(folder, meta, pyarrow.parquet.read_table(index))
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError,
+            pyarrow.lib.ArrowException,
+        ) as error:  # fmt: skip
+            raise CorruptFileError(
+                f"{folder}: the index is damaged: {error}; run the same lcmem latents command "
+                "again, which makes it anew"
+            ) from error
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -140,6 +152,9 @@ class LatentStore:
 
     def latents(self, rows: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """Return raw latents ``[n, C, h, w]`` float32 of some rows of ``records``."""
+        if not len(rows):
+            side = self.image_size // self.spec.downsampling
+            return torch.zeros(0, self.spec.latent_channels, side, side)
         return torch.from_numpy(
             np.stack([self._map(int(self._shard[r]))[self._row[r]] for r in rows])
         )
@@ -572,6 +587,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
             "codec": dataclasses.asdict(codec.spec),
             "image_size": image_size,
             "manifest_digest": manifest.digest,
+            "index_sha256": sha256_file(shards.folder / INDEX_NAME),
             "mean": mean.tolist(),
             "std": std.tolist(),
             "unreadable": unreadable,

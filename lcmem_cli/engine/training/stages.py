@@ -28,7 +28,12 @@ from lcmem_cli.engine.models.checkpoint import (
     save_checkpoint,
 )
 from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, resolve_backbone
+from lcmem_cli.engine.models.siamese import (
+    NetworkSpec,
+    SiameseNetwork,
+    check_input,
+    resolve_backbone,
+)
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
@@ -149,6 +154,7 @@ def train_stage1(
         drop_path_rate=config.network.drop_path_rate,
         pretrained=config.network.weights == "timm",
     )
+    check_input(network)
     if config.network.weights not in ("random", "timm"):
         stem = load_backbone_weights(network, Path(config.network.weights))
         if config.network.align_stem and stem is not None:
