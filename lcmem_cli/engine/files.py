@@ -35,14 +35,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
     Raises:
         WriteError: it cannot be written; the message names it.
     """
-    with naming_target(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
-        try:
+    temporary: Path | None = None
+    try:
+        with naming_target(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(
+                prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
+            )
+            temporary = Path(name)
+            os.close(handle)
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -50,7 +51,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             temporary.replace(target)
-        finally:
+    finally:
+        if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
@@ -74,8 +76,8 @@ def naming_target(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _full(target) or str(error)
         raise WriteError(
-            f"{target}: cannot be written ({reason}); what is there is whole: see to it and run "
-            "the same command again"
+            f"{target}: cannot be written ({reason}); put that right and run the same command "
+            "again: what was written before is whole"
         ) from error
 
 

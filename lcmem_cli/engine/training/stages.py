@@ -19,7 +19,7 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.models.checkpoint import (
     MAX_EMBEDDED_CODEC_BYTES,
@@ -335,6 +335,13 @@ def _run(
             checkpoint, evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
             device=config.runtime.device, reporter=reporter,
         )  # fmt: skip
+        if judged.unreadable:  # they were all readable when the training began
+            bad = judged.unreadable[0]
+            raise LcmemError(
+                f"{bad.path}: became unreadable during training ({bad.reason}), and "
+                f"{len(judged.unreadable) - 1} more; restore the files and start the same command "
+                "with --resume"
+            )
         checkpoint = dataclasses.replace(checkpoint, thresholds=judged.thresholds)
         path = output / CHECKPOINT_NAME
         result = TrainingResult(
