@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ PRELOAD = (
     "lcmem_cli.cli.app", "lcmem_cli.engine.training.stages", "lcmem_cli.engine.store.latents",
     "lcmem_cli.engine.evaluation.audit", "lcmem_cli.engine.evaluation.benchmark",
     "lcmem_cli.engine.evaluation.robustness", "lcmem_cli.engine.evaluation.indexing",
-    "numba", "scipy.sparse.csgraph", "sklearn.metrics", "imagehash",
+    "accelerate", "numba", "scipy.sparse.csgraph", "sklearn.metrics", "imagehash",
 )  # fmt: skip
 SECONDS = 60
 
@@ -90,16 +91,40 @@ class Server:
         Args:
             *arguments: as on the command line.
             at: ``(module:function, n, what)``: in the n-th call of that function ``hold`` (sleep
-                for ever), ``block`` (the same, in C code), or ``remove PATH``.
-            **options: ``limit`` is the largest file in bytes; ``patches`` sets module attributes.
+                for ever; ``hold-rank-1``: in one process), ``block`` (the same, in C code), or
+                ``remove PATH``.
+            **options: ``limit`` is the largest file in bytes; ``patches`` sets module attributes;
+                ``environment`` adds variables.
         """
         folder = self.folder / f"{self.count:04d}"
         folder.mkdir()
         self.count += 1
         request = {"folder": str(folder), "arguments": [str(part) for part in arguments], "at": at}
-        environment = {k: v for k, v in os.environ.items() if k.startswith(("LCMEM_", "HF_"))}
+        kept = {k: v for k, v in os.environ.items() if k.startswith(("LCMEM_", "HF_"))}
+        environment = {**kept, **options.pop("environment", {})}
         pid = self.ask({**request, "environment": environment, **options})
         return Running(self, pid, folder)
+
+    def start_ranks(self, count: int, *arguments: object, **options) -> list[Running]:
+        """Start a command in several processes that work together, as torchrun does."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        sizes = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        running = []
+        for rank in range(count):
+            group = {**common, **sizes, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {key: str(value) for key, value in group.items()}
+            running.append(self.start(*arguments, environment=environment, **options))
+        return running
+
+    def run_ranks(self, count: int, *arguments: object, **options) -> Done:
+        """Run a command in several processes; returns how the first one ended."""
+        done = [running.wait() for running in self.start_ranks(count, *arguments, **options)]
+        assert all(other.stdout == "" for other in done[1:]), "only the first one prints results"
+        assert len({other.code for other in done}) == 1, [other.stderr for other in done]
+        return done[0]
 
     def run(self, *arguments: object, **options) -> Done:
         """Run a command to its end."""
@@ -191,7 +216,8 @@ def _act(folder: Path, place: str, count: int, what: str) -> None:
             (folder / "held").touch()
             if what == "block":
                 ctypes.CDLL(None).system(f"sleep {SECONDS}".encode())
-            while what == "hold":
+            held = what == "hold" or what == f"hold-rank-{os.environ.get('RANK')}"
+            while held:
                 time.sleep(0.01)
         return original(*arguments, **options)
 
