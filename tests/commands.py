@@ -98,6 +98,8 @@ class Server:
         """
         folder = self.folder / f"{self.count:04d}"
         folder.mkdir()
+        for name in ("stdout", "stderr"):  # a process may be killed before it makes them
+            (folder / name).touch()
         self.count += 1
         request = {"folder": str(folder), "arguments": [str(part) for part in arguments], "at": at}
         kept = {k: v for k, v in os.environ.items() if k.startswith(("LCMEM_", "HF_"))}
@@ -162,6 +164,7 @@ def _serve() -> None:
 
 
 def _child(request: dict) -> None:
+    import faulthandler
     import importlib
     import resource
     import traceback
@@ -172,7 +175,8 @@ def _child(request: dict) -> None:
     code = 1
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+            os.dup2(os.open(folder / name, os.O_WRONLY), number)
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # says where it hangs
         os.environ.update(request["environment"])
         if request.get("limit"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"],) * 2)

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from lcmem_cli.engine.errors import FolderBusyError, InputError, LcmemError, WriteError
 
 LOCK_NAME = ".lcmem.lock"
+_TEMPORARY = ".lcmem-"
 _LITTLE_SPACE = 1 << 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -40,7 +41,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with naming_target(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(
-                prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
+                prefix=f"{_TEMPORARY}{target.name[:80]}.", suffix=".tmp", dir=target.parent
             )
             temporary = Path(name)
             os.close(handle)
@@ -156,7 +157,8 @@ def sha256_file(path: Path) -> str:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold a folder for one writer; a second lcmem process is refused at once.
 
-    The lock is the operating system's and ends with the process, so a killed run leaves none.
+    The lock is the operating system's and ends with the process, so a killed run leaves none. The
+    temporary files that it may have left are removed.
 
     Raises:
         FolderBusyError: another process holds the folder.
@@ -177,6 +179,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
         kind = WriteError if error.errno in _NO_SPACE else InputError
         raise kind(f"{folder}: cannot write here ({error.strerror or error})") from error
     try:
+        for pattern in (f"{_TEMPORARY}*.tmp", f"*/{_TEMPORARY}*.tmp"):
+            for left in folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    left.unlink()
         yield
     finally:
         lock.release()

@@ -100,6 +100,7 @@ def add_to_index(
         FolderBusyError: another process adds to the index.
     """
     ranks = ranks or Ranks()
+    reporter = reporter if ranks.is_main else SILENT
     manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():

@@ -232,6 +232,7 @@ def encode_latents(
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are kept.
     """
     ranks = ranks or Ranks()
+    reporter = reporter if ranks.is_main else SILENT
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
         plan = _plan(manifest, codec, image_size=image_size, seed=seed)
         if ranks.is_main:
@@ -249,7 +250,7 @@ def encode_latents(
         known = set(itertools.chain.from_iterable(finished))
         if ranks.is_main:
             _tell_what_is_there(shards, known, reporter)
-        encoded_now = _encode_shards(
+        made = _encode_shards(
             ranks.share([number for number in range(len(shards)) if number not in known]),
             shards,
             manifest,
@@ -260,7 +261,13 @@ def encode_latents(
             seed=seed,
             reporter=reporter,
         )
-        encoded_now = sum(ranks.gather(encoded_now))  # also waits for every process
+        made_by_all = ranks.gather(made)  # also waits for every process
+        encoded_now, notes = (sum(numbers) for numbers in zip(*made_by_all, strict=True))
+        if notes:
+            reporter.warn(
+                f"{notes} image(s) of more than 8 bits without a stated range: their brightness "
+                "was guessed from their values"
+            )
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
@@ -411,8 +418,12 @@ def _encode_shards(
     workers: int,
     seed: int,
     reporter: Reporter,
-) -> int:
-    """Encode and write some shards; return the number of images encoded."""
+) -> tuple[int, int]:
+    """Encode and write some shards.
+
+    Returns:
+        Images encoded, and how many of them had their bit depth guessed.
+    """
     paths = manifest.paths()
 
     def load() -> Iterator[tuple[int, LoadedBatch]]:
@@ -450,12 +461,7 @@ def _encode_shards(
             num_encoded += len(kept)
         if writing is not None:
             writing.result()
-    if num_notes:
-        reporter.warn(
-            f"{num_notes} image(s) of more than 8 bits without a stated range: their brightness "
-            "was guessed from their values"
-        )
-    return num_encoded
+    return num_encoded, num_notes
 
 
 def _one_ahead(

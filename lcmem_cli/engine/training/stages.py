@@ -115,6 +115,7 @@ def train_stage1(
     """
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    reporter = reporter if ranks.is_main else SILENT
     pixels = config.codec.name == "none"
     if pixels and store is not None:
         raise InputError('codec.name = "none" trains on images: pass --filelist, not --latents')
@@ -247,6 +248,7 @@ def finetune(
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    reporter = reporter if ranks.is_main else SILENT
     start = load_checkpoint(checkpoint)
     encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
