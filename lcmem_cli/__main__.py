@@ -5,6 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line."""
+    from lcmem_cli.cli import interrupts
+
+    interrupts.install()
     from lcmem_cli.cli.app import app
 
     app(prog_name="lcmem")

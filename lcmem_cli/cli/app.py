@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from lcmem_cli import __version__
-from lcmem_cli.cli import render
+from lcmem_cli.cli import interrupts, render
 from lcmem_cli.cli.audit import audit_command
 from lcmem_cli.cli.benchmark import benchmark_command
 from lcmem_cli.cli.check import check
@@ -31,8 +31,6 @@ from lcmem_cli.cli.robustness import robustness_command
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
 from lcmem_cli.engine.errors import LcmemError
 
-EXIT_INTERRUPTED = 130
-
 
 class ErrorHandlingGroup(TyperGroup):
     """Turns engine errors into a message on stderr and an exit code, without a traceback."""
@@ -49,23 +47,34 @@ class ErrorHandlingGroup(TyperGroup):
         try:
             with _usage_errors_as_json():
                 return super().invoke(ctx)
-        except LcmemError as error:
-            if render.settings.debug:
+        except (typer.Exit, typer.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = interrupts.exit_code(error)
+            if stopped is not None:
+                render.error(interrupts.MESSAGE)
+                raise typer.Exit(stopped) from None
+            code = _explain(error)
+            if code is None:
                 raise
-            render.error(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            render.error("interrupted; the same command continues where it stopped")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            sys.stderr.close()
-            raise typer.Exit(1) from None
-        except OSError as error:
-            if render.settings.debug:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            render.error(f"{where}{error.strerror or error}")
-            raise typer.Exit(1) from error
+            raise typer.Exit(code) from error
+
+
+def _explain(error: BaseException) -> int | None:
+    """Say on stderr what went wrong; return the exit code, or nothing for a defect of ours."""
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 1
+    if render.settings.debug:
+        return None
+    if isinstance(error, LcmemError):
+        render.error(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        render.error(f"{where}{error.strerror or error}")
+        return 1
+    return None
 
 
 @contextlib.contextmanager

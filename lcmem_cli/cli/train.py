@@ -85,11 +85,13 @@ def train_stage1(
     """Train the Siamese network on latents (or on images, for the baselines)."""
     from lcmem_cli.engine.config import Stage1Config, load_config
     from lcmem_cli.engine.data.manifest import load_manifest
+    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.store.latents import LatentStore
     from lcmem_cli.engine.training.stages import train_stage1 as run
 
+    resolved = load_config(config or "stage1", Stage1Config, overrides=overrides or [])
     result = run(
-        load_config(config or "stage1", Stage1Config, overrides=overrides or []),
+        resolved,
         output=output,
         store=None if latents is None else LatentStore.open(latents),
         manifest=None if filelist is None else load_manifest(filelist, basedir=basedir),
@@ -97,7 +99,8 @@ def train_stage1(
         max_unreadable=max_unreadable,
         reporter=render.reporter(),
     )
-    render.emit(result, as_json=as_json, human=lambda: _show(result))
+    if current_ranks(resolved.runtime.device).is_main:
+        render.emit(result, as_json=as_json, human=lambda: _show(result))
 
 
 def finetune(
@@ -118,10 +121,12 @@ def finetune(
     """Fine-tune in image space under augmentation; the codec stays frozen."""
     from lcmem_cli.engine.config import FinetuneConfig, load_config
     from lcmem_cli.engine.data.manifest import load_manifest
+    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.training.stages import finetune as run
 
+    resolved = load_config(config or "finetune", FinetuneConfig, overrides=overrides or [])
     result = run(
-        load_config(config or "finetune", FinetuneConfig, overrides=overrides or []),
+        resolved,
         checkpoint=checkpoint,
         manifest=load_manifest(filelist, basedir=basedir),
         output=output,
@@ -130,7 +135,8 @@ def finetune(
         max_unreadable=max_unreadable,
         reporter=render.reporter(),
     )
-    render.emit(result, as_json=as_json, human=lambda: _show(result))
+    if current_ranks(resolved.runtime.device).is_main:
+        render.emit(result, as_json=as_json, human=lambda: _show(result))
 
 
 def _show(result: TrainingResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,20 @@ else:
     import tomli as tomllib
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 20
+MAX_PROBLEMS = 50
+_SHOWN = 120
 
 
 class Section(BaseModel):
     """Base of every config section: frozen, no unknown keys, no silent type conversion."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -311,12 +319,14 @@ def find_config(name: str) -> Path:
         InputError: neither a file nor a shipped config.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
+        if path.is_file():
+            return path
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    raise InputError(f"no config file or shipped config '{name}'; {nearest(name, shipped)}")
+    shown = name[:_SHOWN]
+    raise InputError(f"no config file or shipped config '{shown}'; {nearest(shown, shipped)}")
 
 
 def describe_config(path: Path) -> tuple[str, str]:
@@ -337,7 +347,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise ConfigError(str(path), [f"not valid TOML: {error}"]) from error
 
 
@@ -350,10 +360,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise ConfigError("--set", [f"'{text}': expected section.key=value"])
+        raise ConfigError("--set", [f"'{text[:_SHOWN]}': expected section.key=value"])
     try:
         return parts, tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return parts, raw.strip()
 
 
@@ -366,7 +376,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         for part in parts[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise ConfigError("--set", [f"'{text}': {part} is a value, not a section"])
+                raise ConfigError(
+                    "--set", [f"'{text[:_SHOWN]}': {part[:_SHOWN]} is a value, not a section"]
+                )
             node = child
         node[parts[-1]] = value
     return result
@@ -378,11 +390,13 @@ def validate(values: dict[str, Any], *, source: str) -> CodecConfig | Stage1Conf
     Raises:
         ConfigError: with every unknown key, wrong type and bad range at once.
     """
+    _check_extent(values, source)
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        hint = nearest(str(kind), KINDS) if kind is not None else 'add: kind = "stage1"'
+        shown = repr(kind)[:_SHOWN]
+        hint = nearest(shown.strip("'"), KINDS) if kind is not None else 'add: kind = "stage1"'
         raise ConfigError(
-            source, [f"kind: must be one of {', '.join(sorted(KINDS))}, not {kind!r}; {hint}"]
+            source, [f"kind: must be one of {', '.join(sorted(KINDS))}, not {shown}; {hint}"]
         )
     adapter: TypeAdapter[Any] = TypeAdapter(AnyConfig)
     problems: list[str] = []
@@ -393,7 +407,11 @@ def validate(values: dict[str, Any], *, source: str) -> CodecConfig | Stage1Conf
         problems = [_describe(item, KINDS[kind]) for item in error.errors()]
     problems.extend(_cross_checks(values if config is None else config.model_dump(mode="json")))
     if config is None or problems:
-        raise ConfigError(source, list(dict.fromkeys(problems)))
+        problems = list(dict.fromkeys(problems))
+        more = len(problems) - MAX_PROBLEMS
+        raise ConfigError(
+            source, problems[:MAX_PROBLEMS] + ([f"and {more:,} more"] if more > 0 else [])
+        )
     assert isinstance(config, (CodecConfig, Stage1Config, FinetuneConfig))
     return config
 
@@ -427,8 +445,28 @@ def to_toml(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def _check_extent(values: dict[str, Any], source: str) -> None:
+    """Refuse what no config holds and what could not be shown or written: deep trees, huge numbers.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    waiting: list[tuple[str, int, Any]] = [(key, 1, value) for key, value in values.items()]
+    while waiting:
+        key, depth, value = waiting.pop()
+        key = key[:_SHOWN]
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(source, [f"{key}: an integer of TOML has 64 bits, this has more"])
+        if not isinstance(value, (dict, list)):
+            continue
+        if depth > MAX_DEPTH:
+            raise ConfigError(source, [f"{key}: nested more than {MAX_DEPTH} deep: not a config"])
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        waiting.extend((f"{key}.{name}", depth + 1, child) for name, child in items)
+
+
 def _describe(item: Any, root: type[Section]) -> str:
-    location = [str(part) for part in item["loc"]]
+    location = [str(part)[:_SHOWN] for part in item["loc"]]
     if location and location[0] in KINDS:
         location = location[1:]  # the discriminator that pydantic puts first
     key = ".".join(location) or "(top level)"

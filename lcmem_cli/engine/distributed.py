@@ -6,11 +6,16 @@ One process is the special case of a group of size one, so callers need no branc
 from __future__ import annotations
 
 import atexit
+import contextlib
+import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from lcmem_cli.engine.errors import InputError, ProcessLostError
+
 Item = TypeVar("Item")
+_PATIENCE = datetime.timedelta(days=1)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -42,7 +47,8 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with collective():
+                dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's (picklable) value, in rank order, in every process."""
@@ -51,7 +57,8 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with collective():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -61,8 +68,25 @@ class Ranks:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with collective():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Turn the failure of a collective operation into an error of ours.
+
+    Raises:
+        ProcessLostError: another process ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLostError(
+            "another process of this job ended or cannot be reached, and its own message says "
+            f"why; start the job again ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def current_ranks(device: str = "auto") -> Ranks:
@@ -75,7 +99,8 @@ def current_ranks(device: str = "auto") -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # A process that ends takes the job with it, so nothing is gained by giving up on a slow one.
+    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
     atexit.register(_leave)
     return Ranks(rank=state.process_index, size=state.num_processes)
 
@@ -142,8 +167,6 @@ def resolve_device(device: str) -> str:
         InputError: the device asked for is not on this machine.
     """
     import torch
-
-    from lcmem_cli.engine.errors import InputError
 
     has_mps = torch.backends.mps.is_available()
     if device == "auto":

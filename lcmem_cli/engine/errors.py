@@ -68,6 +68,14 @@ class UnreadableLimitError(LcmemError):
     """More images could not be read than the user allowed."""
 
 
+class WriteError(LcmemError, OSError):
+    """A file could not be written: no space, no permission, or its folder is gone."""
+
+
+class ProcessLostError(LcmemError):
+    """Another process of the same job ended, so the work cannot go on."""
+
+
 class FolderBusyError(LcmemError):
     """Another lcmem process is writing to the same folder."""
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lcmem_cli.engine.errors import FolderBusyError, InputError
+from lcmem_cli.engine.errors import FolderBusyError, InputError, LcmemError, WriteError
 
 LOCK_NAME = ".lcmem.lock"
+_TEMPORARY = ".lcmem-"
+_LITTLE_SPACE = 1 << 16
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -26,29 +32,84 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     Args:
         target: the file to be written; its folder is made if missing.
+
+    Raises:
+        WriteError: it cannot be written; the message names it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        with naming_target(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(
+                prefix=f"{_TEMPORARY}{target.name[:80]}.", suffix=".tmp", dir=target.parent
+            )
+            temporary = Path(name)
+            os.close(handle)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_target(target: Path) -> Iterator[None]:
+    """Turn a failure to write into a ``WriteError`` that names the file.
+
+    The system's own error names the temporary file or nothing at all, and the writers of torch
+    and safetensors hide it behind errors of their own.
+
+    Args:
+        target: what is written inside; nothing else should be.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except LcmemError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _full(target) or str(error)
+        raise WriteError(
+            f"{target}: cannot be written ({reason}); put that right and run the same command "
+            "again: what was written before is whole"
+        ) from error
+
+
+def _full(target: Path) -> str:
+    """Say so where the disk has no room left."""
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:
+        return ""
+    return os.strerror(errno.ENOSPC) if free < _LITTLE_SPACE else ""
 
 
 def write_text(target: Path, text: str) -> None:
     """Write UTF-8 text atomically; characters that UTF-8 cannot hold are escaped."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_csv_rows(file: TextIO, rows: Iterable[Sequence[str]]) -> None:
+    """Write rows that any CSV reader reads back, also where a cell holds a carriage return.
+
+    Before Python 3.13 the writer leaves such a cell unquoted, and readers end the row there.
+
+    Args:
+        file: opened with ``newline=""``.
+        rows: cells as text.
+    """
+    plain = csv.writer(file, lineterminator="\n")
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
 
 
 def jsonable(value: Any) -> Any:
@@ -96,11 +157,13 @@ def sha256_file(path: Path) -> str:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold a folder for one writer; a second lcmem process is refused at once.
 
-    The lock is the operating system's and ends with the process, so a killed run leaves none.
+    The lock is the operating system's and ends with the process, so a killed run leaves none. The
+    temporary files that it may have left are removed.
 
     Raises:
         FolderBusyError: another process holds the folder.
         InputError: the folder cannot be made or written.
+        WriteError: the disk is full.
     """
     import filelock
 
@@ -113,8 +176,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
             f"{folder}: another lcmem process is writing here; wait for it or choose another folder"
         ) from None
     except OSError as error:
-        raise InputError(f"{folder}: cannot write here ({error.strerror or error})") from error
+        kind = WriteError if error.errno in _NO_SPACE else InputError
+        raise kind(f"{folder}: cannot write here ({error.strerror or error})") from error
     try:
+        for pattern in (f"{_TEMPORARY}*.tmp", f"*/{_TEMPORARY}*.tmp"):
+            for left in folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    left.unlink()
         yield
     finally:
         lock.release()

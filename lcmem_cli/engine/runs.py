@@ -55,7 +55,12 @@ def write_run_files(folder: Path, config: dict[str, Any]) -> None:
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
+        return {_text(str(k)): _without_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
         return [_without_none(v) for v in value if v is not None]
-    return str(value) if isinstance(value, Path) else value
+    return _text(str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _text(name: str) -> str:
+    """Escape what TOML cannot hold: bytes of a file name that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lcmem_cli.engine.data.images import IMAGE_SUFFIXES
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
-from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.files import atomic_path, write_csv_rows
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 SPLIT_SHARES = (0.60, 0.15, 0.25)
@@ -233,9 +233,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
             with temporary.open(
                 "w", encoding="utf-8", errors="surrogateescape", newline=""
             ) as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(columns)
-                writer.writerows(rows)
+                write_csv_rows(file, itertools.chain([columns], rows))
 
 
 def _row(record: Record, columns: Collection[str]) -> list[str]:
@@ -575,7 +573,7 @@ def _check_paths(
     if repeated:
         problems.append(f"{len(repeated):,} duplicate path(s): {_some(map(repr, repeated))}")
     listed = [record.path for record in records if _is_usable(record.path)]
-    outside = _outside(listed, basedir)
+    outside = paths_outside(listed, basedir)
     if outside:
         problems.append(
             f"{len(outside):,} path(s) leave the base folder {basedir}: "
@@ -608,7 +606,7 @@ def _normalised(path: str) -> str:
     return ("/" if path.startswith("/") else "") + "/".join(parts)
 
 
-def _outside(paths: Iterable[str], basedir: Path) -> list[str]:
+def paths_outside(paths: Iterable[str], basedir: Path) -> list[str]:
     """Return the paths that end outside of a folder.
 
     A link inside the folder may point anywhere: it was put there on purpose. What is refused is an

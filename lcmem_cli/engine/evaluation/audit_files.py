@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lcmem_cli.engine.evaluation.audit_result import (
     AuditResult,
     Match,
 )
-from lcmem_cli.engine.files import atomic_path, write_json, write_text
+from lcmem_cli.engine.files import atomic_path, write_csv_rows, write_json, write_text
 from lcmem_cli.engine.report.html import Distribution, ReportCopied, ReportPair, render_report
 from lcmem_cli.engine.report.thumbnails import make_thumbnails
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -104,9 +105,7 @@ def write_audit(
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV file atomically; names that are not UTF-8 keep their bytes."""
     with atomic_path(path) as temporary, temporary.open("w", **_CSV_OPTIONS) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        write_csv_rows(file, itertools.chain([columns], rows))
 
 
 def write_parquet(path: Path, matches: Sequence[Match]) -> None:

@@ -358,7 +358,10 @@ def benchmark(
     ) as folder:
         scored: list[_Scored] = []
         for name, fingerprint in available.fingerprints.items():
-            if not ranks.broadcast(folder is not None and folder.has(name, fingerprint)):
+            # What a latent store lacks, it lacks whether or not the image can be read by now.
+            base = study.basedir if store is None else None
+            is_done = folder is not None and folder.has(name, fingerprint, basedir=base)
+            if not ranks.broadcast(is_done):
                 detector = available.take(name)
                 made = _score(
                     detector,

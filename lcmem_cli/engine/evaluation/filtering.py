@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.data.manifest import paths_outside
+from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit_files import read_audit, write_csv
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -83,6 +84,12 @@ def filter_audit(
             raise InputError(f"{name} must be a finite number, not {limit}")
     document, rows = read_audit(audit_folder)
     folder = Path(document["generated"]["folder"])
+    outside = paths_outside([row["query"] for row in rows], folder)
+    if outside:
+        raise CorruptFileError(
+            f"{audit_folder}: lists {len(outside):,} file(s) outside of the audited folder "
+            f"{folder}, the first is {outside[0]!r}: it was edited; run the audit again"
+        )
     exact = {match["query"] for match in document["flagged"] if match["exact"]}
     kept: list[list[str]] = []
     rejected: list[list[str]] = []

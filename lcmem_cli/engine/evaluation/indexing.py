@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
-from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
@@ -99,14 +100,40 @@ def add_to_index(
     Raises:
         FingerprintMismatchError: the index is another detector's.
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are added.
+        FolderBusyError: another process adds to the index.
     """
     ranks = ranks or Ranks()
+    reporter = reporter if ranks.is_main else SILENT
     manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
-    paths = [path.absolute() for path in manifest.paths()]
-    if ranks.is_main:
-        with folder_lock(folder):
+    # Held to the end: a second addition at the same time would number its segments alike.
+    with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
+        if ranks.is_main:
             Index.create(folder, detector=detector.name, fingerprint=detector.fingerprint)
-    ranks.barrier()
+        ranks.barrier()
+        return _add(
+            manifest,
+            folder,
+            detector,
+            batch_size=batch_size,
+            workers=workers,
+            max_unreadable=max_unreadable,
+            ranks=ranks,
+            reporter=reporter,
+        )
+
+
+def _add(
+    manifest: Manifest,
+    folder: Path,
+    detector: Detector,
+    *,
+    batch_size: int,
+    workers: int,
+    max_unreadable: int,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> IndexingResult:
+    paths = [path.absolute() for path in manifest.paths()]
     index = Index.open(folder)
     index.check(detector.fingerprint)
     contents = _hash_files(paths, workers, ranks)
@@ -153,8 +180,7 @@ def add_to_index(
             if content not in index:
                 fresh.setdefault(content, int(row))
         if ranks.is_main and images:
-            with folder_lock(folder):
-                index.append(images, list(fresh), embedded.features[list(fresh.values())])
+            index.append(images, list(fresh), embedded.features[list(fresh.values())])
         ranks.barrier()
         unreadable.extend(embedded.unreadable)
         added += len(images)

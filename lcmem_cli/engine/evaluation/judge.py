@@ -18,7 +18,7 @@ from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_nega
 from lcmem_cli.engine.evaluation.metrics import bootstrap_intervals, pair_metrics, roc_curve
 from lcmem_cli.engine.models.checkpoint import Checkpoint
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.results import Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
 BATCH_SIZE = 32
@@ -35,11 +35,13 @@ class Judgement:
         auc: per data set and overall ``{"auc", "low", "high", "num_positives", "num_negatives"}``.
         roc: per data set false- and true-positive rates and AUC, for plotting.
         thresholds: fitted on the VAL pairs.
+        unreadable: images of VAL and TEST that were left out.
     """
 
     auc: dict[str, dict[str, Any]]
     roc: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], float]]
     thresholds: tuple[Threshold, ...]
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,22 +132,34 @@ def judge(
     ranks = ranks or Ranks()
     detector = LCMemDetector(checkpoint, name="trained", device=resolve_device(device))
     scores: dict[str, tuple[NDArray[np.float64], WithinPairs]] = {}
+    unreadable: dict[int, str] = {}
     for split in ("VAL", "TEST"):
         rows = [row for row, record in enumerate(source.records) if record.split == split]
         if len(rows) < 2:
             continue
         mine = list(ranks.share(rows))
-        kept, features = _embed(detector, source, mine, workers, reporter, split)
+        made = _embed(detector, source, mine, workers, reporter, split)
         gathered: dict[int, NDArray[np.float32]] = {}
-        for part_rows, part in ranks.gather((kept, features)):
+        for part_rows, part, part_unreadable in ranks.gather(made):
             gathered.update(zip(part_rows, part, strict=True))
+            unreadable.update(part_unreadable)
+        if not gathered:
+            continue
         order = sorted(gathered)
         pairs = within_pairs([source.records[row] for row in order])
         matrix = np.stack([gathered[row] for row in order])
         scores[split] = (detector.score_features(matrix[pairs.first], matrix[pairs.second]), pairs)
     thresholds = _fit(*scores["VAL"], detector.fingerprint) if "VAL" in scores else ()
     auc, roc = _measure(*scores["TEST"]) if "TEST" in scores else ({}, {})
-    return Judgement(auc=auc, roc=roc, thresholds=thresholds)
+    return Judgement(
+        auc=auc,
+        roc=roc,
+        thresholds=thresholds,
+        unreadable=tuple(
+            Unreadable(path=source.records[row].path, reason=unreadable[row])
+            for row in sorted(unreadable)
+        ),
+    )
 
 
 def _embed(
@@ -155,8 +169,9 @@ def _embed(
     workers: int,
     reporter: Reporter,
     split: str,
-) -> tuple[list[int], NDArray[np.float32]]:
+) -> tuple[list[int], NDArray[np.float32], dict[int, str]]:
     kept: list[int] = []
+    unreadable: dict[int, str] = {}
     features: list[NDArray[np.float32]] = []
     with reporter.task(f"embedding {split}", len(rows), unit="image") as task:
         if isinstance(source, LatentStore):
@@ -176,9 +191,11 @@ def _embed(
                 if batch.indices:
                     features.append(np.asarray(detector.embed_batch(batch.images)))
                     kept += [rows[i] for i in batch.indices]
+                unreadable.update({rows[i]: reason for i, reason in batch.unreadable})
                 task.advance(len(batch.indices) + len(batch.unreadable))
     width = (0, detector.num_features)
-    return kept, np.concatenate(features) if features else np.zeros(width, dtype=np.float32)
+    found = np.concatenate(features) if features else np.zeros(width, dtype=np.float32)
+    return kept, found, unreadable
 
 
 def _fit(

@@ -12,7 +12,7 @@ from lcmem_cli.engine.evaluation.judge import judge
 from lcmem_cli.engine.models.checkpoint import halve, load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold
+from lcmem_cli.engine.results import Result, Threshold, Unreadable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class CalibrationResult(Result):
         num_bytes: its size.
         thresholds: fitted on VAL.
         test_auc: AUC per data set and overall on TEST, where there is one.
+        unreadable: images left out.
     """
 
     checkpoint: str
@@ -32,6 +33,7 @@ class CalibrationResult(Result):
     num_bytes: int
     thresholds: tuple[Threshold, ...]
     test_auc: dict[str, dict[str, Any]]
+    unreadable: tuple[Unreadable, ...]
 
 
 def recalibrate(
@@ -82,4 +84,5 @@ def recalibrate(
         num_bytes=output.stat().st_size,
         thresholds=saved.thresholds,
         test_auc=judged.auc,
+        unreadable=judged.unreadable,
     )

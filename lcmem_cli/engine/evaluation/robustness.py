@@ -580,7 +580,7 @@ def _missing_parts(
     return [
         setting
         for setting in (None, *study.settings)
-        if not folder.has(name, fingerprint, _part(setting))
+        if not folder.has(name, fingerprint, _part(setting), basedir=study.basedir)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
+from lcmem_cli.engine.data.images import UnreadableImageError, content_hash, load_image
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
 from lcmem_cli.engine.detectors.base import Detector
@@ -158,27 +159,43 @@ class ResultsFolder:
             },
         )
 
-    def has(self, *key: str) -> bool:
-        """Return whether a part is finished and whole."""
-        return self.load(*key) is not None
+    def has(self, *key: str, basedir: Path | None = None) -> bool:
+        """Return whether a part is finished and whole.
+
+        Args:
+            *key: see ``save``.
+            basedir: folder of the images; with it, a part that lacks an image which can be read by
+                now is not finished.
+        """
+        arrays = self.load(*key)
+        if arrays is None:
+            return False
+        if basedir is None or "unreadable" not in arrays:
+            return True
+        return not any(
+            _is_readable(basedir / item.path) for item in unpack_unreadable(arrays["unreadable"])
+        )
 
     def load(self, *key: str) -> dict[str, NDArray[Any]] | None:
-        """Return the arrays of a finished part, or ``None``."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        """Return the arrays of a finished part, or ``None`` where it is missing or damaged."""
+        from safetensors import SafetensorError, safe_open
 
         try:
-            arrays: dict[str, NDArray[Any]] = load_file(self._stage(key))
+            with safe_open(self._stage(key), framework="numpy") as file:
+                checksum = (file.metadata() or {}).get("checksum")
+                arrays: dict[str, NDArray[Any]] = {
+                    name: file.get_tensor(name) for name in file.keys()
+                }
         except (OSError, SafetensorError):
             return None
-        return arrays
+        return arrays if checksum == _checksum(arrays) else None
 
     def save(self, arrays: Mapping[str, NDArray[Any]], *key: str) -> None:
         """Keep the arrays of a finished part, named by a key such as detector and setting."""
         from safetensors.numpy import save_file
 
         with atomic_path(self._stage(key)) as temporary:
-            save_file(dict(arrays), temporary)
+            save_file(dict(arrays), temporary, metadata={"checksum": _checksum(arrays)})
 
     def _stage(self, key: Sequence[str]) -> Path:
         name = sha256_bytes(json.dumps([self.digest, *key]).encode())[:32]
@@ -427,6 +444,22 @@ def score_dense(
             )
             scores[usable[part]] = matrix[top[part] - i, left[part] - j]
     return scores
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        load_image(path)
+    except (UnreadableImageError, MissingExtraError):
+        return False
+    return True
 
 
 def _rows_per_block(features: NDArray[Any]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError
@@ -19,6 +21,7 @@ from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
     build_network,
+    check_fit,
     load_strictly,
 )
 from lcmem_cli.engine.results import Threshold
@@ -26,8 +29,19 @@ from lcmem_cli.engine.results import Threshold
 FORMAT_VERSION = 1
 HEADER_KEY = "lcmem"
 MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_DEPTH = 64
+MAX_SIDE, MAX_CHANNELS = 65_536, 4096
 MAX_EMBEDDED_CODEC_BYTES = 32 << 20
 _NETWORK, _CODEC = "network.", "codec."
+Stage = Literal["stage1", "finetune", "converted"]
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "stage": str,
+    "codec_config": (dict, type(None)),
+    "image_size": int,
+    "thresholds": list,
+    "training": dict,
+    "fingerprint": str,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +61,7 @@ class Checkpoint:
         fingerprint: SHA-256 over all of the above that changes a score; set when saved or loaded.
     """
 
-    stage: Literal["stage1", "finetune", "converted"]
+    stage: Stage
     network: NetworkSpec
     network_state: dict[str, torch.Tensor]
     codec: CodecSpec
@@ -70,12 +84,19 @@ class Checkpoint:
         """Return the autoencoder that is inside the file (encoder only), or ``None``."""
         if self.codec_config is None or self.codec_state is None:
             return None
-        model: Any = build_model(self.codec.class_name, self.codec_config)
+        source = "codec inside the checkpoint"
+        with torch.device("meta"):  # a config that asks for more than the weights is not built
+            check_fit(self._encoder(), self.codec_state, source=source)
+        model = self._encoder()
+        state = {key: value.to(torch.float32) for key, value in self.codec_state.items()}
+        load_strictly(model, state, source=source)
+        return model
+
+    def _encoder(self) -> nn.Module:
+        model: Any = build_model(self.codec.class_name, self.codec_config or {})
         model.decoder = nn.Identity()
         if hasattr(model, "post_quant_conv"):
             model.post_quant_conv = None
-        state = {key: value.to(torch.float32) for key, value in self.codec_state.items()}
-        load_strictly(model, state, source="codec inside the checkpoint")
         built: nn.Module = model
         return built
 
@@ -162,6 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: checkpoint format {header['format']!r}; this version of lcmem reads "
                 f"format {FORMAT_VERSION}: install a version that matches"
             )
+        _check_header(header)
         tensors = load_file(path)
         codec_state = {k[len(_CODEC) :]: v for k, v in tensors.items() if k.startswith(_CODEC)}
         shape: dict[str, Any] = {
@@ -182,7 +204,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             fingerprint=header["fingerprint"],
         )
         found = compute_fingerprint(checkpoint)
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{path}: not a complete lcmem checkpoint: {error}") from error
     if found != checkpoint.fingerprint:
         raise CorruptFileError(
@@ -220,7 +244,62 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its lcmem header is not an object")
+    if _is_deeper_than(header, MAX_HEADER_DEPTH):
+        raise CheckpointError(f"{path}: its lcmem header is nested over {MAX_HEADER_DEPTH} deep")
     return header
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Check types and ranges, so that whatever is built of the header is what it says.
+
+    Raises:
+        ValueError: naming the field (also as pydantic's ``ValidationError``).
+        KeyError: a field is missing.
+        TypeError: an entry is not an object.
+    """
+    for name, kind in (("network", NetworkSpec), ("codec", CodecSpec)):
+        # A file name need not be UTF-8, which pydantic insists on; its type is all that counts.
+        text = json.dumps(dict(header[name]), ensure_ascii=False).encode("utf-8", "replace")
+        TypeAdapter(kind).validate_json(text, strict=True)
+    for name, wanted in _FIELD_TYPES.items():
+        if not isinstance(header[name], wanted) or isinstance(header[name], bool):
+            raise ValueError(f"{name} is not of the type that it must have")
+    if header["stage"] not in get_args(Stage):
+        raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}")
+    for threshold in header["thresholds"]:
+        Threshold.from_dict(threshold)
+    network, codec = header["network"], header["codec"]
+    for name, value, highest in (
+        ("image_size", header["image_size"], MAX_SIDE),
+        ("network.input_size", network["input_size"], MAX_SIDE),
+        ("network.in_channels", network["in_channels"], MAX_CHANNELS),
+        ("network.num_features", network["num_features"], MAX_SIDE),
+        ("network.stem_stride", network.get("stem_stride") or 1, MAX_CHANNELS),
+        ("codec.latent_channels", codec["latent_channels"], MAX_CHANNELS),
+        ("codec.downsampling", codec["downsampling"], MAX_CHANNELS),
+    ):
+        if not 1 <= value <= highest:
+            raise ValueError(f"{name} must lie in 1 to {highest:,}")
+    for name in ("mean", "std"):
+        values = network.get(name)
+        if values is None and network["normalisation"] != "dataset":
+            continue
+        if values is None or len(values) != network["in_channels"]:
+            raise ValueError(f"network.{name} must hold a number for each channel")
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"network.{name} holds values that are not finite")
+
+
+def _is_deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)
 
 
 def embedded_checkpoint() -> Path:

@@ -137,6 +137,29 @@ class SiameseNetwork(nn.Module):
         return logits.squeeze(-1)
 
 
+@torch.no_grad()
+def check_input(network: SiameseNetwork) -> None:
+    """Try a network on an input of its size; a deep one shrinks a small input to nothing.
+
+    Raises:
+        InputError: the backbone does not take it.
+    """
+    spec = network.spec
+    was_training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    try:
+        network(torch.zeros(1, spec.in_channels, spec.input_size, spec.input_size, device=device))
+    except RuntimeError as error:
+        raise InputError(
+            f"network.backbone: {spec.backbone} does not take inputs of {spec.in_channels} x "
+            f"{spec.input_size} x {spec.input_size} ({error}); use a larger image.size, a smaller "
+            "network.stem_stride or another backbone"
+        ) from error
+    finally:
+        network.train(was_training)
+
+
 def resolve_backbone(name: str) -> str:
     """Return the timm name of a backbone given by timm's or the paper's name.
 
@@ -186,12 +209,14 @@ def build_backbone(
             break
         except TypeError as error:
             failure = error
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # the models of timm have no common base for their errors
             if not pretrained:
                 raise InputError(
                     f"network.backbone: {name} does not fit inputs of {spec.in_channels} x "
                     f"{spec.input_size} x {spec.input_size}: {error}"
                 ) from error
+            if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                raise
             raise WeightsUnavailableError(
                 f"pretrained weights of {name} are not in the local cache and the hub could not "
                 "be reached; fetch them on a machine with internet and set network.weights to "
@@ -301,6 +326,16 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], *, source: 
     """Load a state dict and refuse any missing, unexpected or misshapen tensor by name.
 
     Raises:
+        CheckpointError: see ``check_fit``.
+    """
+    check_fit(module, state, source=source)
+    module.load_state_dict(state, strict=True)
+
+
+def check_fit(module: nn.Module, state: dict[str, torch.Tensor], *, source: str) -> None:
+    """Refuse a state dict with a missing, unexpected or misshapen tensor; load nothing.
+
+    Raises:
         CheckpointError: naming the first few offenders of each kind.
     """
     expected = module.state_dict()
@@ -322,4 +357,3 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], *, source: 
     ]
     if problems:
         raise CheckpointError(f"{source}: weights do not fit the network; " + "; ".join(problems))
-    module.load_state_dict(state, strict=True)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.errors import CorruptFileError, FingerprintMismatchError, InputError
-from lcmem_cli.engine.files import write_json
+from lcmem_cli.engine.files import dump_json, naming_target, sha256_bytes, write_json
 from lcmem_cli.engine.results import Result
 from lcmem_cli.engine.store.search import TopK
 
@@ -179,7 +179,7 @@ class Index:
 
         Raises:
             InputError: features of another length or type than those of the index.
-            OSError: the disk is full, or the folder cannot be written.
+            WriteError: the disk is full, or the folder cannot be written.
         """
         features = np.ascontiguousarray(features)
         if not self.num_rows:
@@ -194,24 +194,25 @@ class Index:
             )
         new_rows = {content: self.num_rows + place for place, content in enumerate(new_hashes)}
         data = features.tobytes()
-        with self._features_path.open("r+b" if self._features_path.exists() else "w+b") as file:
+        mode = "r+b" if self._features_path.exists() else "w+b"
+        with naming_target(self._features_path), self._features_path.open(mode) as file:
             file.truncate(self.num_rows * self._row_bytes)
             file.seek(0, os.SEEK_END)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        listed = {
+            "dtype": self._dtype.name,
+            "num_features": self._num_features,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "hashes": list(new_hashes),
+            "entries": [
+                [path, identity, content, new_rows.get(content, self._row_of.get(content))]
+                for path, identity, content in images
+            ],
+        }
         write_json(  # last, so that a listed segment is complete
-            self._segment_path(self._num_segments),
-            {
-                "dtype": self._dtype.name,
-                "num_features": self._num_features,
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "hashes": list(new_hashes),
-                "entries": [
-                    [path, identity, content, new_rows.get(content, self._row_of.get(content))]
-                    for path, identity, content in images
-                ],
-            },
+            self._segment_path(self._num_segments), {**listed, "checksum": _checksum(listed)}
         )
         self._open_segment(self._num_segments)
 
@@ -264,6 +265,9 @@ class Index:
         path = self._segment_path(number)
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
+            checksum = listed.pop("checksum", None)
+            if checksum is not None and checksum != _checksum(listed):
+                raise ValueError("its content does not match its checksum")
             self._dtype = np.dtype(listed["dtype"])
             self._num_features = int(listed["num_features"])
             hashes = [str(content) for content in listed["hashes"]]
@@ -277,7 +281,7 @@ class Index:
                     f"checksum; remove {path.name} and every later segment, and run the same "
                     "lcmem index command again"
                 )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(
                 f"{path}: missing or damaged ({error}); remove it and every later segment, and "
                 "run the same lcmem index command again"
@@ -300,6 +304,10 @@ class Index:
                     digest.update(data)
                     left -= len(data)
         return digest.hexdigest()
+
+
+def _checksum(listed: dict[str, Any]) -> str:
+    return sha256_bytes(dump_json(listed).encode())
 
 
 def is_index(path: Path) -> bool:

@@ -101,6 +101,9 @@ class LatentStore:
         self.manifest_digest = str(meta["manifest_digest"])
         self.unreadable = tuple(Unreadable(**u) for u in meta["unreadable"])
         self._shards = [(str(shard["file"]), str(shard["sha256"])) for shard in meta["shards"]]
+        for name, _ in self._shards:
+            if Path(name).name != name:
+                raise ValueError(f"shard {name!r} lies outside of the store")
         self._verified: set[int] = set()
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         self.records = tuple(
@@ -131,9 +134,18 @@ class LatentStore:
             meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
             if meta["format"] != FORMAT_VERSION:
                 raise InputError(f"{folder}: latent store format {meta['format']} is not known")
-            return cls(folder, meta, pyarrow.parquet.read_table(folder / INDEX_NAME))
-        except (ValueError, KeyError, TypeError, OSError, pyarrow.lib.ArrowException) as error:
-            raise CorruptFileError(f"{folder}: the index is damaged: {error}") from error
+            index = folder / INDEX_NAME
+            if sha256_file(index) != meta.get("index_sha256", sha256_file(index)):
+                raise ValueError(f"{INDEX_NAME} does not match its checksum")
+            return cls(folder, meta, pyarrow.parquet.read_table(index))
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError,
+            pyarrow.lib.ArrowException,
+        ) as error:  # fmt: skip
+            raise CorruptFileError(
+                f"{folder}: the index is damaged: {error}; run the same lcmem latents command "
+                "again, which makes it anew"
+            ) from error
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -141,6 +153,9 @@ class LatentStore:
 
     def latents(self, rows: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """Return raw latents ``[n, C, h, w]`` float32 of some rows of ``records``."""
+        if not len(rows):
+            side = self.image_size // self.spec.downsampling
+            return torch.zeros(0, self.spec.latent_channels, side, side)
         return torch.from_numpy(
             np.stack([self._map(int(self._shard[r]))[self._row[r]] for r in rows])
         )
@@ -218,6 +233,7 @@ def encode_latents(
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are kept.
     """
     ranks = ranks or Ranks()
+    reporter = reporter if ranks.is_main else SILENT
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
         plan = _plan(manifest, codec, image_size=image_size, seed=seed)
         if ranks.is_main:
@@ -235,7 +251,7 @@ def encode_latents(
         known = set(itertools.chain.from_iterable(finished))
         if ranks.is_main:
             _tell_what_is_there(shards, known, reporter)
-        encoded_now = _encode_shards(
+        made = _encode_shards(
             ranks.share([number for number in range(len(shards)) if number not in known]),
             shards,
             manifest,
@@ -246,7 +262,13 @@ def encode_latents(
             seed=seed,
             reporter=reporter,
         )
-        encoded_now = sum(ranks.gather(encoded_now))  # also waits for every process
+        made_by_all = ranks.gather(made)  # also waits for every process
+        encoded_now, notes = (sum(numbers) for numbers in zip(*made_by_all, strict=True))
+        if notes:
+            reporter.warn(
+                f"{notes} image(s) of more than 8 bits without a stated range: their brightness "
+                "was guessed from their values"
+            )
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
@@ -397,8 +419,12 @@ def _encode_shards(
     workers: int,
     seed: int,
     reporter: Reporter,
-) -> int:
-    """Encode and write some shards; return the number of images encoded."""
+) -> tuple[int, int]:
+    """Encode and write some shards.
+
+    Returns:
+        Images encoded, and how many of them had their bit depth guessed.
+    """
     paths = manifest.paths()
     batching = Batching(batch_size, codec.device, reporter=reporter)
 
@@ -438,12 +464,7 @@ def _encode_shards(
             num_encoded += len(kept)
         if writing is not None:
             writing.result()
-    if num_notes:
-        reporter.warn(
-            f"{num_notes} image(s) of more than 8 bits without a stated range: their brightness "
-            "was guessed from their values"
-        )
-    return num_encoded
+    return num_encoded, num_notes
 
 
 def _one_ahead(
@@ -575,6 +596,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
             "codec": dataclasses.asdict(codec.spec),
             "image_size": image_size,
             "manifest_digest": manifest.digest,
+            "index_sha256": sha256_file(shards.folder / INDEX_NAME),
             "mean": mean.tolist(),
             "std": std.tolist(),
             "unreadable": unreadable,

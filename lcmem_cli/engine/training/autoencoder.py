@@ -26,8 +26,8 @@ from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
-from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
-from lcmem_cli.engine.files import atomic_path, write_text
+from lcmem_cli.engine.errors import InputError, TrainingDivergedError
+from lcmem_cli.engine.files import naming_target, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.report.plots import plot_codec_losses
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -37,6 +37,7 @@ from lcmem_cli.engine.training.run import (
     open_training_folder,
     readable_part,
 )
+from lcmem_cli.engine.training.state import read_state, unreadable_state, write_state
 
 STATE_NAME = "state.pt"
 CODEC_FOLDER = "codec"
@@ -152,7 +153,8 @@ def train_codec(
         error, psnr = _reconstruction_error(trainer, val_paths[:MAX_VALIDATION_IMAGES])
         folder = output / CODEC_FOLDER
         model: Any = trainer.model.cpu()
-        model.save_pretrained(folder)
+        with naming_target(folder):
+            model.save_pretrained(folder)
         codec = Codec(model, name=str(folder), input_range=config.input_range)
         return CodecTrainingResult(
             codec=codec.spec,
@@ -252,9 +254,11 @@ class _CodecTrainer:
         divergence = posterior.kl().sum() / inputs[:, 0].numel()
         loss = error + self.config.loss.kl_weight * divergence
         if not math.isfinite(float(loss.detach())):
+            path = self.folder / STATE_NAME
+            kept = f"the last good state is {path}" if path.is_file() else "none was saved before"
             raise TrainingDivergedError(
-                f"the loss became {float(loss.detach())} at step {self.step + 1}; the last good "
-                f"state is {self.folder / STATE_NAME}. Try a smaller schedule.learning_rate"
+                f"the loss became {float(loss.detach())} at step {self.step + 1}; {kept}. Try a "
+                "smaller schedule.learning_rate in another folder"
             )
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -301,23 +305,20 @@ class _CodecTrainer:
             "model": self.model.state_dict(),
             "adam": self.adam.state_dict(),
         }
-        with atomic_path(self.folder / STATE_NAME) as temporary:
-            torch.save(payload, temporary)
+        write_state(self.folder / STATE_NAME, payload)
 
     def _restore(self) -> None:
         path = self.folder / STATE_NAME
         if not path.is_file():
             return
         try:
-            payload = torch.load(path, map_location=self.device, weights_only=True)
+            payload = read_state(path, self.device)
             self.model.load_state_dict(payload["model"])
             self.adam.load_state_dict(payload["adam"])
             self.step, self.history = payload["step"], payload["history"]
             self.sums = payload["sums"]
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-            raise CorruptFileError(
-                f"{path}: not a readable training state ({error}); remove it to start over"
-            ) from error
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable_state(path, error) from error
         self.reporter.event("resumed", step=self.step)
 
 

@@ -26,13 +26,14 @@ from lcmem_cli.engine.config import (
     ScheduleSection,
 )
 from lcmem_cli.engine.distributed import Ranks
-from lcmem_cli.engine.errors import CorruptFileError, InputError, TrainingDivergedError
-from lcmem_cli.engine.files import atomic_path, write_text
+from lcmem_cli.engine.errors import InputError, TrainingDivergedError
+from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.sources import PairSource
+from lcmem_cli.engine.training.state import read_state, unreadable_state, write_state
 from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
 from lcmem_cli.engine.training.teacher import Retention
 from lcmem_cli.engine.training.trackers import Log
@@ -223,26 +224,39 @@ class Trainer:
             autocast=self._autocast,
             scale=self.scaler.get_scale(),
         )
+        where = f"at epoch {self.state.epoch + 1}, step {self.state.step + 1}"
         if not math.isfinite(float(loss.total)):
-            raise TrainingDivergedError(
-                f"the loss became {float(loss.total)} at epoch {self.state.epoch + 1}, step "
-                f"{self.state.step + 1}; the last good state is {self.folder / STATE_NAME}. Try a "
-                "smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0"
-            )
+            raise self._diverged(f"the loss became {float(loss.total)} {where}")
         self.scaler.unscale_(self.adam)  # does nothing when disabled
-        if self.optimiser.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.optimiser.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.optimiser.clip_norm or math.inf
+        )
+        # With gradient scaling an overflow is normal, and the scaler leaves the step out.
+        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):
+            raise self._diverged(f"the gradient became {float(norm)} {where}")
         self.scaler.step(self.adam)
         self.scaler.update()
         if self.ema is not None:
             update_average(self.ema, self.network, self.optimiser.ema_decay, number)
         return loss
 
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        path = self.folder / STATE_NAME
+        kept = "no good state was saved before"
+        if path.is_file():
+            kept = f"the last good state, of which --resume continues, is {path}"
+        return TrainingDivergedError(
+            f"{what}; {kept}. Try a smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0, "
+            "in another folder"
+        )
+
     def _finish_epoch(self) -> None:
         state = self.state
         train = [value / state.sums[-1] for value in state.sums[:-1]]
         kept = self.ema or self.network
         val = self._validate(kept)
+        if not math.isfinite(val[0]):
+            raise self._diverged(f"the VAL loss became {val[0]} after epoch {state.epoch + 1}")
         state.history.append(
             {
                 "epoch": state.epoch,
@@ -339,15 +353,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "best": self.best,
         }
-        with atomic_path(self.folder / STATE_NAME) as temporary:
-            torch.save(payload, temporary)
+        write_state(self.folder / STATE_NAME, payload)
 
     def _restore(self) -> None:
         path = self.folder / STATE_NAME
         if not path.is_file():
             return
         try:
-            payload = torch.load(path, map_location=self.device, weights_only=True)
+            payload = read_state(path, self.device)
             if payload["run_digest"] != self.run_digest:
                 raise InputError(
                     f"{path}: belongs to a run with another config, data or initial weights; "
@@ -360,10 +373,8 @@ class Trainer:
                 self.ema.load_state_dict(payload["ema"])
             self.scaler.load_state_dict(payload["scaler"])
             self.best = {k: v.cpu() for k, v in payload["best"].items()}
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-            raise CorruptFileError(
-                f"{path}: not a readable training state ({error}); remove it to start over"
-            ) from error
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable_state(path, error) from error
         self.reporter.event("resumed", epoch=self.state.epoch + 1, step=self.state.step)
 
     def _write_history(self) -> None:

@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lcmem_cli.engine.config import NOT_THE_STUDY, Section
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import CorruptFileError, InputError, UnreadableLimitError
 from lcmem_cli.engine.files import folder_lock, write_json
 from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Unreadable
@@ -59,7 +60,7 @@ def open_training_folder(
     with lock:
         record = output / RUN_NAME
         if record.is_file():
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = _read_record(record)
             if not resume:
                 raise InputError(
                     f"{output}: holds a training run already; continue it with --resume, or choose "
@@ -77,6 +78,17 @@ def open_training_folder(
             write_json(record, {"run_digest": digest, "data_digest": data_digest})
         ranks.barrier()
         yield digest
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict):
+            return known
+        reason = "not an object"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise CorruptFileError(f"{path}: damaged ({reason}); choose another folder, or remove this one")
 
 
 def readable_part(

@@ -137,7 +137,8 @@ class ImageSource(PairSource):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _encode(self, pairs: list[LatentPair]) -> LatentPair:
-        images = torch.stack([a for a, _ in pairs] + [b for _, b in pairs])
+        empty = torch.zeros(0, 3, self.image_size, self.image_size)
+        images = torch.stack([a for a, _ in pairs] + [b for _, b in pairs]) if pairs else empty
         # The codec runs in inference mode; a clone is an ordinary tensor that autograd accepts.
         first, second = self.codec.encode(images, same_bits=False).clone().chunk(2)
         return first, second

@@ -25,7 +25,7 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.models.checkpoint import (
     MAX_EMBEDDED_CODEC_BYTES,
@@ -38,6 +38,7 @@ from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
+    check_input,
     load_strictly,
     resolve_backbone,
     use_checkpointing,
@@ -126,6 +127,7 @@ def train_stage1(
     """
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    reporter = reporter if ranks.is_main else SILENT
     check_trackers(config.runtime)
     check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
     unreadable: tuple[Unreadable, ...] = ()
@@ -143,6 +145,7 @@ def train_stage1(
         digest = f"{digest}/{spec.weights_hash}/{size}"
 
     network = stage1_network(config, spec, size, store)
+    check_input(network)
     teacher, retention = None, None
     if config.network.weights not in ("random", "timm"):
         pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
@@ -226,6 +229,7 @@ def finetune(
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
+    reporter = reporter if ranks.is_main else SILENT
     check_trackers(config.runtime)
     start_file = locate_checkpoint(checkpoint)
     start = load_checkpoint(start_file)
@@ -424,6 +428,13 @@ def _run(
             checkpoint, evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
             device=config.runtime.device, reporter=reporter,
         )  # fmt: skip
+        if judged.unreadable:  # they were all readable when the training began
+            bad = judged.unreadable[0]
+            raise LcmemError(
+                f"{bad.path}: became unreadable during training ({bad.reason}), and "
+                f"{len(judged.unreadable) - 1} more; restore the files and start the same command "
+                "with --resume"
+            )
         checkpoint = dataclasses.replace(checkpoint, thresholds=judged.thresholds)
         path = output / CHECKPOINT_NAME
         result = TrainingResult(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.distributed import Ranks, collective
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.training.losses import TrainingLoss
 
@@ -80,8 +80,10 @@ def forward_backward(
         with torch.no_grad(), _frozen_statistics(network):
             graphs = [embed(i) for i in range(len(pieces))]
     halves = [graph.detach().chunk(2) for graph in graphs]
-    local_a = torch.cat([a for a, _ in halves]).requires_grad_()
-    local_b = torch.cat([b for _, b in halves]).requires_grad_()
+    # A process whose part of a small last batch is empty still takes part in the exchange.
+    empty = [latents_a.new_zeros(0, network.spec.num_features)]
+    local_a = torch.cat([a for a, _ in halves] or empty).requires_grad_()
+    local_b = torch.cat([b for _, b in halves] or empty).requires_grad_()
     full_a = _gather(local_a, num_pairs, ranks)
     full_b = _gather(local_b, num_pairs, ranks)
     loss = loss_of(full_a, full_b, network.head)
@@ -118,8 +120,11 @@ def embed_batch_for_loss(
     Returns:
         Two ``[num_pairs, n]`` float32 matrices, the same in every process.
     """
-    with autocast():
-        features_a, features_b = network(torch.cat([latents_a, latents_b])).float().chunk(2)
+    if len(latents_a):
+        with autocast():
+            features_a, features_b = network(torch.cat([latents_a, latents_b])).float().chunk(2)
+    else:
+        features_a = features_b = latents_a.new_zeros(0, network.spec.num_features)
     return _gather(features_a, num_pairs, ranks), _gather(features_b, num_pairs, ranks)
 
 
@@ -133,7 +138,8 @@ def _gather(local: torch.Tensor, num_pairs: int, ranks: Ranks) -> torch.Tensor:
     padded = torch.zeros(width, local.shape[1], device=local.device)
     padded[: local.shape[0]] = local.detach()
     received = [torch.empty_like(padded) for _ in range(ranks.size)]
-    dist.all_gather(received, padded)
+    with collective():
+        dist.all_gather(received, padded)
     rows = []
     for rank, tensor in enumerate(received):
         part = rank_slice(num_pairs, Ranks(rank, ranks.size))
@@ -153,7 +159,8 @@ def _sum_gradients(module: nn.Module, ranks: Ranks) -> None:
         if p.requires_grad
     ]
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
+    with collective():
+        dist.all_reduce(flat)
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter, piece in zip(
         parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
