@@ -22,7 +22,7 @@ PRELOAD = (
     "lcmem_cli.engine.evaluation.robustness", "lcmem_cli.engine.evaluation.indexing",
     "accelerate", "numba", "scipy.sparse.csgraph", "sklearn.metrics", "imagehash",
 )  # fmt: skip
-SECONDS = 60
+SECONDS = 100
 
 
 @dataclasses.dataclass
