@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from typer.testing import CliRunner, Result
 
 os.environ.setdefault("TERMINAL_WIDTH", "120")
 os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a shell, where lcmem ignores Ctrl-C as it should; the tests of
+    # Ctrl-C need the usual state, which child processes inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RunCli = Callable[..., Result]
 
