@@ -1,7 +1,8 @@
 """What decoding, augmenting and writing add to the computing that they should hide behind.
 
     python tests/benchmarks/bench_pipeline.py data/filelist.csv
-    python tests/benchmarks/bench_pipeline.py data/filelist.csv --size 256 --codec sd
+    python tests/benchmarks/bench_pipeline.py data/filelist.csv --codec sd --size 128 \\
+        --images 32 --only-latents
 
 Each figure is a paired comparison of the same work: ``lcmem latents`` with a loop of the codec over
 decoded tensors; an epoch of stage 1 with forward and backward passes on tensors in memory; an epoch
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--codec", choices=("embedded", "sd"), default="embedded")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only-latents", action="store_true")
     options = parser.parse_args()
     resolve_device("cpu")
     listed = load_manifest(options.filelist)
@@ -130,6 +132,9 @@ def main() -> None:
             encode_latents(manifest, codec, folder / f"store{turn}", image_size=options.size)
 
         results["latents"] = compare(store, bare_encoding, options.repeats)
+        if options.only_latents:
+            print(json.dumps(results, indent=1))
+            return
 
         first = codec.encode(images[:BATCH], same_bits=False).clone()
         spec = NetworkSpec(
