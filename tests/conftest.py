@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+# The suite runs in several processes; with threads besides they would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TERMINAL_WIDTH", "120")
 os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
 
