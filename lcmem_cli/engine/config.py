@@ -438,6 +438,13 @@ def load_config(name: str, kind: type[ConfigT], *, overrides: Sequence[str] = ()
     return config
 
 
+def study_settings(config: Section) -> dict[str, Any]:
+    """Return the plain values of a config that decide its result."""
+    values = config.model_dump(mode="json")
+    runtime = {k: v for k, v in values["runtime"].items() if k not in NOT_THE_STUDY}
+    return {**values, "runtime": runtime}
+
+
 def to_toml(config: Section) -> str:
     """Return a config as TOML text; unset optional keys are left out."""
     import tomli_w

@@ -32,7 +32,7 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.siamese import load_strictly
-from lcmem_cli.engine.models.weights import LEVELS, read_state_dict
+from lcmem_cli.engine.models.weights import LEVELS, read_state_dict, rename_by_order
 
 RANDOM_BACKBONE = "resnet18"
 DATA2VEC_HUB_ID = "facebook/data2vec-vision-base"
@@ -330,12 +330,7 @@ def _from_file(model_name: str, path: Path, *, projection: bool) -> Any:
         key: value for key, value in read_state_dict(path).items() if not key.startswith(_AUXILIARY)
     }
     whole = timm.create_model(model_name, pretrained=False)
-    expected = whole.state_dict()
-    if set(state) != set(expected):
-        shapes = [tuple(value.shape) for value in state.values()]
-        if shapes == [tuple(value.shape) for value in expected.values()]:
-            # The same tensors in the same order under other names.
-            state = dict(zip(expected, state.values(), strict=True))
+    state = rename_by_order(state, whole.state_dict())
     if projection:
         load_strictly(whole, state, source=str(path))
         return whole

@@ -193,7 +193,7 @@ def _embed(
     reporter: Reporter,
     description: str,
 ) -> EmbeddedFiles:
-    hashes, failed_files = _hash_all(paths, max(1, workers), ranks)
+    hashes, failed_files = hash_files(paths, max(1, workers), ranks)
     first: dict[str, int] = {}
     for index, content in enumerate(hashes):
         if content is not None:
@@ -338,10 +338,19 @@ class _Features:
         return numbers
 
 
-def _hash_all(
+def hash_files(
     paths: Sequence[Path], workers: int, ranks: Ranks
 ) -> tuple[list[str | None], dict[int, str]]:
-    """Hash the files; also return why some could not be read, by position."""
+    """Hash files in threads, each process its share.
+
+    Args:
+        paths: files.
+        workers: threads, at least 1.
+        ranks: processes that share the work.
+
+    Returns:
+        The SHA-256 of each file, ``None`` where it cannot be read; and the reasons, by position.
+    """
 
     def digest(index: int) -> tuple[int, str | None, str]:
         try:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
-from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.embedding import embed_files, hash_files
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
@@ -136,7 +132,7 @@ def _add(
     paths = [path.absolute() for path in manifest.paths()]
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    contents = _hash_files(paths, workers, ranks)
+    contents, _ = hash_files(paths, max(1, resolve_workers(workers, ranks.size)), ranks)
     known_paths = {entry.path for entry in index.entries}
     known = {(entry.path, entry.content_hash) for entry in index.entries}
     is_new = [
@@ -255,19 +251,3 @@ def query_index(
         unreadable=embedded.unreadable,
         search_recall=searcher.search_recall if isinstance(searcher, ApproximateLCMem) else 1.0,
     )
-
-
-def _hash_files(paths: Sequence[Path], workers: int, ranks: Ranks) -> list[str | None]:
-    """Return the SHA-256 of each file, ``None`` where it cannot be read."""
-
-    def digest(path: Path) -> str | None:
-        try:
-            return content_hash(path)
-        except UnreadableImageError:
-            return None
-
-    with ThreadPoolExecutor(max(1, resolve_workers(workers, ranks.size))) as pool:
-        shares = ranks.gather(list(pool.map(digest, ranks.share(paths))))
-    # Shares are every size-th item, so taking one of each in turn restores the order.
-    turns = itertools.zip_longest(*shares, fillvalue="")
-    return list(itertools.chain.from_iterable(turns))[: len(paths)]

@@ -275,9 +275,10 @@ def fold_batch_norm(network: SiameseNetwork) -> SiameseNetwork:
     Returns:
         A network that computes the same up to rounding.
     """
-    folded = copy.deepcopy(network)
-    if not _fold_children(folded.backbone):
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.backbone.modules()):
         return network
+    folded = copy.deepcopy(network)
+    _fold_children(folded.backbone)
     spec = network.spec
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, spec.in_channels, spec.input_size, spec.input_size, generator=generator)
@@ -286,9 +287,7 @@ def fold_batch_norm(network: SiameseNetwork) -> SiameseNetwork:
     return folded if agrees else network
 
 
-def _fold_children(module: nn.Module) -> int:
-    """Fold in place; return how many were folded."""
-    count = 0
+def _fold_children(module: nn.Module) -> None:
     before: nn.Conv2d | None = None
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d) and before is not None and child.track_running_stats:
@@ -299,14 +298,12 @@ def _fold_children(module: nn.Module) -> int:
             )  # fmt: skip
             # timm's normalisation layers hold the activation that follows.
             setattr(module, name, getattr(child, "act", nn.Identity()))
-            count += 1
             before = None
         elif isinstance(child, nn.Conv2d):
             before = child
         else:
-            count += _fold_children(child)
+            _fold_children(child)
             before = None
-    return count
 
 
 def build_network(

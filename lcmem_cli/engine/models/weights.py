@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,24 @@ import torch
 from lcmem_cli.engine.errors import CheckpointError, InputError
 
 LEVELS = ("state_dict", "model")
+
+
+def rename_by_order(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Give tensors the names of a model's, where they have the same shapes in the same order.
+
+    Args:
+        state: weights, perhaps under another program's names.
+        expected: the model's own state dict.
+
+    Returns:
+        The weights, under their own names where the shapes or their order differ.
+    """
+    shapes = [value.shape for value in state.values()]
+    if set(state) != set(expected) and shapes == [value.shape for value in expected.values()]:
+        return dict(zip(expected, state.values(), strict=True))
+    return dict(state)
 
 
 def read_state_dict(path: Path, *, levels: Sequence[str] = LEVELS) -> dict[str, torch.Tensor]:

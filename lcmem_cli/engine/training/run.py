@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcmem_cli.engine.config import NOT_THE_STUDY, Section
+from lcmem_cli.engine.config import Section, study_settings
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
@@ -49,12 +49,7 @@ def open_training_folder(
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
-    values = config.model_dump(mode="json")
-    identity = {
-        **values,
-        "runtime": {k: v for k, v in values["runtime"].items() if k not in NOT_THE_STUDY},
-    }
-    text = json.dumps([identity, data_digest], sort_keys=True)
+    text = json.dumps([study_settings(config), data_digest], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     lock = folder_lock(output) if ranks.is_main else contextlib.nullcontext()
     with lock:
@@ -74,7 +69,7 @@ def open_training_folder(
                 )
         ranks.barrier()
         if ranks.is_main:
-            write_run_files(output, values)
+            write_run_files(output, config.model_dump(mode="json"))
             write_json(record, {"run_digest": digest, "data_digest": data_digest})
         ranks.barrier()
         yield digest

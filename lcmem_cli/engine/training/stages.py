@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from lcmem_cli.engine.config import (
-    NOT_THE_STUDY,
     FinetuneConfig,
     RetentionSection,
     Stage1Config,
+    study_settings,
 )
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
@@ -164,15 +164,7 @@ def train_stage1(
         if store is not None:
             return LatentSource(store, rows)
         assert manifest is not None and codec is not None
-        paths = manifest.paths()
-        return ImageSource(
-            [paths[row] for row in rows],
-            codec,
-            image_size=size,
-            augmentation=Augmentation.from_preset(config.augmentation.preset),
-            working_size=config.augmentation.working_size,
-            num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
-        )
+        return _image_source(config, manifest, rows, codec, size, ranks)
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
         codec_config, codec_state = embeddable_codec(store)
@@ -238,31 +230,19 @@ def finetune(
     check_unreadable(unreadable, max_unreadable)
     size = config.image.size or start.image_size
     network = finetune_network(config, start, source=str(checkpoint))
-    paths = manifest.paths()
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     if config.retention.weight:
         file = teacher_file(config, start_file)
         teacher = Teacher.load(file)
         teacher.model.to(device)
-        train = [row for row, record in enumerate(manifest.records) if record.split == "TRAIN"]
+        train = manifest.select("TRAIN")
         workers = resolve_workers(config.runtime.num_workers, ranks.size)
-        pooled = teacher.pool(
-            [paths[row] for row in train], workers=workers, ranks=ranks, reporter=reporter
-        )
-        retention = _retention(
-            config.retention, teacher, pooled, [manifest.records[row] for row in train]
-        )
+        pooled = teacher.pool(train.paths(), workers=workers, ranks=ranks, reporter=reporter)
+        retention = _retention(config.retention, teacher, pooled, train.records)
         digest = f"{digest}/{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
     def source(rows: list[int]) -> PairSource:
-        return ImageSource(
-            [paths[row] for row in rows],
-            encoder,
-            image_size=size,
-            augmentation=Augmentation.from_preset(config.augmentation.preset),
-            working_size=config.augmentation.working_size,
-            num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
-        )
+        return _image_source(config, manifest, rows, encoder, size, ranks)
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
         return dataclasses.replace(
@@ -484,6 +464,25 @@ def check_store(config: Stage1Config, store: LatentStore) -> None:
         raise InputError(f"{store.folder}: {'; '.join(problems)}")
 
 
+def _image_source(
+    config: Stage1Config | FinetuneConfig,
+    manifest: Manifest,
+    rows: list[int],
+    codec: Codec,
+    size: int,
+    ranks: Ranks,
+) -> ImageSource:
+    paths = manifest.paths()
+    return ImageSource(
+        [paths[row] for row in rows],
+        codec,
+        image_size=size,
+        augmentation=Augmentation.from_preset(config.augmentation.preset),
+        working_size=config.augmentation.working_size,
+        num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
+    )
+
+
 def _fit_teacher(
     config: Stage1Config,
     pretrained: torch.nn.Module,
@@ -572,10 +571,8 @@ def embeddable_codec(
 def _provenance(
     config: Stage1Config | FinetuneConfig, digest: str, outcome: TrainingOutcome
 ) -> dict[str, Any]:
-    settings = config.model_dump(mode="json")
-    settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in NOT_THE_STUDY}
     return {
-        "config": settings,
+        "config": study_settings(config),
         "data_digest": digest,
         "best_epoch": outcome.best_epoch + 1,
         "num_epochs": len(outcome.history),

@@ -29,7 +29,7 @@ from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.models.siamese import load_strictly, resolve_backbone
-from lcmem_cli.engine.models.weights import read_state_dict
+from lcmem_cli.engine.models.weights import read_state_dict, rename_by_order
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 TEACHER_NAME = "teacher.safetensors"
@@ -60,12 +60,7 @@ def load_pretrained(backbone: str, path: Path) -> nn.Module:
     import timm
 
     model: nn.Module = timm.create_model(resolve_backbone(backbone), pretrained=False)
-    state = read_state_dict(path)
-    expected = model.state_dict()
-    if set(state) != set(expected):
-        shapes = [tuple(v.shape) for v in state.values()]
-        if shapes == [tuple(v.shape) for v in expected.values()]:
-            state = dict(zip(expected, state.values(), strict=True))
+    state = rename_by_order(read_state_dict(path), model.state_dict())
     load_strictly(model, state, source=str(path))
     return model.eval()
 
