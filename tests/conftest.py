@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
+
+from lcmem_cli.engine.reporter import Reporter
 
 # The suite runs in several processes; with threads besides they would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +50,49 @@ def run_cli() -> RunCli:
         return result
 
     return run
+
+
+class Listener(Reporter):
+    """Remembers warnings, and events as (name, fields)."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.events: list[tuple[str, dict[str, object]]] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def event(self, name: str, **fields: object) -> None:
+        self.events.append((name, fields))
+
+
+def random_checkpoint(spec: Any, codec: Any, *, image_size: int, seed: int = 0, **more: Any) -> Any:
+    """Make a checkpoint of a network with random weights, always the same.
+
+    Args:
+        spec: of the network.
+        codec: loaded; ``none`` has no weights.
+        image_size: side in pixels.
+        seed: of the weights.
+        **more: further fields of the checkpoint.
+    """
+    import torch
+
+    from lcmem_cli.engine.models.checkpoint import Checkpoint
+    from lcmem_cli.engine.models.siamese import SiameseNetwork
+
+    torch.manual_seed(seed)
+    inside = codec.model is not None
+    return Checkpoint(
+        stage="stage1",
+        network=spec,
+        network_state=SiameseNetwork(spec).state_dict(),
+        codec=codec.spec,
+        codec_config=codec.model_config() if inside else None,
+        codec_state=codec.encoder_state() if inside else None,
+        image_size=image_size,
+        **more,
+    )
 
 
 def draw_identity(identity: int, variant: int, side: int = 48) -> Image.Image:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Listener
 from sklearn.metrics import roc_auc_score
 
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
@@ -18,21 +19,9 @@ from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.evaluation import benchmark as module
 from lcmem_cli.engine.evaluation.benchmark import benchmark
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
-from lcmem_cli.engine.reporter import Reporter
 
 FILES = ("benchmark_results.json", "benchmark_results.csv", "scores.csv", "thresholds.json")
 PICTURES = ("roc.png", "roc.pdf", "bars.png", "bars.pdf")
-
-
-class Listener(Reporter):
-    def __init__(self):
-        self.warnings, self.events = [], []
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-    def event(self, name, **fields):
-        self.events.append((name, fields))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -104,18 +105,8 @@ def tiny(tmp_path, codec):
     spec = NetworkSpec(
         backbone="resnet10t", in_channels=4, num_features=8, input_size=16, normalisation="sample"
     )
-    torch.manual_seed(0)
-    network = SiameseNetwork(spec)
-    checkpoint = ckpt.Checkpoint(
-        stage="stage1",
-        network=spec,
-        network_state=network.state_dict(),
-        codec=loaded.spec,
-        codec_config=loaded.model_config(),
-        codec_state=loaded.encoder_state(),
-        image_size=32,
-    )
-    return ckpt.save_checkpoint(tmp_path / "tiny.safetensors", checkpoint), network.eval()
+    checkpoint = random_checkpoint(spec, loaded, image_size=32)
+    return ckpt.save_checkpoint(tmp_path / "tiny.safetensors", checkpoint), checkpoint.build()
 
 
 def test_a_checkpoint_reads_back_and_scores_like_the_network(tmp_path, tiny_codec):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Listener
 from PIL import Image
 
 from lcmem_cli.engine.data.batching import AUTO, Batching
@@ -24,7 +25,6 @@ from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.codec import load_codec
-from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.store import latents as latent_store
 from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
@@ -140,14 +140,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     same(again, embed_files(Counting(), paths))
 
 
-class Listening(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
 def test_a_cache_that_cannot_be_written_stops_nothing(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +148,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 
     cache = FeatureCache(tmp_path / "cache", "c" * 64)
     monkeypatch.setattr(cache, "put_many", full)
-    listening = Listening()
+    listening = Listener()
     same(
         embed_files(Counting(), paths, cache=cache, reporter=listening),
         embed_files(Counting(), paths),
@@ -167,7 +159,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 def test_images_whose_brightness_was_guessed_are_counted(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values * 15).save(tmp_path / "a.png")
-    listening = Listening()
+    listening = Listener()
     embed_files(Counting(), [tmp_path / "a.png"], reporter=listening)
     assert "1 image(s)" in listening.warnings[0]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Listener, random_checkpoint
 
 from lcmem_cli.engine.detectors import export as export_module
 from lcmem_cli.engine.detectors.base import Detector
@@ -29,7 +30,6 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
-from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Threshold
 
 SIDE = 32
@@ -50,16 +50,7 @@ def checkpoint(tmp_path_factory, tiny_codec) -> Path:
         input_size=SIDE // codec.spec.downsampling,
         normalisation="sample",
     )
-    torch.manual_seed(0)
-    unfitted = ckpt.Checkpoint(
-        stage="stage1",
-        network=spec,
-        network_state=SiameseNetwork(spec).state_dict(),
-        codec=codec.spec,
-        codec_config=codec.model_config(),
-        codec_state=codec.encoder_state(),
-        image_size=SIDE,
-    ).with_fingerprint()
+    unfitted = random_checkpoint(spec, codec, image_size=SIDE).with_fingerprint()
     threshold = Threshold(
         value=0.5, kind="fpr", rate=0.01, fingerprint=unfitted.fingerprint, fitted_on="drawn",
         num_positives=5, num_negatives=500, achieved_fpr=0.01, achieved_recall=0.6,
@@ -264,15 +255,10 @@ def test_without_onnxruntime_nothing_is_compared_and_that_is_said(
     checkpoint, tmp_path, monkeypatch
 ):
     without(monkeypatch, "onnxruntime")
-    warnings = []
-
-    class Listener(Reporter):
-        def warn(self, message):
-            warnings.append(message)
-
-    result = export_checkpoint(checkpoint, tmp_path / "x.onnx", reporter=Listener())
+    listener = Listener()
+    result = export_checkpoint(checkpoint, tmp_path / "x.onnx", reporter=listener)
     assert (result.max_difference, result.num_checked) == (None, 0)
-    assert len(warnings) == 1 and "was not compared" in warnings[0]
+    assert len(listener.warnings) == 1 and "was not compared" in listener.warnings[0]
 
 
 def test_a_codec_that_is_nowhere_is_the_usual_error(checkpoint, tmp_path, tiny_codec, monkeypatch):

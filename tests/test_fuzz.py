@@ -10,6 +10,7 @@ import tarfile
 
 import pytest
 import torch
+from conftest import random_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -26,7 +27,7 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models.codec import CodecSpec, load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
+from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.weights import read_state_dict
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.runs import write_run_files
@@ -305,16 +306,8 @@ def whole(tiny_codec, tmp_path_factory):
         mean=(0.0,) * 4,
         std=(1.0,) * 4,
     )
-    made = ckpt.Checkpoint(
-        stage="stage1",
-        network=spec,
-        network_state=SiameseNetwork(spec).state_dict(),
-        codec=codec.spec,
-        codec_config=codec.model_config(),
-        codec_state=codec.encoder_state(),
-        image_size=32,
-        training={"config": {"loss": {"alpha": 0.8}}},
-    ).with_fingerprint()
+    training = {"config": {"loss": {"alpha": 0.8}}}
+    made = random_checkpoint(spec, codec, image_size=32, training=training).with_fingerprint()
     threshold = Threshold(
         value=0.5,
         kind="fpr",

@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import random_checkpoint
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,7 +38,7 @@ from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models import hub
 from lcmem_cli.engine.models.card import model_card
 from lcmem_cli.engine.models.codec import load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
+from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.results import Threshold
 
 REPO = "somebody/model"
@@ -53,16 +54,9 @@ def make_checkpoint(path: Path, *, seed: int = 0) -> ckpt.Checkpoint:
         input_size=32,
         normalisation="imagenet",
     )
-    torch.manual_seed(seed)
-    unfitted = ckpt.Checkpoint(
-        stage="stage1",
-        network=spec,
-        network_state=SiameseNetwork(spec).state_dict(),
-        codec=load_codec("none").spec,
-        codec_config=None,
-        codec_state=None,
-        image_size=32,
-        training={"config": {"schedule": {"epochs": 3}}},
+    training = {"config": {"schedule": {"epochs": 3}}}
+    unfitted = random_checkpoint(
+        spec, load_codec("none"), image_size=32, seed=seed, training=training
     ).with_fingerprint()
     threshold = Threshold(
         value=0.75, kind="fpr", rate=0.01, fingerprint=unfitted.fingerprint,

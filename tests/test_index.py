@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import draw_identity
+from conftest import Listener, draw_identity
 
 from lcmem_cli import Index, load_detector
 from lcmem_cli.engine.errors import (
@@ -13,7 +13,6 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.evaluation import indexing
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
-from lcmem_cli.engine.reporter import Reporter
 
 
 @pytest.fixture
@@ -96,19 +95,11 @@ def test_known_contents_are_not_embedded_again(image_folder, tmp_path, detector)
     assert (result.num_added, result.encoder_passes, result.num_distinct) == (5, 0, 72)
 
 
-class Listening(Reporter):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-
 def test_a_file_that_changed_is_added_with_its_new_content(image_folder, tmp_path, detector):
     add_to_index(image_folder, tmp_path / "index", detector)
     changed = image_folder / "id00" / "0.png"
     draw_identity(99, 0).save(changed)
-    listening = Listening()
+    listening = Listener()
     result = add_to_index(image_folder, tmp_path / "index", detector, reporter=listening)
     assert (result.num_added, result.num_changed, result.num_known) == (1, 1, 71)
     assert "another content" in listening.warnings[0]

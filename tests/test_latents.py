@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import draw_identity
+from conftest import Listener, draw_identity
 
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import (
@@ -21,7 +21,6 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.models.codec import load_codec
-from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.store import latents
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 
@@ -49,17 +48,6 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file() and not path.name.endswith((".lock", ".tmp"))
     }
-
-
-class Listening(Reporter):
-    def __init__(self):
-        self.warnings, self.events = [], []
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-    def event(self, name, **fields):
-        self.events.append((name, fields))
 
 
 def test_latents_do_not_depend_on_the_batch_size(encode, tmp_path):
@@ -134,7 +122,7 @@ def test_a_damaged_shard_is_named_and_made_anew(encode, tmp_path, damage):
         for read in (store.verify, lambda: store.latents([32])):
             with pytest.raises(CorruptFileError, match=r"000003\.npy"):
                 read()
-    listening = Listening()
+    listening = Listener()
     assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 10
     assert "000003.npy" in listening.warnings[0]
     assert listening.events == [("continuing", {"shards_found": 7, "shards": 8})]
