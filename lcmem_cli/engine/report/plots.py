@@ -73,7 +73,7 @@ def plot_codec_losses(history: Sequence[Sequence[float]], target: Path) -> None:
     for column, (axis, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True), 1):
         values = [row[column] for row in history]
         axis.plot(steps, values, marker="o" if len(steps) < 30 else "", markersize=3)
-        axis.set(title=title, xlabel="step", yscale="log")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.25)
     save_figure(figure, target)
 
