@@ -246,6 +246,10 @@ def test_a_backbone_and_weights_that_cannot_be_used(tmp_path):
     assert any("timm has no model 'resnet10'" in w for w in of(name, "problem", "network"))
     file = check_run(config="stage1", overrides=[*SMALL, "network.weights=nosuch.pth"])
     assert any("nosuch.pth" in w for w in of(file, "problem", "network"))
+    panel = ["network.weights=nosuch.pth", "network.align_stem=5", "retention.weight=1.0"]
+    panel += ['retention.panel={resnet10t="other.pth"}']
+    both = of(check_run(config="stage1", overrides=[*SMALL, *panel]), "problem", "network")
+    assert any("nosuch.pth" in w for w in both) and any("other.pth" in w for w in both)
     hub = [*SMALL, "network.weights=timm"]
     hub_id = "timm/resnet10t.c3_in1k"
     assert any(hub_id in f.what for f in check_run(config="stage1", overrides=hub).findings)

@@ -58,6 +58,8 @@ def test_all_problems_are_reported_at_once():
         ({"kind": "stage1", "network": {"align_stem": 5}}, "pretrained"),
         ({"kind": "finetune", "schedule": {"keep": "last"}}, "patience"),
         ({"kind": "finetune", "retention": {"instance_weight": 1.0}}, "needs retention.weight"),
+        ({"kind": "stage1", "retention": {"panel": {"a": "b"}}}, "needs retention.weight"),
+        ({"kind": "finetune", "retention": {"panel": {"a": "b"}}}, "no effect in finetune"),
         ({"kind": "stage1", "retention": {"weight": 1.0}}, "needs network.align_stem"),
         ({"kind": "stage1", "schedule": {"batch_size": 10, "accumulate": 3}}, "divide"),
         ({"kind": "codec", "model": {"block_channels": [6, 9], "norm_groups": 4}}, "divide"),

@@ -15,7 +15,7 @@ from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normalise
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone
 from lcmem_cli.engine.training.loop import freeze_statistics
-from lcmem_cli.engine.training.teacher import SPREAD, Retention, Teacher, load_pretrained
+from lcmem_cli.engine.training.teacher import SPREAD, Member, Retention, Teacher, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
 def teacher(weights, image_folder):
     paths = sorted(image_folder.rglob("*.png"))
     model = load_pretrained("resnet10t", weights)
-    return Teacher.fit("resnet10t", model, paths, num_features=8, seed=1)
+    return Teacher.fit([Member.of("resnet10t", model)], paths, num_features=8, seed=1)
 
 
 def records(*names):
@@ -52,9 +52,31 @@ def test_projected_features_are_centred_and_use_the_sigmoids_range(teacher):
 def test_more_features_than_images_allow_are_still_fitted(weights, image_folder):
     paths = sorted(image_folder.rglob("*.png"))[:5]
     model = load_pretrained("resnet10t", weights)
-    fitted, pooled = Teacher.fit("resnet10t", model, paths, num_features=12, seed=1)
+    fitted, pooled = Teacher.fit([Member.of("resnet10t", model)], paths, num_features=12, seed=1)
     projected = (pooled - fitted.mean) @ fitted.projection.T
     assert projected.shape == (5, 12) and bool(projected.isfinite().all())
+
+
+def test_a_panel_turns_its_targets_towards_the_students_start(weights, image_folder, tmp_path):
+    paths = sorted(image_folder.rglob("*.png"))
+    own = Member.of("resnet10t", load_pretrained("resnet10t", weights))
+    torch.manual_seed(9)
+    other = Member.of("resnet14t", timm.create_model("resnet14t", pretrained=False))
+    alone, _ = Teacher.fit([own], paths, num_features=8, seed=1)
+    fitted, pooled = Teacher.fit([own, other], paths, num_features=8, seed=1)
+    assert torch.equal(fitted.start, alone.start)
+    width = alone.start.shape[1]
+    assert fitted.projection.shape == (8, pooled.shape[1]) and pooled.shape[1] > width
+    centred = pooled - fitted.mean
+    start, targets = centred[:, :width] @ fitted.start.T, centred @ fitted.projection.T
+    np.testing.assert_allclose(targets.std(dim=0), SPREAD, rtol=1e-3)
+    straight = F.cosine_similarity(start, targets, dim=1).mean()
+    turned = F.cosine_similarity(start, targets.roll(1, dims=1), dim=1).mean()
+    assert straight > 0.5 > turned
+    fitted.save(tmp_path / "teacher.safetensors")
+    read = Teacher.load(tmp_path / "teacher.safetensors")
+    assert [member.backbone for member in read.members] == ["resnet10t", "resnet14t"]
+    np.testing.assert_allclose(read.pool(paths), pooled, atol=1e-5)
 
 
 def test_what_all_images_of_a_data_set_share_does_not_count(teacher):
@@ -157,7 +179,8 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "train-stage1", "--latents", tmp_path / "latents", "--filelist", image_folder,
         "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
-        "--set=network.stem_stride=1", "--set=network.num_features=16", *common,
+        "--set=network.stem_stride=1", "--set=network.num_features=16",
+        f'--set=retention.panel={{resnet10t="{weights}"}}', *common,
     )  # fmt: skip
     run_cli(
         "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,

@@ -380,6 +380,9 @@ class _Check:
             spec = self._config_codec(config)
         with self.guard("network", "set network.backbone and network.weights so that they fit"):
             self._weights(config)
+        for name, file in config.retention.panel.items():
+            with self.guard("network", f"set retention.panel to a file of {name}'s weights"):
+                load_pretrained(name, Path(file))
         return 0 if spec is None else self._stage1_network(config, spec, store)
 
     def _config_codec(self, config: Stage1Config) -> CodecSpec | None:

@@ -98,6 +98,9 @@ class RetentionSection(Section):
     """Of the cross-entropy that finds an altered copy's target among those of all TRAIN images."""
     temperature: float = Field(0.07, gt=0, le=10)
     """Of that cross-entropy."""
+    panel: dict[str, str] = Field(default_factory=dict)
+    """For stage 1: further pretrained backbones, timm name = weights file; together with the
+    network's own they make better targets than any one alone."""
     teacher: str | None = None
     """For finetune: what stage 1 wrote; unset: ``teacher.safetensors`` beside the checkpoint."""
 
@@ -526,6 +529,10 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             problems.append("retention.teacher: has no effect in stage 1, which makes the teacher")
         if get("retention", "weight", 0) and not get("network", "align_stem", 0):
             problems.append("retention.weight: needs network.align_stem, which makes the teacher")
+    elif get("retention", "panel"):
+        problems.append("retention.panel: has no effect in finetune; the teacher holds its panel")
+    if get("retention", "panel") and not get("retention", "weight", 0):
+        problems.append("retention.panel: needs retention.weight above 0")
     if get("retention", "instance_weight", 0) and not get("retention", "weight", 0):
         problems.append("retention.instance_weight: needs retention.weight above 0")
     if get("schedule", "keep") == "last" and get("schedule", "patience", 25):

@@ -138,7 +138,7 @@ def project_features(
         raise InputError(
             "network.align_stem: this backbone does not end in one linear layer; leave it 0"
         )
-    projection.weight.copy_(teacher.projection)
+    projection.weight.copy_(teacher.start)
     nn.init.zeros_(projection.bias)
     was_training = network.training
     network.eval()

@@ -57,6 +57,7 @@ from lcmem_cli.engine.training.sampling import PairSampler
 from lcmem_cli.engine.training.sources import ImageSource, LatentSource, PairSource
 from lcmem_cli.engine.training.teacher import (
     TEACHER_NAME,
+    Member,
     Retention,
     Teacher,
     load_pretrained,
@@ -233,8 +234,7 @@ def finetune(
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     if config.retention.weight:
         file = teacher_file(config, start_file)
-        teacher = Teacher.load(file)
-        teacher.model.to(device)
+        teacher = Teacher.load(file).to(device)
         train = manifest.select("TRAIN")
         workers = resolve_workers(config.runtime.num_workers, ranks.size)
         pooled = teacher.pool(train.paths(), workers=workers, ranks=ranks, reporter=reporter)
@@ -499,17 +499,20 @@ def _fit_teacher(
     seed, count = config.runtime.seed, config.network.align_stem
     workers = resolve_workers(config.runtime.num_workers, ranks.size)
     explained = align_stem(network, stem, _aligned_batches(store, manifest, count, seed))
-    pretrained.to(resolve_device(config.runtime.device))
     paths = [manifest.basedir / store.records[row].path for row in store.select("TRAIN")]
+    device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():
-        teacher = Teacher.load(known)
-        teacher.model.to(resolve_device(config.runtime.device))
+        teacher = Teacher.load(known).to(device)
         pooled = teacher.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
     else:
+        members = [Member.of(resolve_backbone(config.network.backbone), pretrained.to(device))]
+        members += [
+            Member.of(resolve_backbone(name), load_pretrained(name, Path(file)).to(device))
+            for name, file in config.retention.panel.items()
+        ]
         teacher, pooled = Teacher.fit(
-            resolve_backbone(config.network.backbone), pretrained, paths,
-            num_features=config.network.num_features, seed=seed, workers=workers, ranks=ranks,
-            reporter=reporter,
+            members, paths, num_features=config.network.num_features, seed=seed, workers=workers,
+            ranks=ranks, reporter=reporter,
         )  # fmt: skip
     batches = _aligned_batches(store, manifest, count, seed)
     project_features(network, teacher, (latents for _, latents in batches))

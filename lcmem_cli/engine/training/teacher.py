@@ -13,6 +13,7 @@ distances, Jégou & Chum 2012, doi 10.1007/978-3-642-33709-3_55.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ two features orders pairs much as the angle between them does."""
 MIN_DATASET = 60
 """Images that a data set needs for its own standard deviations."""
 _BATCH = 32
-_BACKBONE, _PROJECTION, _MEAN = "backbone.", "projection", "mean"
+_MEAN, _PROJECTION, _START = "mean", "projection", "start"
 
 
 def load_pretrained(backbone: str, path: Path) -> nn.Module:
@@ -66,70 +67,24 @@ def load_pretrained(backbone: str, path: Path) -> nn.Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A pretrained backbone and the projection of its features that the student starts with.
+class Member:
+    """One pretrained backbone of a teacher.
 
     Attributes:
         backbone: timm name.
         model: the backbone on pixels, in evaluation mode.
         image_size: side in pixels of its input.
-        mean: of its pooled features over the images that it was fitted on, ``[d]``.
-        projection: ``[n, d]``: whitens, turns by a random rotation, and scales to ``SPREAD``.
     """
 
     backbone: str
     model: nn.Module
     image_size: int
-    mean: torch.Tensor
-    projection: torch.Tensor
 
     @staticmethod
-    def fit(
-        backbone: str,
-        model: nn.Module,
-        paths: Sequence[Path],
-        *,
-        num_features: int,
-        seed: int,
-        workers: int = 1,
-        ranks: Ranks | None = None,
-        reporter: Reporter = SILENT,
-    ) -> tuple[Teacher, torch.Tensor]:
-        """Fit the projection to images: a principal component analysis with a floor.
-
-        Args:
-            backbone: timm name of ``model``.
-            model: see ``load_pretrained``.
-            paths: training images, more than a few hundred.
-            num_features: rows of the projection.
-            seed: of the rotation.
-            workers: decoding threads.
-            ranks: processes that share the work.
-            reporter: receives progress.
-
-        Returns:
-            The teacher, and the images' pooled features ``[N, d]``.
-        """
-        model = model.eval().requires_grad_(False)
-        timm_model: Any = model
-        image_size = int(timm_model.pretrained_cfg["input_size"][-1])
-        blank = Teacher(backbone, model, image_size, torch.empty(0), torch.empty(0))
-        pooled = blank.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
-        mean = pooled.mean(dim=0)
-        centred = (pooled - mean).double()
-        rank = min(num_features, len(pooled) - 1, pooled.shape[1])
-        _, deviations, axes = torch.linalg.svd(
-            centred / max(1, len(centred) - 1) ** 0.5, full_matrices=False
-        )
-        deviations, axes = deviations[:rank], axes[:rank]
-        generator = torch.Generator().manual_seed(seed)
-        turn = torch.linalg.qr(
-            torch.randn(num_features, rank, generator=generator, dtype=torch.float64)
-        )[0]
-        projection = turn @ (axes / (deviations + FLOOR * deviations[0])[:, None])
-        spread = (centred @ projection.T).std(dim=0).clamp_min(1e-12)
-        projection = projection * (SPREAD / spread)[:, None]
-        return dataclasses.replace(blank, mean=mean, projection=projection.float()), pooled
+    def of(backbone: str, model: nn.Module) -> Member:
+        """Return a frozen member at the image size of its pretraining."""
+        timm_model: Any = model.eval().requires_grad_(False)
+        return Member(backbone, model, int(timm_model.pretrained_cfg["input_size"][-1]))
 
     @torch.inference_mode()
     def pool(
@@ -153,7 +108,7 @@ class Teacher:
         mean = torch.tensor(config["mean"], device=device)[:, None, None]
         std = torch.tensor(config["std"], device=device)[:, None, None]
         parts: list[torch.Tensor] = []
-        with reporter.task("teacher's features", len(mine), unit="image") as task:
+        with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
             for batch in iter_images(mine, self.image_size, workers=workers, batch_size=_BATCH):
                 for position, reason in batch.unreadable:
                     raise InputError(f"{mine[position]}: {reason}")
@@ -170,6 +125,108 @@ class Teacher:
             if part is not None:
                 whole[rank :: ranks.size] = part
         return torch.from_numpy(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Pretrained backbones, and the projections of their features.
+
+    The first member is the student's own backbone. Others make the targets better than any one of
+    them is; their part is turned so that the targets lie as near as can be to where the student
+    starts.
+
+    Attributes:
+        members: the backbones; the first is the one that the student is made of.
+        mean: of their pooled features, side by side, over the images that it was fitted on,
+            ``[d]``.
+        projection: ``[n, d]``: whitens, turns, and scales to ``SPREAD``.
+        start: ``[n, d_0]``: the same for the first member alone, turned at random.
+    """
+
+    members: tuple[Member, ...]
+    mean: torch.Tensor
+    projection: torch.Tensor
+    start: torch.Tensor
+
+    @staticmethod
+    def fit(
+        members: Sequence[Member],
+        paths: Sequence[Path],
+        *,
+        num_features: int,
+        seed: int,
+        workers: int = 1,
+        ranks: Ranks | None = None,
+        reporter: Reporter = SILENT,
+    ) -> tuple[Teacher, torch.Tensor]:
+        """Fit the projections to images: principal component analyses with a floor.
+
+        Args:
+            members: the student's backbone first.
+            paths: training images, more than a few hundred.
+            num_features: rows of the projections.
+            seed: of the rotation.
+            workers: decoding threads.
+            ranks: processes that share the work.
+            reporter: receives progress.
+
+        Returns:
+            The teacher, and the images' pooled features ``[N, d]``.
+        """
+        pools = [
+            member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
+            for member in members
+        ]
+        pooled = torch.cat(pools, dim=1)
+        mean = pooled.mean(dim=0)
+        centred = (pooled - mean).double()
+        blocks = list(torch.split(centred, [pool.shape[1] for pool in pools], dim=1))
+        generator = torch.Generator().manual_seed(seed)
+        own = _whitening(blocks[0], num_features)
+        turn = torch.linalg.qr(
+            torch.randn(num_features, len(own), generator=generator, dtype=torch.float64)
+        )[0]
+        start = _spread(turn @ own, blocks[0])
+        projection = start
+        if len(blocks) > 1:
+            # Every member has the same say, whatever the scale of its features.
+            scales = [1 / block.square().sum(dim=1).mean().sqrt() for block in blocks]
+            scaled = torch.cat([b * s for b, s in zip(blocks, scales, strict=True)], dim=1)
+            joint = _whitening(scaled, num_features)
+            # The nearest rotation (orthogonal Procrustes, Schönemann 1966).
+            left, _, right = torch.linalg.svd(
+                (blocks[0] @ start.T).T @ (scaled @ joint.T), full_matrices=False
+            )
+            weights = torch.cat([s.expand(b.shape[1]) for b, s in zip(blocks, scales, strict=True)])
+            projection = _spread(left @ right @ joint * weights, centred)
+        return Teacher(tuple(members), mean, projection.float(), start.float()), pooled
+
+    def pool(
+        self,
+        paths: Sequence[Path],
+        *,
+        workers: int = 1,
+        ranks: Ranks | None = None,
+        reporter: Reporter = SILENT,
+    ) -> torch.Tensor:
+        """Return the members' pooled features of images side by side, ``[N, d]``, on the CPU.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        return torch.cat(
+            [
+                member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
+                for member in self.members
+            ],
+            dim=1,
+        )
+
+    def to(self, device: str | torch.device) -> Teacher:
+        """Move the backbones to a device."""
+        for member in self.members:
+            member.model.to(device)
+        return self
 
     def targets(self, pooled: torch.Tensor, records: Sequence[Record]) -> torch.Tensor:
         """Return the direction in which each image's pre-sigmoid features should lie.
@@ -195,17 +252,22 @@ class Teacher:
         return F.normalize(projected, dim=1)
 
     def save(self, path: Path) -> None:
-        """Write the teacher, with its backbone, to one ``.safetensors`` file."""
+        """Write the teacher, with its backbones, to one ``.safetensors`` file."""
         from safetensors.torch import save_file
 
-        tensors = {_BACKBONE + k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        tensors |= {_MEAN: self.mean, _PROJECTION: self.projection.contiguous()}
+        tensors = {
+            f"{number}.{key}": value.cpu().contiguous()
+            for number, member in enumerate(self.members)
+            for key, value in member.model.state_dict().items()
+        }
+        tensors |= {
+            _MEAN: self.mean,
+            _PROJECTION: self.projection.contiguous(),
+            _START: self.start.contiguous(),
+        }
+        metadata = {"backbones": json.dumps([member.backbone for member in self.members])}
         with atomic_path(path) as temporary:
-            save_file(
-                tensors,
-                str(temporary),
-                metadata={"backbone": self.backbone, "image_size": str(self.image_size)},
-            )
+            save_file(tensors, str(temporary), metadata=metadata)
 
     @staticmethod
     def load(path: Path) -> Teacher:
@@ -228,14 +290,40 @@ class Teacher:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            backbone, image_size = metadata["backbone"], int(metadata["image_size"])
-            mean, projection = tensors.pop(_MEAN), tensors.pop(_PROJECTION)
-        except (SafetensorError, KeyError, ValueError) as error:
+            names = [resolve_backbone(name) for name in json.loads(metadata["backbones"])]
+            mean, projection, start = (tensors.pop(k) for k in (_MEAN, _PROJECTION, _START))
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a teacher's file: {error}") from error
-        model: nn.Module = timm.create_model(resolve_backbone(backbone), pretrained=False)
-        state = {key.removeprefix(_BACKBONE): value for key, value in tensors.items()}
-        load_strictly(model, state, source=str(path))
-        return Teacher(backbone, model.eval().requires_grad_(False), image_size, mean, projection)
+        members = []
+        for number, name in enumerate(names):
+            model: nn.Module = timm.create_model(name, pretrained=False)
+            prefix = f"{number}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            load_strictly(model, state, source=f"{path}, {name}")
+            members.append(Member.of(name, model))
+        return Teacher(tuple(members), mean, projection, start)
+
+
+def _whitening(centred: torch.Tensor, num_features: int) -> torch.Tensor:
+    """Return ``[r, d]`` float64: principal axes over their deviations, small ones held by a floor.
+
+    Args:
+        centred: ``[N, d]`` float64.
+        num_features: most rows of the result.
+    """
+    rank = min(num_features, len(centred) - 1, centred.shape[1])
+    _, deviations, axes = torch.linalg.svd(
+        centred / max(1, len(centred) - 1) ** 0.5, full_matrices=False
+    )
+    deviations, axes = deviations[:rank], axes[:rank]
+    whitening: torch.Tensor = axes / (deviations + FLOOR * deviations[0])[:, None]
+    return whitening
+
+
+def _spread(projection: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
+    """Scale each projected feature's standard deviation to ``SPREAD``."""
+    spread = (centred @ projection.T).std(dim=0).clamp_min(1e-12)
+    return projection * (SPREAD / spread)[:, None]
 
 
 class Retention:
