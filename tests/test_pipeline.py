@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,23 @@ def test_a_codec_of_the_hub_offline_says_how_to_get_it(run_cli, image_folder, tm
         exit_code=1,
     )
     assert "hf download stabilityai/sd-vae-ft-mse" in refused.stderr
+
+
+def test_a_codec_without_all_its_weights_is_refused(run_cli, image_folder, tiny_codec, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    codec = tmp_path / "codec"
+    shutil.copytree(tiny_codec, codec)
+    (file,) = codec.glob("*.safetensors")
+    kept = {k: v for k, v in load_file(file).items() if not k.startswith("decoder.conv_out")}
+    save_file(kept, file, metadata={"format": "pt"})
+    refused = run_cli(
+        "latents", "--filelist", image_folder, "--codec", codec, "--size", 32,
+        "-o", tmp_path / "latents", exit_code=2,
+    )  # fmt: skip
+    assert "2 of its weights are missing, decoder.conv_out.bias first" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_train_codec_writes_a_codec_that_latents_takes(run_cli, image_folder, tmp_path):

@@ -297,8 +297,13 @@ def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) ->
     elif "tae" in name.lower():
         class_name = "AutoencoderTiny"
     try:
-        model: torch.nn.Module = getattr(diffusers, class_name).from_pretrained(
-            name, revision=revision, use_safetensors=True, torch_dtype=torch.float32
+        model: torch.nn.Module
+        model, info = getattr(diffusers, class_name).from_pretrained(
+            name,
+            revision=revision,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         if folder is not None:
@@ -309,6 +314,12 @@ def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) ->
             "then copy the folder here and pass its path, or set HF_HOME to a copy of its cache. "
             "Offline, --codec embedded always works."
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"codec '{name}': {len(missing)} of its weights are missing, {missing[0]} first; copy "
+            "the whole file"
+        )
     return model
 
 
