@@ -242,3 +242,17 @@ def test_the_content_hash_is_of_the_bytes(tmp_path):
     assert content_hash(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
     with pytest.raises(UnreadableImageError, match="no such file"):
         content_hash(tmp_path / "b")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_an_opened_image_is_embedded_as_its_file_is(mode, tmp_path):
+    from lcmem_cli import load_detector
+
+    grey = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5)
+    image = Image.fromarray(np.asarray(grey, np.uint16) * 257) if mode == "I;16" else grey
+    path = tmp_path / "image.tiff"
+    image.convert(mode).save(path)
+    detector = load_detector("ncc", input_size=8)
+    with Image.open(path) as opened:
+        features = detector.embed([opened, path])
+    assert np.array_equal(features[0], features[1]) and features[0].any()

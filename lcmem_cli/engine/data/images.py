@@ -96,9 +96,7 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(path, formats=_FORMATS) as image:
             _check_pixels(path, image.width, image.height, max_pixels)
             image.load()
-            method = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(path, image)
-            return rgb if method is None else rgb.transpose(method)
+            return upright_rgb(image, path)
     except (UnreadableImageError, MissingExtraError):
         raise
     except UnidentifiedImageError:
@@ -107,6 +105,21 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from None
     except Exception as error:  # decoders raise anything at all on damaged files
         raise UnreadableImageError(path, _reason(error)) from error
+
+
+def upright_rgb(image: Image.Image, path: Path = Path("image")) -> Image.Image:
+    """Bring an opened image of any mode to RGB by the rules for files, upright by its EXIF tag.
+
+    Args:
+        image: as Pillow opened or made it.
+        path: for messages.
+
+    Raises:
+        UnreadableImageError: it holds values that are not finite.
+    """
+    method = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(path, image)
+    return rgb if method is None else rgb.transpose(method)
 
 
 def to_tensor(image: Image.Image, size: int) -> torch.Tensor:

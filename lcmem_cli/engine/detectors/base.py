@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.data.images import load_image, to_tensor, upright_rgb
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
@@ -85,7 +85,8 @@ class Detector(abc.ABC):
         """Embed images.
 
         Args:
-            images: a list of PIL images or paths, or a float tensor ``[n, 3, H, W]`` in [0, 1].
+            images: a list of PIL images (of any mode) or paths, or a float tensor
+                ``[n, 3, H, W]`` in [0, 1].
             batch_size: images per network call; the result does not depend on it.
 
         Returns:
@@ -135,8 +136,8 @@ class Detector(abc.ABC):
 
     def _tensor(self, image: Image.Image | str | Path) -> torch.Tensor:
         if isinstance(image, (str, Path)):
-            image = load_image(Path(image))
-        return to_tensor(image, self.input_size)
+            return to_tensor(load_image(Path(image)), self.input_size)
+        return to_tensor(upright_rgb(image), self.input_size)
 
 
 def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
