@@ -68,9 +68,13 @@ def audit_command(
             help="Hold --fpr as the share of false ones among the flagged (Benjamini-Hochberg).",
         ),
     ] = False,
-    detector: Annotated[str, typer.Option("--detector", help="What compares the images.")] = (
-        "lcmem"
-    ),
+    detector: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--detector",
+            help="What compares the images (default: joint, or that of an index among the sets).",
+        ),
+    ] = None,
     input_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(

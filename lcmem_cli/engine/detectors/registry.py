@@ -265,6 +265,13 @@ def _lcmem(request: Request) -> Detector:
     )
 
 
+def _joint(request: Request) -> Detector:
+    from lcmem_cli.engine.detectors.joint import JointDetector
+    from lcmem_cli.engine.detectors.lcmem import load_lcmem
+
+    return JointDetector(load_lcmem(device=request.device), name=request.name)
+
+
 def _correlation(request: Request) -> Detector:
     from lcmem_cli.engine.detectors.backbones import SiameseCorrelation
     from lcmem_cli.engine.detectors.lcmem import load_lcmem
@@ -488,6 +495,14 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         build=_lcmem,
         target="CHECKPOINT",
         options=("codec",),
+        status=_embedded_status,
+    ),
+    DetectorKind(
+        name="joint",
+        summary="the embedded LCMem, or correlation of small pictures: the larger",
+        weights="inside the package",
+        licence="Apache-2.0",
+        build=_joint,
         status=_embedded_status,
     ),
     DetectorKind(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.detectors.joint import JointDetector
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
@@ -78,6 +79,7 @@ from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.search import TopK
 
 MOST_COPIED = 12
+DEFAULT_DETECTOR = "joint"
 
 Source = str | Path | Index
 
@@ -108,7 +110,7 @@ def audit(
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
-    detector: str | Detector = "lcmem",
+    detector: str | Detector | None = None,
     input_size: int | None = None,
     approximate: bool = False,
     top_k: int = 5,
@@ -137,7 +139,8 @@ def audit(
         fpr: chance of flagging an image that copies nothing, in (0, 1); with ``bh`` the share of
             false ones among the flagged.
         bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.
-        detector: name, or a loaded detector.
+        detector: name, or a loaded detector; ``None``: that of an index among the sets, else
+            ``lcmem`` where the search is approximate, else ``joint``.
         input_size: side in pixels for the pixel measures (default: 512); the others bring their
             own, and refuse another.
         approximate: find candidates with faiss's inverted file and score them exactly: faster on
@@ -179,6 +182,10 @@ def audit(
     check_size(len(real.records), fpr, kind=kind, source=real.source)
     ranks = current_ranks(device)
     reporter = reporter if ranks.is_main else SILENT
+    if detector is None:
+        indexes = [part.index for part in listings.values() if part.index is not None]
+        usual = "lcmem" if approximate else DEFAULT_DETECTOR
+        detector = indexes[0].detector if indexes else usual
     if isinstance(detector, str):
         detector = load_detector(detector, device=device, input_size=input_size or 512)
     if input_size is not None and detector.input_size != input_size:
@@ -494,7 +501,7 @@ class _Study:
 
     @property
     def _is_probability(self) -> bool:
-        return isinstance(self.detector, HeadDetector)
+        return isinstance(self.detector, (HeadDetector, JointDetector))
 
     def _linear(self, scores: Scores) -> Scores:
         return linear_scale(scores) if self._is_probability else scores

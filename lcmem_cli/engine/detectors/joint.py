@@ -1,0 +1,110 @@
+"""The embedded model joined with the correlation of small grey pictures.
+
+The network is sure about copies that were turned, cropped or mirrored, and where two images show
+the same thing; correlation is sure about what was only blurred, dimmed or drawn a little
+differently, as a generator does, and knows nothing of a change of geometry. A pair's score is the
+larger of the two on one scale, so either is enough.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, resize_batch
+from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.files import sha256_bytes
+from lcmem_cli.engine.store.search import TopK, top_k_blocked
+
+PICTURE_SIZE = 32
+"""Side in pixels of the small picture."""
+SLOPE = 3.64
+"""Logits for one unit of Fisher's z (the inverse hyperbolic tangent of the correlation)."""
+OFFSET = -2.24
+"""Logit of a pair without correlation. Slope and offset bring both parts to one scale: the line
+through the scores that 10, 3, 1, 0.3 and 0.1 % of the negative VAL pairs pass, mean over the data
+sets, for the embedded model; printed by ``tests/benchmarks/fit_joint.py``."""
+_HIGHEST_CORRELATION = 1 - 1e-9
+
+
+class JointDetector(Detector):
+    """Scores ``max(network, picture)``, both as probabilities.
+
+    A feature row is the network's, then the grey picture of ``PICTURE_SIZE`` pixels a side less its
+    mean, at length 1 (a picture of one colour: all 0, which correlates with nothing).
+
+    Args:
+        network: gives the first part.
+        name: how the user named it.
+    """
+
+    def __init__(self, network: HeadDetector, *, name: str = "joint") -> None:
+        self.network = network
+        self.name = name
+        self.input_size = network.input_size
+        self.num_features = network.num_features + PICTURE_SIZE**2
+        settings = f"joint/{network.fingerprint}/{PICTURE_SIZE}/{SLOPE}/{OFFSET}"
+        self.fingerprint = sha256_bytes(settings.encode())
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        pictures = resize_batch(batch.cpu(), PICTURE_SIZE).mean(dim=1).flatten(1).double()
+        pictures = pictures - pictures.mean(dim=1, keepdim=True)
+        length = pictures.norm(dim=1, keepdim=True)
+        flat = length < 1e-6 * PICTURE_SIZE  # rounding of a single colour is no picture
+        unit = torch.where(flat, torch.zeros_like(pictures), pictures / length.clamp_min(1e-12))
+        return np.concatenate([self.network.embed_batch(batch), unit.float().numpy()], axis=1)
+
+    def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return scores ``[n]`` of row i of ``a`` with row i of ``b``."""
+        (network_a, picture_a), (network_b, picture_b) = self._parts(a), self._parts(b)
+        correlation = np.einsum(
+            "nd,nd->n", picture_a.astype(np.float64), picture_b.astype(np.float64)
+        )
+        return np.maximum(
+            self.network.score_features(network_a, network_b), _probability(correlation)
+        )
+
+    def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        """Return scores ``[n, m]`` of every row of ``a`` with every row of ``b``."""
+        (network_a, picture_a), (network_b, picture_b) = self._parts(a), self._parts(b)
+        return np.maximum(
+            self.network.score_matrix(network_a, network_b), _correlations(picture_a, picture_b)
+        )
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory.
+
+        The best by the larger of two scores are among the best by the one or by the other.
+        """
+        (network_q, picture_q), (network_b, picture_b) = self._parts(queries), self._parts(bank)
+        by_network = self.network.top_k(network_q, network_b, k)
+        by_picture = top_k_blocked(_correlations, picture_q, picture_b, k)
+        rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
+        scores = np.stack(
+            [self.score_features(queries, bank[column]) for column in rows.T], axis=1
+        ).reshape(rows.shape)
+        order = np.lexsort((rows, -scores), axis=1)
+        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        repeated = np.zeros(rows.shape, dtype=np.bool_)
+        repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]  # both parts of one row stand side by side
+        first = np.argsort(repeated, axis=1, kind="stable")[:, : by_network.rows.shape[1]]
+        return TopK(np.take_along_axis(scores, first, 1), np.take_along_axis(rows, first, 1))
+
+    def _parts(self, features: FloatArray) -> tuple[FloatArray, FloatArray]:
+        width = self.network.num_features
+        return features[:, :width], features[:, width:]
+
+
+def _correlations(a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+    return _probability(a.astype(np.float64) @ b.astype(np.float64).T)
+
+
+def _probability(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.special import expit
+
+    highest = _HIGHEST_CORRELATION
+    fisher = np.arctanh(np.clip(correlation, -highest, highest))
+    result: NDArray[np.float64] = expit(SLOPE * fisher + OFFSET)
+    return result

@@ -1,0 +1,102 @@
+"""The joint detector: the larger of network and correlation, exactly searched."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.special import expit, logit
+
+from lcmem_cli import audit, load_detector
+from lcmem_cli.engine.data.images import to_tensor
+from lcmem_cli.engine.data.perturb import perturb
+from lcmem_cli.engine.data.scenes import draw_scene
+from lcmem_cli.engine.detectors.joint import OFFSET, SLOPE
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.indexing import add_to_index
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return load_detector("joint", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes(joint):
+    side = joint.input_size
+    return torch.stack([to_tensor(draw_scene(seed, side=side), side) for seed in range(6)])
+
+
+def test_the_score_is_the_larger_of_both_parts(joint, scenes):
+    network = load_detector("lcmem", device="cpu")
+    features = joint.embed(scenes)
+    scores = joint.score_matrix(features, features)
+    expected = network.score_matrix(network.embed(scenes), network.embed(scenes))
+    small = torch.nn.functional.interpolate(
+        scenes, size=(32, 32), mode="bilinear", antialias=True, align_corners=False
+    )
+    grey = small.mean(dim=1).flatten(1).numpy()
+    fisher = np.arctanh(np.corrcoef(grey).clip(-1, 1 - 1e-9))
+    expected = np.maximum(expected, expit(SLOPE * fisher + OFFSET))
+    off = ~np.eye(len(scenes), dtype=bool)
+    np.testing.assert_allclose(
+        joint.score_matrix(features, features)[off], expected[off], rtol=1e-4
+    )
+    assert (joint.score_matrix(features, features).diagonal() > 0.999).all()
+    a, b = np.nonzero(off)
+    np.testing.assert_allclose(
+        joint.score_features(features[a], features[b]), scores[a, b], atol=1e-9
+    )
+
+
+def test_either_part_alone_finds_its_kind_of_copy(joint, scenes):
+    noisy = torch.stack([perturb(scenes[0], "Noise", 0.3, seed=1)])
+    turned = torch.stack([perturb(scenes[1], "HorizontalFlip", 1.0)])
+    bank = joint.embed(scenes)
+    for copy, source in ((noisy, 0), (turned, 1)):
+        found = joint.top_k(joint.embed(copy), bank, 1)
+        assert found.rows[0, 0] == source and logit(found.scores[0, 0]) > 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 90])
+def test_the_search_equals_the_sorted_matrix(joint, k):
+    generator = np.random.default_rng(k)
+    bank = generator.random((80, joint.num_features), dtype=np.float32)
+    bank[:, joint.network.num_features :] -= 0.5
+    bank[:, joint.network.num_features :] /= 9
+    bank[40:60] = bank[:20]  # equal scores, ordered by row
+    queries = bank[:25] + generator.normal(0, 0.01, (25, joint.num_features)).astype(np.float32)
+    found = joint.top_k(queries, bank, k)
+    matrix = np.stack([joint.score_features(np.broadcast_to(q, bank.shape), bank) for q in queries])
+    order = np.argsort(-matrix, axis=1, kind="stable")[:, :k]
+    assert np.array_equal(found.rows, order)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(matrix, order, 1), atol=1e-12)
+
+
+def test_images_of_one_colour_correlate_with_nothing(joint, scenes):
+    flat = torch.full_like(scenes[:2], 0.3)
+    flat[1] = 0.8
+    features = joint.embed(torch.cat([flat, scenes[:1]]))
+    assert not features[:2, joint.network.num_features :].any()
+    assert np.isfinite(joint.score_matrix(features, features)).all()
+
+
+def test_an_audit_takes_the_joint_detector_or_that_of_its_index(tmp_path):
+    for name, seeds in (("train", range(8)), ("generated", range(4, 10)), ("real", range(20, 32))):
+        (tmp_path / name).mkdir()
+        for seed in seeds:
+            draw_scene(seed, side=64).save(tmp_path / name / f"{seed}.png")
+    result = audit(tmp_path / "generated", tmp_path / "train", held_out=tmp_path / "real", fpr=0.1)
+    assert result.detector == "joint" and result.num_flagged == 4
+    add_to_index(tmp_path / "train", tmp_path / "index", load_detector("phash"))
+    indexed = audit(tmp_path / "generated", tmp_path / "index", held_out=tmp_path / "real", fpr=0.1)
+    assert indexed.detector == "phash"
+
+
+def test_the_joint_detector_takes_no_checkpoint():
+    with pytest.raises(InputError, match="takes nothing after a colon"):
+        load_detector("joint:some.safetensors")
+
+
+def test_pictures_of_any_mode_are_embedded(joint):
+    rows = joint.embed([Image.new("L", (9, 5), 80), Image.new("RGBA", (300, 20), (9, 8, 7, 0))])
+    assert rows.shape == (2, joint.num_features) and rows.dtype == np.float32
