@@ -12,6 +12,7 @@ from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.joint import JointDetector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit import audit
 from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
@@ -100,7 +101,7 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
         folders["training"],
         held_out=folders["held-out"],
         fpr=RATE,
-        detector=detector,
+        detector=JointDetector(detector),
         output=output / "audit",
         reporter=reporter,
     )
