@@ -4,7 +4,8 @@
 
 For each data set of VAL: the scores that 10, 3, 1, 0.3 and 0.1 % of its negative pairs pass, by
 the embedded network (as logit) and by the correlation of small pictures (as Fisher's z); their
-means over the data sets, and the line through the means.
+means over the data sets, and the line through the means; and the line of the data set whose
+negative pairs correlate most.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from scipy.special import logit
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.detectors.joint import OFFSET, SLOPE
+from lcmem_cli.engine.detectors.joint import (
+    HARD_OFFSET,
+    HARD_SLOPE,
+    OFFSET,
+    PLATEAU,
+    SLOPE,
+)
 from lcmem_cli.engine.evaluation.judge import within_pairs
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
@@ -56,6 +63,12 @@ def main():
     slope, offset = np.polyfit(fisher_mean, logit_mean, 1)
     print("mean", fisher_mean.round(3), logit_mean.round(3))
     print(f"slope {slope:.2f}, offset {offset:.2f} (in the package: {SLOPE}, {OFFSET})")
+    hardest_fisher, hardest_logit = max(rows, key=lambda row: row[0][-1])
+    slope, offset = np.polyfit(hardest_fisher, hardest_logit, 1)
+    print(
+        f"data set that correlates most: slope {slope:.2f}, offset {offset:.2f}, plateau "
+        f"{hardest_logit[-1]:.1f} (in the package: {HARD_SLOPE}, {HARD_OFFSET}, {PLATEAU})"
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,14 @@ OFFSET = -2.24
 """Logit of a pair without correlation. Slope and offset bring both parts to one scale: the line
 through the scores that 10, 3, 1, 0.3 and 0.1 % of the negative VAL pairs pass, mean over the data
 sets, for the embedded model; printed by ``tests/benchmarks/fit_joint.py``."""
+HARD_SLOPE = 2.77
+HARD_OFFSET = -1.72
+PLATEAU = 3.1
+"""From the logit ``PLATEAU`` on correlation counts by the line of the data set whose negative pairs
+correlate most (faces in one pose under many lights), so that sets of such images do not raise the
+threshold beyond what the network reaches."""
+RISE = 0.01
+"""Slope of the plateau between both lines: the better of two matches stays the better one."""
 _HIGHEST_CORRELATION = 1 - 1e-9
 
 
@@ -44,7 +52,8 @@ class JointDetector(Detector):
         self.name = name
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2
-        settings = f"joint/{network.fingerprint}/{PICTURE_SIZE}/{SLOPE}/{OFFSET}"
+        scale = (PICTURE_SIZE, SLOPE, OFFSET, HARD_SLOPE, HARD_OFFSET, PLATEAU, RISE)
+        settings = f"joint/{network.fingerprint}/{scale}"
         self.fingerprint = sha256_bytes(settings.encode())
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
@@ -63,7 +72,7 @@ class JointDetector(Detector):
             "nd,nd->n", picture_a.astype(np.float64), picture_b.astype(np.float64)
         )
         return np.maximum(
-            self.network.score_features(network_a, network_b), _probability(correlation)
+            self.network.score_features(network_a, network_b), correlation_scores(correlation)
         )
 
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
@@ -98,13 +107,16 @@ class JointDetector(Detector):
 
 
 def _correlations(a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-    return _probability(a.astype(np.float64) @ b.astype(np.float64).T)
+    return correlation_scores(a.astype(np.float64) @ b.astype(np.float64).T)
 
 
-def _probability(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
+def correlation_scores(correlation: FloatArray) -> NDArray[np.float64]:
+    """Bring correlations, of any shape, to the scale of the network's probabilities."""
     from scipy.special import expit
 
     highest = _HIGHEST_CORRELATION
     fisher = np.arctanh(np.clip(correlation, -highest, highest))
-    result: NDArray[np.float64] = expit(SLOPE * fisher + OFFSET)
+    usual, hard = SLOPE * fisher + OFFSET, HARD_SLOPE * fisher + HARD_OFFSET
+    high = np.maximum(hard, PLATEAU + RISE * fisher)
+    result: NDArray[np.float64] = expit(np.minimum(usual, high))
     return result
