@@ -521,9 +521,9 @@ def test_an_index_takes_the_place_of_any_set(sets, tmp_path):
     assert other.num_embedded == 0
 
 
-def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path, monkeypatch):
+def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path):
     class Probability(SmallCorrelation):
-        fingerprint = "7" * 64
+        fingerprint, gives_probability = "7" * 64, True
 
         def score_features(self, a, b):
             return expit(10 * super().score_features(a, b))
@@ -531,7 +531,6 @@ def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path, monkey
         def score_matrix(self, a, b):
             return expit(10 * super().score_matrix(a, b))
 
-    monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.HeadDetector", Probability)
     result, plain = run(sets, detector=Probability(), output=tmp_path), run(sets)
     assert [m.query for m in result.flagged] == [m.query for m in plain.flagged]
     assert result.metrics.auth_pct == plain.metrics.auth_pct
@@ -699,10 +698,11 @@ def memorized():
     return root
 
 
-def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorized):
+@pytest.mark.parametrize("name", ["joint", "ncc"])
+def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorized, name):
     with (memorized / "truth.csv").open(newline="") as file:
         truth = {row["name"]: row["copy"] for row in csv.DictReader(file)}
-    detector = load_detector("ncc", input_size=64)
+    detector = load_detector(name, input_size=64)
     options = {"held_out": memorized / "heldout", "fpr": 0.01, "detector": detector}
     generated = audit(memorized / "generated", memorized / "train", **options)
     flagged = {match.query for match in generated.flagged}

@@ -1,4 +1,4 @@
-"""The two constants of the joint detector: one scale for network and correlation.
+"""The constants of the joint detector: one scale for network and correlation.
 
     python tests/benchmarks/fit_joint.py data/filelist.csv
 

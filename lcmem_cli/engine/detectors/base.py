@@ -38,6 +38,8 @@ class Detector(abc.ABC):
         input_size: side in pixels of the square that images are resized to.
         num_features: columns of a feature row.
         feature_dtype: of a feature row that ``embed_batch`` returns.
+        gives_probability: whether its scores lie in [0, 1] and crowd at both ends, so that they are
+            drawn and compared as logits.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -46,6 +48,7 @@ class Detector(abc.ABC):
     input_size: int
     num_features: int
     feature_dtype: type[np.generic] = np.float32
+    gives_probability: bool = False
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod

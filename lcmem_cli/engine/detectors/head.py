@@ -37,6 +37,7 @@ class HeadDetector(Detector):
 
     weight: NDArray[np.float32]
     bias: float
+    gives_probability = True
 
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""

@@ -47,6 +47,8 @@ class JointDetector(Detector):
         name: how the user named it.
     """
 
+    gives_probability = True
+
     def __init__(self, network: HeadDetector, *, name: str = "joint") -> None:
         self.network = network
         self.name = name

@@ -21,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.detectors.head import HeadDetector
-from lcmem_cli.engine.detectors.joint import JointDetector
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
@@ -349,7 +347,7 @@ class _Study:
             generated=self._linear(found.best[self.queries.rows]),
             null=self._linear(null.scores[:, 0]),
             threshold=threshold,
-            label="best-match score" + (", as logit" if self._is_probability else ""),
+            label="best-match score" + (", as logit" if self.detector.gives_probability else ""),
         )
 
     def conclude(
@@ -499,12 +497,8 @@ class _Study:
         distances = score_distances(self._linear(scores[:, :2]), identical[:, None])
         return neighbour_ratios(distances[:, 0], distances[:, 1])
 
-    @property
-    def _is_probability(self) -> bool:
-        return isinstance(self.detector, (HeadDetector, JointDetector))
-
     def _linear(self, scores: Scores) -> Scores:
-        return linear_scale(scores) if self._is_probability else scores
+        return linear_scale(scores) if self.detector.gives_probability else scores
 
     def _null_summary(self, null: Null) -> NullSummary:
         not_searched = self.training.num_distinct - len(null.bank)

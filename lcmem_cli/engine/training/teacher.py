@@ -173,10 +173,7 @@ class Teacher:
         Returns:
             The teacher, and the images' pooled features ``[N, d]``.
         """
-        pools = [
-            member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
-            for member in members
-        ]
+        pools = _pools(members, paths, workers=workers, ranks=ranks, reporter=reporter)
         pooled = torch.cat(pools, dim=1)
         mean = pooled.mean(dim=0)
         centred = (pooled - mean).double()
@@ -214,13 +211,8 @@ class Teacher:
         Raises:
             InputError: an image cannot be read.
         """
-        return torch.cat(
-            [
-                member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
-                for member in self.members
-            ],
-            dim=1,
-        )
+        pools = _pools(self.members, paths, workers=workers, ranks=ranks, reporter=reporter)
+        return torch.cat(pools, dim=1)
 
     def to(self, device: str | torch.device) -> Teacher:
         """Move the backbones to a device."""
@@ -302,6 +294,10 @@ class Teacher:
             load_strictly(model, state, source=f"{path}, {name}")
             members.append(Member.of(name, model))
         return Teacher(tuple(members), mean, projection, start)
+
+
+def _pools(members: Sequence[Member], paths: Sequence[Path], **how: Any) -> list[torch.Tensor]:
+    return [member.pool(paths, **how) for member in members]
 
 
 def _whitening(centred: torch.Tensor, num_features: int) -> torch.Tensor:
