@@ -14,8 +14,10 @@ import torch
 
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.siamese import freeze_modules
 from lcmem_cli.engine.store.latents import LatentStore
 
 SMALL = [
@@ -76,6 +78,40 @@ def test_the_whole_pipeline_from_images_to_a_verdict(run_cli, image_folder, stag
     assert forward["pairs"][0]["score"] == backward["pairs"][0]["score"]
     assert forward["threshold"] == tuned["thresholds"][0]
     assert load_image(picture).width > 900
+
+
+def test_frozen_modules_stay_as_they_were(run_cli, image_folder, stage1, tmp_path):
+    names = ("head", "backbone.conv1", "backbone.bn1", "backbone.layer1")
+    start = stage1 / "checkpoint.safetensors"
+    run_cli(
+        "finetune", start, "--filelist", image_folder, "-o", tmp_path / "tuned",
+        "--set=schedule.epochs=1", "--set=schedule.batch_size=8",
+        f"--set=optimiser.frozen={json.dumps(names)}",
+    )  # fmt: skip
+    before = load_checkpoint(start).network_state
+    after = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors").network_state
+    for key in before:  # running statistics of batch normalisation too
+        changed = not torch.equal(before[key], after[key])
+        assert changed != key.startswith(tuple(f"{name}." for name in names)), key
+
+
+@pytest.mark.parametrize(
+    ("frozen", "word"), [('["backbone.layer9"]', "layer4"), ('["head","conv"]', "'conv'")]
+)
+def test_freezing_what_is_not_there_is_refused(
+    run_cli, image_folder, stage1, tmp_path, frozen, word
+):
+    out = run_cli(
+        "finetune", stage1 / "checkpoint.safetensors", "--filelist", image_folder,
+        "-o", tmp_path / "tuned", f"--set=optimiser.frozen={frozen}", exit_code=2,
+    )  # fmt: skip
+    assert "optimiser.frozen" in out.stderr and word in out.stderr
+
+
+def test_freezing_the_whole_backbone_is_refused(stage1):
+    network = load_checkpoint(stage1 / "checkpoint.safetensors").build()
+    with pytest.raises(InputError, match="nothing of the backbone"):
+        freeze_modules(network, ["backbone"])
 
 
 def test_infer_many_pairs_embeds_each_image_once_for_any_batch_size(

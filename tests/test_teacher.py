@@ -156,7 +156,7 @@ def test_frozen_statistics_keep_rows_independent():
     )
     torch.manual_seed(0)
     network = SiameseNetwork(spec).train()
-    freeze_statistics(network)
+    freeze_statistics(network, trained=True)
     before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
     latents = torch.randn(4, 4, 16, 16)
     whole = network(latents)

@@ -151,6 +151,10 @@ class OptimiserSection(Section):
     """Keep the running mean and variance of batch normalisation as they were pretrained, and use
     them in training too. Scores in training then depend on no other image of the batch, nor on how
     many processes share it."""
+    frozen: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Modules that stay as they are: ``head``, or ``backbone.`` and timm's name
+    (``backbone.blocks.0``). Nothing is computed backward through those below the first that is
+    trained."""
 
 
 class ScheduleSection(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -247,6 +248,28 @@ def use_checkpointing(network: SiameseNetwork) -> None:
             f"runtime.checkpointing: timm's {network.spec.backbone} does not support it; set it to "
             "false, and raise schedule.accumulate to save memory"
         ) from error
+
+
+def freeze_modules(network: SiameseNetwork, names: Sequence[str]) -> None:
+    """Exclude modules from training.
+
+    Args:
+        network: changed in place.
+        names: of its modules, such as ``head`` or ``backbone.blocks.0``.
+
+    Raises:
+        InputError: it has no such module, or nothing of the backbone would be left to train.
+    """
+    modules = dict(network.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            raise InputError(
+                f"optimiser.frozen: {network.spec.backbone} has no module '{name}'; "
+                f"{nearest(name, modules)}"
+            )
+        modules[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.backbone.parameters()):
+        raise InputError("optimiser.frozen: nothing of the backbone is left to train")
 
 
 def first_convolution(backbone: nn.Module) -> nn.Conv2d:

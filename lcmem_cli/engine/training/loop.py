@@ -180,8 +180,7 @@ class Trainer:
         remaining = batches[state.step :]
         parts = [rank_slice(len(batch), self.ranks) for batch in remaining]
         self.network.train()
-        if self.optimiser.freeze_statistics:
-            freeze_statistics(self.network)
+        freeze_statistics(self.network, trained=self.optimiser.freeze_statistics)
         last_saved = time.monotonic()
         description = f"epoch {state.epoch + 1}/{self.schedule.epochs}"
         with self.reporter.task(description, len(batches), unit="step") as task:
@@ -386,11 +385,18 @@ class Trainer:
         write_text(self.folder / HISTORY_NAME, buffer.getvalue())
 
 
-def freeze_statistics(network: torch.nn.Module) -> None:
-    """Make batch normalisation use its running statistics and leave them as they are."""
+def freeze_statistics(network: torch.nn.Module, *, trained: bool) -> None:
+    """Make batch normalisation use its running statistics and leave them as they are.
+
+    Args:
+        network: in training mode.
+        trained: of all layers, not only of those whose weights are frozen.
+    """
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if trained or (frozen and module.affine):
+                module.eval()
 
 
 def learning_rate_factor(step: int, total_steps: int, optimiser: OptimiserSection) -> float:
@@ -428,7 +434,7 @@ def _build_adam(network: SiameseNetwork, section: OptimiserSection) -> torch.opt
     backbone: Any = network.backbone
     classifier = backbone.get_classifier()
     new = {id(p) for p in network.head.parameters()} | {id(p) for p in classifier.parameters()}
-    parameters = list(network.parameters())
+    parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if id(p) in new], "lr": section.learning_rate},
         {

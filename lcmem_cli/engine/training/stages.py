@@ -39,6 +39,7 @@ from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
     check_input,
+    freeze_modules,
     load_strictly,
     resolve_backbone,
     use_checkpointing,
@@ -301,7 +302,8 @@ def stage1_network(
         store: for the statistics of its latents.
 
     Raises:
-        InputError: the backbone cannot be built so, or cannot do what ``config.runtime`` asks for.
+        InputError: the backbone cannot be built so, or cannot do what ``config.runtime`` and
+            ``config.optimiser.frozen`` ask for.
     """
     torch.manual_seed(config.runtime.seed)
     whole = store is not None and config.network.normalisation == "dataset"
@@ -322,6 +324,7 @@ def stage1_network(
     )
     if config.runtime.checkpointing:
         use_checkpointing(network)
+    freeze_modules(network, config.optimiser.frozen)
     return network
 
 
@@ -330,7 +333,7 @@ def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) 
 
     Raises:
         CheckpointError: its weights do not fit another size.
-        InputError: it cannot do what ``config.runtime`` asks for.
+        InputError: it cannot do what ``config.runtime`` and ``config.optimiser.frozen`` ask for.
     """
     size = config.image.size or start.image_size
     spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
@@ -338,6 +341,7 @@ def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) 
     load_strictly(network, start.build().state_dict(), source=f"{source} at {size} px")
     if config.runtime.checkpointing:
         use_checkpointing(network)
+    freeze_modules(network, config.optimiser.frozen)
     return network
 
 
