@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lcmem_cli
+from lcmem_cli.engine.data.scenes import draw_scene
 
 PACKAGE = Path(lcmem_cli.__file__).parent
 BASE = {"errors", "files", "results", "reporter", "config", "distributed", "runs"}
@@ -71,6 +72,19 @@ def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
+    for seed in range(2):
+        draw_scene(seed).save(tmp_path / f"{seed}.png")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lcmem_cli", "infer", "0.png", "1.png"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "diffusers.models.autoencoders.autoencoder_kl" in loaded
+    assert "scipy.stats" not in loaded
 
 
 def test_the_package_runs_as_a_module():

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lcmem_cli.cli import render
+from lcmem_cli.cli import render, startup
 from lcmem_cli.cli.options import (
     BatchSizeOption,
     CheckpointOption,
@@ -59,6 +59,7 @@ def infer(
         verdict_text,
     )
 
+    startup.leave_out_samplers()
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
     result = score_pairs(
         Detector.load(checkpoint, codec=codec, device=device.value),
