@@ -95,6 +95,24 @@ def test_frozen_modules_stay_as_they_were(run_cli, image_folder, stage1, tmp_pat
         assert changed != key.startswith(tuple(f"{name}." for name in names)), key
 
 
+def test_a_share_of_the_start_is_kept(run_cli, image_folder, stage1, tmp_path):
+    start = stage1 / "checkpoint.safetensors"
+    states = {"start": load_checkpoint(start).network_state}
+    for share in (0.0, 0.25):
+        run_cli(
+            "finetune", start, "--filelist", image_folder, "-o", tmp_path / f"{share}",
+            "--set=schedule.epochs=1", "--set=schedule.batch_size=8",
+            f"--set=regularisation.start_share={share}",
+        )  # fmt: skip
+        states[share] = load_checkpoint(
+            tmp_path / f"{share}" / "checkpoint.safetensors"
+        ).network_state
+    for key, trained in states[0.0].items():
+        if trained.is_floating_point():
+            wanted = 0.75 * trained + 0.25 * states["start"][key]
+            torch.testing.assert_close(states[0.25][key], wanted)
+
+
 @pytest.mark.parametrize(
     ("frozen", "word"), [('["backbone.layer9"]', "layer4"), ('["head","conv"]', "'conv'")]
 )

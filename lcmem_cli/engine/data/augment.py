@@ -187,8 +187,8 @@ STRONG = Augmentation(
         Edit(transform="Caption", probability=0.12, low=0.08, high=0.28),
         Edit(transform="GaussianBlur", probability=0.1, low=0.3, high=8, spread="log"),
         Edit(transform="WideBlur", probability=0.08, low=0.001, high=0.018, spread="log"),
-        Edit(transform="LowResolution", probability=0.12, low=1.5, high=8, spread="log"),
-        Edit(transform="Noise", probability=0.2, low=0.01, high=0.35, spread="log"),
+        Edit(transform="LowResolution", probability=0.12, low=1.5, high=8),
+        Edit(transform="Noise", probability=0.2, low=0.01, high=0.35),
         Edit(transform="JPEGCompression", probability=0.2, low=5, high=95),
     ),
 )

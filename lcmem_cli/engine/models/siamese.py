@@ -272,6 +272,22 @@ def freeze_modules(network: SiameseNetwork, names: Sequence[str]) -> None:
         raise InputError("optimiser.frozen: nothing of the backbone is left to train")
 
 
+def mix_weights(
+    trained: dict[str, torch.Tensor], start: dict[str, torch.Tensor], start_share: float
+) -> dict[str, torch.Tensor]:
+    """Return the weights between two networks of one shape; counters are the trained one's.
+
+    Args:
+        trained: state dict.
+        start: state dict with the same keys, of the network that training began with.
+        start_share: 0 is ``trained``, 1 is ``start``.
+    """
+    return {
+        key: value.lerp(start[key].to(value), start_share) if value.is_floating_point() else value
+        for key, value in trained.items()
+    }
+
+
 def first_convolution(backbone: nn.Module) -> nn.Conv2d:
     """Return the convolution that sees the network's input.
 

@@ -41,6 +41,7 @@ from lcmem_cli.engine.models.siamese import (
     check_input,
     freeze_modules,
     load_strictly,
+    mix_weights,
     resolve_backbone,
     use_checkpointing,
 )
@@ -250,7 +251,9 @@ def finetune(
             start,
             stage="finetune",
             network=network.spec,
-            network_state=outcome.state,
+            network_state=mix_weights(
+                outcome.state, start.build().state_dict(), config.regularisation.start_share
+            ),
             image_size=size,
             thresholds=(),
             training={
