@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import random_checkpoint
 
 import lcmem_cli
 from lcmem_cli.engine.data.scenes import draw_scene
+from lcmem_cli.engine.models.checkpoint import save_checkpoint
+from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.siamese import NetworkSpec
 
 PACKAGE = Path(lcmem_cli.__file__).parent
 BASE = {"errors", "files", "results", "reporter", "config", "distributed", "runs"}
@@ -74,17 +78,33 @@ def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
     assert done.returncode == 0, done.stderr
 
 
-def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
+def modules_of_infer(folder, *options):
+    """Return the names of the modules that scoring two images loads."""
     for seed in range(2):
-        draw_scene(seed).save(tmp_path / f"{seed}.png")
+        draw_scene(seed).save(folder / f"{seed}.png")
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "lcmem_cli", "infer", "0.png", "1.png"],
-        cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-X", "importtime", "-m", "lcmem_cli", "infer", "0.png", "1.png",
+         *options],
+        cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
+    loaded = modules_of_infer(tmp_path)
     assert "diffusers.models.autoencoders.autoencoder_kl" in loaded
     assert "scipy.stats" not in loaded
+
+
+def test_infer_on_pixels_does_without_diffusers(tmp_path):
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=3, num_features=8, input_size=32, normalisation="imagenet"
+    )
+    checkpoint = random_checkpoint(spec, load_codec("none"), image_size=32)
+    save_checkpoint(tmp_path / "pixels.safetensors", checkpoint)
+    loaded = modules_of_infer(tmp_path, "--checkpoint", "pixels.safetensors")
+    assert "timm" in loaded and "diffusers" not in loaded
 
 
 def test_the_package_runs_as_a_module():

@@ -58,11 +58,14 @@ def infer(
         score_pairs,
         verdict_text,
     )
+    from lcmem_cli.engine.models.codec import PIXELS
 
-    startup.leave_out_samplers()
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
+    detector = Detector.load(checkpoint, codec=codec, device=device.value)
+    if detector.checkpoint.codec.name != PIXELS:  # pixels need nothing of diffusers
+        startup.leave_out_samplers()
     result = score_pairs(
-        Detector.load(checkpoint, codec=codec, device=device.value),
+        detector,
         wanted,
         threshold=threshold,
         batch_size=batch_size,

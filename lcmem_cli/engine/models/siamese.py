@@ -279,7 +279,8 @@ def mix_weights(
 
     Args:
         trained: state dict.
-        start: state dict with the same keys, of the network that training began with.
+        start: state dict with the same keys, of any floating-point type, of the network that
+            training began with.
         start_share: 0 is ``trained``, 1 is ``start``.
     """
     return {

@@ -252,7 +252,7 @@ def finetune(
             stage="finetune",
             network=network.spec,
             network_state=mix_weights(
-                outcome.state, start.build().state_dict(), config.regularisation.start_share
+                outcome.state, start.network_state, config.regularisation.start_share
             ),
             image_size=size,
             thresholds=(),
