@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import normalize as torchvision_normalise
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.errors import CheckpointError, InputError
@@ -133,20 +134,30 @@ def test_the_instance_term_is_the_cross_entropy_without_relatives():
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_the_aligned_network_equals_the_pretrained_where_latents_hold_the_pixels(weights):
+@pytest.mark.parametrize("normalisation", ["sample", "dataset"])
+def test_the_aligned_network_equals_the_pretrained_where_latents_hold_the_pixels(
+    weights, normalisation
+):
     pretrained = load_pretrained("resnet10t", weights)
-    spec = NetworkSpec(
-        backbone="resnet10t", in_channels=4, num_features=8, input_size=32, normalisation="sample"
-    )
-    network = SiameseNetwork(spec).eval()
-    stem = copy_backbone(network, pretrained)
     images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     latents = torch.cat([images * 3 - 1, images[:, :1] * -2], dim=1)
-    explained = align_stem(network, stem, iter([(images, latents)]))
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=4, num_features=8, input_size=32,
+        normalisation=normalisation, mean=(0.5, 0.4, 0.3, -1.0), std=(0.9, 0.8, 0.9, 0.6),
+    )  # fmt: skip
+    network = SiameseNetwork(spec).eval()
+    assert copy_backbone(network, pretrained)
+    explained = align_stem(network, pretrained, iter([(images, latents)]))
     assert explained > 0.99
+    mean, std = (pretrained.pretrained_cfg[key] for key in ("mean", "std"))
+    pixels = {
+        "sample": normalise(images, "sample"),
+        "dataset": torchvision_normalise(images, mean, std),
+    }[normalisation]
+    inputs = normalise(latents, normalisation, mean=network.mean, std=network.std)
     with torch.no_grad():
-        expected = pretrained.forward_features(normalise(images, "sample"))
-        ours = network.backbone.forward_features(normalise(latents, "sample"))
+        expected = pretrained.forward_features(pixels)
+        ours = network.backbone.forward_features(inputs)
     assert F.cosine_similarity(ours.flatten(), expected.flatten(), dim=0) > 0.99
 
 

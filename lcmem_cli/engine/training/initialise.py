@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.siamese import SiameseNetwork, first_convolution, normalise
-from lcmem_cli.engine.training.teacher import Teacher
+from lcmem_cli.engine.training.teacher import Teacher, normalise_pixels
 
 RIDGE = 1e-3
 HEAD_SLOPE = 20.0
 HEAD_BIAS = 4.0
 
 
-def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> nn.Conv2d | None:
+def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> bool:
     """Copy a pretrained backbone's weights, leaving ends of another shape random.
 
     The classifier is left random. Where the first convolution takes another number of channels,
@@ -29,30 +29,30 @@ def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> nn.Conv2d |
         pretrained: the same timm model with its own input and classifier.
 
     Returns:
-        The pretrained first convolution, if this network's takes other channels.
+        Whether this network's first convolution takes other channels.
     """
     own, loaded = network.backbone.state_dict(), pretrained.state_dict()
     fitting = {key: loaded[key] for key in own if own[key].shape == loaded[key].shape}
     network.backbone.load_state_dict(fitting, strict=False)
-    stem = first_convolution(pretrained)
-    return stem if stem.in_channels != network.spec.in_channels else None
+    return first_convolution(pretrained).in_channels != network.spec.in_channels
 
 
 @torch.no_grad()
 def align_stem(
     network: SiameseNetwork,
-    pretrained_stem: nn.Conv2d,
+    pretrained: nn.Module,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
 ) -> float:
     """Fit the first convolution so that on latents it makes what the pretrained made of pixels.
 
     A ridge regression from latent patches to the pretrained convolution's output at the same
-    places, in closed form and float64. The pixels are normalised per sample and channel, as the
-    latents are by default: what that removes the latents could not tell either.
+    places, in closed form and float64. Where the latents are normalised per sample and channel, so
+    are the pixels: what that removes the latents could not tell either. Otherwise the pixels are
+    normalised as in the pretraining.
 
     Args:
         network: its first convolution is replaced in place.
-        pretrained_stem: the pretrained first convolution, on pixels.
+        pretrained: the same timm model with its own input, of which the first convolution is used.
         batches: ``(images [B, 3, H, W] in [0, 1], raw latents [B, C, h, w])``.
 
     Returns:
@@ -61,7 +61,7 @@ def align_stem(
     Raises:
         InputError: the two convolutions do not end at the same resolution.
     """
-    stem = first_convolution(network.backbone)
+    stem, pretrained_stem = first_convolution(network.backbone), first_convolution(pretrained)
     kernel = stem.kernel_size[0]
     padding = kernel // 2
     columns = stem.in_channels * kernel * kernel + 1
@@ -71,7 +71,12 @@ def align_stem(
     square = torch.zeros(stem.out_channels, dtype=torch.float64)
     count = 0
     for images, latents in batches:
-        target = pretrained_stem(normalise(images, "sample"))
+        pixels = (
+            normalise(images, "sample")
+            if network.spec.normalisation == "sample"
+            else normalise_pixels(pretrained, images)
+        )
+        target = pretrained_stem(pixels)
         inputs = normalise(latents, network.spec.normalisation, mean=network.mean, std=network.std)
         patches = F.unfold(inputs, kernel, padding=padding, stride=stem.stride)
         side = int(patches.shape[-1] ** 0.5)

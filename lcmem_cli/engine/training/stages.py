@@ -152,11 +152,11 @@ def train_stage1(
     teacher, retention = None, None
     if config.network.weights not in ("random", "timm"):
         pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
-        stem = copy_backbone(network, pretrained)
-        if config.network.align_stem and stem is not None:
+        other_input = copy_backbone(network, pretrained)
+        if config.network.align_stem and other_input:
             assert store is not None and manifest is not None
             teacher, pooled = _fit_teacher(
-                config, pretrained, stem, network, store, manifest,
+                config, pretrained, network, store, manifest,
                 known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
             )  # fmt: skip
             retention = _retention(
@@ -493,7 +493,6 @@ def _image_source(
 def _fit_teacher(
     config: Stage1Config,
     pretrained: torch.nn.Module,
-    stem: torch.nn.Conv2d,
     network: SiameseNetwork,
     store: LatentStore,
     manifest: Manifest,
@@ -505,7 +504,7 @@ def _fit_teacher(
     """Fit a pretrained network's ends to latents; return its teacher and the TRAIN features."""
     seed, count = config.runtime.seed, config.network.align_stem
     workers = resolve_workers(config.runtime.num_workers, ranks.size)
-    explained = align_stem(network, stem, _aligned_batches(store, manifest, count, seed))
+    explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     paths = [manifest.basedir / store.records[row].path for row in store.select("TRAIN")]
     device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():

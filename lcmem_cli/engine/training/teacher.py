@@ -66,6 +66,13 @@ def load_pretrained(backbone: str, path: Path) -> nn.Module:
     return model.eval()
 
 
+def normalise_pixels(pretrained: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Bring images ``[B, 3, H, W]`` in [0, 1] to the mean and deviation of the pretraining."""
+    model: Any = pretrained
+    mean, std = (images.new_tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """One pretrained backbone of a teacher.
@@ -104,15 +111,12 @@ class Member:
         mine = ranks.share(list(paths))
         device = next(self.model.parameters()).device
         backbone: Any = self.model
-        config = backbone.pretrained_cfg
-        mean = torch.tensor(config["mean"], device=device)[:, None, None]
-        std = torch.tensor(config["std"], device=device)[:, None, None]
         parts: list[torch.Tensor] = []
         with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
             for batch in iter_images(mine, self.image_size, workers=workers, batch_size=_BATCH):
                 for position, reason in batch.unreadable:
                     raise InputError(f"{mine[position]}: {reason}")
-                pixels = (batch.images.to(device) - mean) / std
+                pixels = normalise_pixels(backbone, batch.images.to(device))
                 if device.type == "cpu":
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
                 maps = backbone.forward_features(pixels)
