@@ -144,6 +144,22 @@ def test_halving_changes_the_fingerprint_and_drops_thresholds(tmp_path, tiny_cod
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * size
 
 
+def test_the_same_weights_at_another_size(tmp_path, tiny_codec):
+    saved, network = tiny(tmp_path, tiny_codec)
+    larger = saved.at_size(48)
+    assert larger.fingerprint not in ("", saved.fingerprint) and larger.thresholds == ()
+    ckpt.save_checkpoint(tmp_path / "larger.safetensors", larger)
+    detector = Detector.load(tmp_path / "larger.safetensors", device="cpu")
+    assert detector.input_size == 48
+    images = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = network(detector.codec.encode(images))
+    np.testing.assert_allclose(detector.embed(images), expected, atol=1e-5)
+    assert saved.at_size(32).fingerprint == saved.fingerprint
+    with pytest.raises(InputError, match="multiple of the codec's downsampling 2"):
+        saved.at_size(47)
+
+
 def test_other_safetensors_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not an lcmem checkpoint"):

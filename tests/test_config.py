@@ -63,6 +63,8 @@ def test_all_problems_are_reported_at_once():
         ({"kind": "stage1", "retention": {"weight": 1.0}}, "needs network.align_stem"),
         ({"kind": "stage1", "schedule": {"batch_size": 10, "accumulate": 3}}, "divide"),
         ({"kind": "codec", "model": {"block_channels": [6, 9], "norm_groups": 4}}, "divide"),
+        ({"kind": "codec", "model": {"block_channels": [8, 16], "layers_per_block": 0}}, "equal"),
+        ({"kind": "codec", "model": {"start": "pixels"}}, "needs 0"),
         ({"kind": "finetune", "loss": {"alpha": 0.0, "negatives": "all"}}, "no effect"),
         ({"kind": "stagge1"}, "did you mean 'stage1'"),
         ({}, "kind"),

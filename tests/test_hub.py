@@ -158,6 +158,9 @@ def test_every_command_takes_a_checkpoint_by_its_name_on_the_hub(cache, run_cli,
     out = image_folder.parent / "calibrated.safetensors"
     run_cli("calibrate", name, "--filelist", image_folder, "-o", out)
     assert ckpt.load_checkpoint(out).fingerprint == wanted
+    run_cli("calibrate", name, "--filelist", image_folder, "--size", 48, "-o", out)
+    assert json.loads(run_cli("info", out, "--json").stdout)["image_size"] == 48
+    assert ckpt.load_checkpoint(out).thresholds
     assert run_cli("info", "hf:somebody/else", exit_code=1).stderr.startswith("error: hf:somebody")
 
 

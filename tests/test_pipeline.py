@@ -341,6 +341,7 @@ def test_train_codec_writes_a_codec_that_latents_takes(run_cli, image_folder, tm
         "--json",
     )
     codec = json.loads(out.stdout)["codec"]
+    assert codec["latent_channels"] == 12
     assert (tmp_path / "run" / "loss.png").stat().st_size > 0
     assert codec["downsampling"] == 2
     made = make_latents(run_cli, image_folder, codec["name"], tmp_path / "latents", "--json")

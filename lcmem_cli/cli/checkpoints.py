@@ -92,11 +92,27 @@ def calibrate(
     half: Annotated[
         bool, typer.Option("--half", help="Store the network in float16, before fitting.")
     ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side in pixels to use images at from now on, e.g. a fifth more than in training.",
+            show_default="the trained one",
+        ),
+    ] = None,
+    recentre: Annotated[
+        bool,
+        typer.Option(
+            "--recentre",
+            help="Centre the features on the TRAIN images, for a list of one kind of images; "
+            "identities are not used.",
+        ),
+    ] = False,
     workers: WorkersOption = -1,
     device: DeviceOption = Device.AUTO,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a checkpoint's thresholds on the VAL pairs of a list, and report TEST."""
+    """Fit a checkpoint to your data: thresholds on VAL pairs, and, if asked, size and centre."""
     from lcmem_cli.engine.evaluation.recalibrate import recalibrate
 
     result = recalibrate(
@@ -105,6 +121,8 @@ def calibrate(
         basedir=basedir,
         output=output,
         half=half,
+        size=size,
+        centred=recentre,
         workers=workers,
         device=device.value,
         reporter=render.reporter(),

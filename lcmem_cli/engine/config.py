@@ -207,12 +207,16 @@ class CodecModelSection(Section):
         64,
     )
     """Channels per resolution; each level after the first halves the image."""
-    layers_per_block: int = Field(1, ge=1, le=8)
-    """Residual blocks per resolution."""
+    layers_per_block: int = Field(1, ge=0, le=8)
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
     """Channels of a latent."""
     norm_groups: int = Field(8, ge=1)
     """Groups of the group normalisation; must divide every entry of ``block_channels``."""
+    start: Literal["random", "pixels"] = "random"
+    """Weights that training begins with. ``pixels``: an encoder whose latents are the pixels of
+    each block of the image, one channel each, so that nothing is lost at the start. Needs
+    ``layers_per_block = 0``."""
 
 
 class CodecLossSection(Section):
@@ -513,6 +517,14 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             bad = [c for c in channels if isinstance(c, int) and (c <= 0 or c % groups)]
             if bad:
                 problems.append(f"model.norm_groups: {groups} must divide every entry, not {bad}")
+        if get("model", "layers_per_block", 1) == 0 and isinstance(channels, (list, tuple)):
+            if len(set(channels)) > 1:
+                problems.append(
+                    "model.layers_per_block: without residual blocks nothing changes the number of "
+                    "channels; make all entries of block_channels equal, or set 1"
+                )
+        elif get("model", "start") == "pixels":
+            problems.append('model.layers_per_block: start = "pixels" needs 0')
         if get("runtime", "trackers"):
             problems.append("runtime.trackers: has no effect on train-codec; see its history.csv")
         if get("runtime", "checkpointing"):

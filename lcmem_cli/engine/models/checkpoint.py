@@ -80,6 +80,22 @@ class Checkpoint:
         }
         return build_network(self.network, state, source=source)
 
+    def at_size(self, size: int) -> Checkpoint:
+        """Return the same weights for images of another side, without thresholds.
+
+        Raises:
+            InputError: the codec cannot halve the side so often.
+        """
+        factor = self.codec.downsampling
+        if size % factor or not 0 < size <= MAX_SIDE:
+            raise InputError(
+                f"image size {size}: it must be a multiple of the codec's downsampling {factor}, "
+                f"at most {MAX_SIDE}"
+            )
+        network = dataclasses.replace(self.network, input_size=size // factor)
+        changed = dataclasses.replace(self, network=network, image_size=size, thresholds=())
+        return changed.with_fingerprint()
+
     def codec_model(self) -> nn.Module | None:
         """Return the autoencoder that is inside the file (encoder only), or ``None``."""
         if self.codec_config is None or self.codec_state is None:

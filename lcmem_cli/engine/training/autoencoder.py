@@ -45,6 +45,12 @@ HISTORY_NAME = "history.csv"
 STEPS_BETWEEN_RECORDS = 50
 SECONDS_BETWEEN_STATES = 60.0
 MAX_VALIDATION_IMAGES = 256
+CONSTANT = 20.0
+"""Of the two constant channels of a group where the encoder starts from pixels; those hold values
+in [-1, 1]."""
+ALMOST_LINEAR = 8.0
+"""Within 2 of this SiLU is within 0.015 of its argument."""
+START_LOG_VARIANCE = -6.0
 _BATCHES_AHEAD = 3
 
 
@@ -85,7 +91,77 @@ def build_autoencoder(config: CodecConfig) -> torch.nn.Module:
         mid_block_add_attention=False,
         sample_size=config.image.size,
     )
+    if config.model.start == "pixels":
+        start_from_pixels(model)
     return model
+
+
+@torch.no_grad()
+def start_from_pixels(model: Any) -> None:
+    """Make an encoder that sorts the pixels of each block into channels (space to depth).
+
+    The first convolution keeps the colours, every downsampling sorts the four pixels of a square
+    into four times as many channels, and the residual blocks add nothing at first. Two channels
+    of each normalisation group hold the constants ``K`` and ``-K``, so that its statistics hardly
+    depend on the image, and tell its mean; the last convolution takes that off again. The
+    activation before it works where it is all but linear.
+
+    Args:
+        model: ``AutoencoderKL`` with ``layers_per_block = 0``; changed in place.
+
+    Raises:
+        InputError: there are fewer channels than values in a block of pixels.
+    """
+    encoder = model.encoder
+    groups, channels = encoder.conv_norm_out.num_groups, encoder.conv_norm_out.num_channels
+    members = torch.arange(channels).reshape(groups, -1)
+    if members.shape[1] < 3:
+        raise InputError('model.norm_groups: start = "pixels" needs groups of 3 channels or more')
+    slots, plus, minus = members[:, :-2].flatten(), members[:, -2], members[:, -1]
+    downsamplers = [b.downsamplers[0].conv for b in encoder.down_blocks if b.downsamplers]
+    values = 3 * 4 ** len(downsamplers)
+    latent_channels = model.config.latent_channels
+    if values > min(len(slots), latent_channels):
+        raise InputError(
+            f'model.start: "pixels" needs {values} latent_channels and {values} channels beside '
+            f"two in each group; there are {latent_channels} and {len(slots)}"
+        )
+
+    def constants(convolution: Any) -> None:
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+        convolution.bias[plus], convolution.bias[minus] = CONSTANT, -CONSTANT
+
+    constants(encoder.conv_in)
+    for colour in range(3):
+        encoder.conv_in.weight[slots[colour], colour, 1, 1] = 1
+    carried = 3
+    for convolution in downsamplers:
+        constants(convolution)
+        for place in range(4):
+            for value in range(carried):
+                target = slots[place * carried + value]
+                convolution.weight[target, slots[value], place // 2, place % 2] = 1
+        carried *= 4
+    for name, module in encoder.named_modules():
+        if name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    norm, last = encoder.conv_norm_out, encoder.conv_out
+    norm.weight.fill_(CONSTANT * (2 / members.shape[1]) ** 0.5)  # the deviation of a group
+    norm.bias.fill_(ALMOST_LINEAR)
+    norm.bias[plus] -= CONSTANT
+    norm.bias[minus] += CONSTANT
+    last.weight.zero_()
+    last.bias.zero_()
+    last.bias[latent_channels:] = START_LOG_VARIANCE
+    for value in range(values):
+        slot = slots[value]
+        group = int(slot) // members.shape[1]
+        last.weight[value, slot, 1, 1] = 1
+        last.weight[value, plus[group], 1, 1] = last.weight[value, minus[group], 1, 1] = -0.5
+    model.quant_conv.weight.copy_(torch.eye(2 * latent_channels)[:, :, None, None])
+    model.quant_conv.bias.zero_()
 
 
 def train_codec_on(

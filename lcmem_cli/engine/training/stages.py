@@ -339,7 +339,7 @@ def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) 
         InputError: it cannot do what ``config.runtime`` and ``config.optimiser.frozen`` ask for.
     """
     size = config.image.size or start.image_size
-    spec = dataclasses.replace(start.network, input_size=size // start.codec.downsampling)
+    spec = start.at_size(size).network
     network = SiameseNetwork(spec, drop_path_rate=config.regularisation.drop_path_rate)
     load_strictly(network, start.build().state_dict(), source=f"{source} at {size} px")
     if config.runtime.checkpointing:
