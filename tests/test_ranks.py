@@ -129,6 +129,34 @@ def test_several_ranks_train_the_network_of_one(server, store, images, tmp_path)
     compare_trainings(tmp_path / "tuned-1", tmp_path / "tuned-2")
 
 
+def test_batch_normalisation_sees_the_whole_batch(server, store, tmp_path):
+    # One step, as Adam turns the rounding errors of small gradients into whole steps.
+    command = [
+        "--quiet", "train-stage1", "--latents", store, *TRAINING, "--set=schedule.batch_size=100",
+        "--set=network.backbone=resnet10t", "--set=network.stem_stride=1",
+        "--set=schedule.epochs=1",
+    ]  # fmt: skip
+    for count in (1, 2, 4):
+        done = server.run_ranks(count, *command, "-o", tmp_path / str(count))
+        assert done.code == 0, done.stderr
+    expected = gradients(tmp_path / "1")
+    one = load_checkpoint(tmp_path / "1" / "checkpoint.safetensors").network_state
+    statistics = [key for key in one if "running" in key or "num_batches" in key]
+    assert statistics
+    for count in ("2", "4"):
+        # Rounding changes which of two almost equal values a maximum takes: not 1e-5 here.
+        assert (gradients(tmp_path / count) - expected).norm() < 1e-2 * expected.norm()
+        several = load_checkpoint(tmp_path / count / "checkpoint.safetensors").network_state
+        for key in statistics:
+            torch.testing.assert_close(several[key], one[key], rtol=1e-5, atol=1e-6)
+    # Three pairs in three parts on four processes: some are empty, and nobody may wait for ever.
+    done = server.run_ranks(
+        4, *command, "--set=schedule.batch_size=9", "--set=schedule.accumulate=3",
+        "-o", tmp_path / "parts",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+
+
 def gradients(folder):
     adam = torch.load(folder / "state.pt", weights_only=True)["adam"]["state"]
     return torch.cat([adam[number]["exp_avg"].flatten() for number in sorted(adam)])

@@ -30,6 +30,7 @@ from lcmem_cli.engine.errors import InputError, TrainingDivergedError
 from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.training.batch_norm import synchronise_batch_norm
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.sources import PairSource
@@ -140,6 +141,11 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
         self.state = _State()
+        self.synchronised = (
+            self.ranks.size > 1
+            and not optimiser.freeze_statistics
+            and synchronise_batch_norm(network)
+        )
         self.adam = _build_adam(network, optimiser)
         self.base_rates = [group["lr"] for group in self.adam.param_groups]
         self.ema = copy.deepcopy(network).requires_grad_(False) if optimiser.ema_decay else None
@@ -218,6 +224,7 @@ class Trainer:
             second.to(self.device, non_blocking=True),
             num_pairs=len(batch),
             ranks=self.ranks,
+            synchronised=self.synchronised,
             parts=self.schedule.accumulate,
             step_seed=batch.step_seed,
             autocast=self._autocast,

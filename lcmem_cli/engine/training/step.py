@@ -40,6 +40,7 @@ def forward_backward(
     *,
     num_pairs: int,
     ranks: Ranks,
+    synchronised: bool = False,
     parts: int = 1,
     step_seed: int = 0,
     autocast: Autocast = contextlib.nullcontext,
@@ -54,6 +55,8 @@ def forward_backward(
         latents_b: the same of the second images.
         num_pairs: pairs of the whole batch, over all processes.
         ranks: the processes.
+        synchronised: the network waits for the other processes, so that each has to run it equally
+            often, if need be on no rows.
         parts: pieces that this process's part is computed in.
         step_seed: of stochastic depth; the same masks are drawn again in the second pass.
         autocast: context for mixed precision.
@@ -64,7 +67,7 @@ def forward_backward(
     """
     single = parts == 1
     num_rows = latents_a.shape[0]
-    pieces = [p for p in torch.arange(num_rows).chunk(parts) if len(p)]
+    pieces = [p for p in torch.arange(num_rows).tensor_split(parts) if len(p) or synchronised]
 
     def embed(piece_number: int) -> torch.Tensor:
         rows = pieces[piece_number]
