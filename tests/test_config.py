@@ -21,7 +21,6 @@ def test_the_named_configs_are_shipped():
         "mini/codec",
         "mini/stage1",
         "mini/finetune",
-        "mini/finetune-176",
         "baselines/siamese",
         "baselines/siamese-ntxent",
         "baselines/siamese-ntxent-unsupervised",

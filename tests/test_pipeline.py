@@ -111,6 +111,13 @@ def test_a_share_of_the_start_is_kept(run_cli, image_folder, stage1, tmp_path):
         if trained.is_floating_point():
             wanted = 0.75 * trained + 0.25 * states["start"][key]
             torch.testing.assert_close(states[0.25][key], wanted)
+    run_cli(
+        "finetune", start, "--filelist", image_folder, "-o", tmp_path / "0.0", "--resume",
+        "--set=schedule.epochs=1", "--set=schedule.batch_size=8",
+        "--set=regularisation.start_share=0.25",
+    )  # fmt: skip
+    later = load_checkpoint(tmp_path / "0.0" / "checkpoint.safetensors").network_state
+    assert all(torch.equal(later[key], value) for key, value in states[0.25].items())
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,8 @@ class RegularisationSection(Section):
     """Stochastic depth while training."""
     start_share: float = Field(0.0, ge=0, lt=1)
     """Share of the starting checkpoint's weights in those that are kept at the end (WiSE-FT,
-    Wortsman et al. 2022, arXiv 2109.01903): a little of the start serves unseen kinds of images."""
+    Wortsman et al. 2022, arXiv 2109.01903): a little of the start serves unseen kinds of images.
+    A finished run takes another share with ``--resume``."""
 
 
 class FinetuneImageSection(Section):

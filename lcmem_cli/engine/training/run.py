@@ -35,7 +35,8 @@ def open_training_folder(
     """Lock a run folder, write the resolved config into it, and yield the run's digest.
 
     The digest covers the data and the config, but not the keys of ``NOT_THE_STUDY``, which may
-    change when a run moves to another machine.
+    change when a run moves to another machine, nor ``regularisation.start_share``, which is used
+    only when the training has ended.
 
     Args:
         output: run folder; made if missing.
@@ -49,7 +50,9 @@ def open_training_folder(
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
-    text = json.dumps([study_settings(config), data_digest], sort_keys=True)
+    settings = study_settings(config)
+    settings.get("regularisation", {}).pop("start_share", None)
+    text = json.dumps([settings, data_digest], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     lock = folder_lock(output) if ranks.is_main else contextlib.nullcontext()
     with lock:
