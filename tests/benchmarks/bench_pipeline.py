@@ -136,7 +136,7 @@ def main() -> None:
             print(json.dumps(results, indent=1))
             return
 
-        first = codec.encode(images[:BATCH], same_bits=False).clone()
+        first = codec.encode(images[:BATCH]).clone()
         spec = NetworkSpec(
             backbone=options.backbone,
             in_channels=first.shape[1],
@@ -169,7 +169,7 @@ def main() -> None:
                 pair = first, first
                 if encode:
                     both = torch.cat([images[:BATCH], images[:BATCH]])
-                    pair = codec.encode(both, same_bits=False).clone().chunk(2)
+                    pair = codec.encode(both).clone().chunk(2)
                 forward_backward(network, fixed._loss_of, *pair, num_pairs=BATCH, ranks=Ranks())
                 fixed.adam.step()
                 fixed.adam.zero_grad(set_to_none=True)

@@ -85,7 +85,7 @@ class LCMemDetector(HeadDetector):
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        return self.embed_latents(self.codec.encode(batch, same_bits=False))
+        return self.embed_latents(self.codec.encode(batch))
 
     @torch.inference_mode()
     def embed_latents(self, latents: torch.Tensor) -> NDArray[np.float32]:

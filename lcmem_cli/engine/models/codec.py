@@ -18,8 +18,6 @@ from lcmem_cli.engine.errors import CheckpointError, InputError, WeightsUnavaila
 
 EMBEDDED = "embedded"
 PIXELS = "none"
-CPU_PIECE = 8
-"""Images that a CPU encodes at once."""
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -118,15 +116,12 @@ class Codec:
         images: torch.Tensor,
         *,
         generator: torch.Generator | None = None,
-        same_bits: bool = True,
     ) -> torch.Tensor:
         """Encode images to raw latents (no scaling factor, no normalisation).
 
         Args:
             images: ``[B, 3, H, W]`` float32 in [0, 1]; H and W divisible by the downsampling.
             generator: needed for, and only used by, ``posterior="sample"``.
-            same_bits: on a CPU, make every image's latent the same to the last bit in any batch,
-                as stored latents must be; otherwise to rounding, which is faster.
 
         Returns:
             ``[B, C, H / f, W / f]`` float32 on the codec's device.
@@ -147,8 +142,9 @@ class Codec:
             return self._empty(images)
         if self.device.type != "cpu":
             return self.forward(images, generator=generator)
-        # A CPU is fastest with pieces that stay in its cache, and exact with single images.
-        pieces = torch.split(images, 1 if same_bits else CPU_PIECE)
+        # One at a time an image's latent is the same to the last bit in any batch. In batches torch
+        # sums a group's statistics less exactly, which is seen in features, and gains 2 % of time.
+        pieces = torch.split(images, 1)
         return torch.cat([self.forward(piece, generator=generator) for piece in pieces])
 
     def _empty(self, images: torch.Tensor) -> torch.Tensor:

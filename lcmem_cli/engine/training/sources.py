@@ -140,5 +140,5 @@ class ImageSource(PairSource):
         empty = torch.zeros(0, 3, self.image_size, self.image_size)
         images = torch.stack([a for a, _ in pairs] + [b for _, b in pairs]) if pairs else empty
         # The codec runs in inference mode; a clone is an ordinary tensor that autograd accepts.
-        first, second = self.codec.encode(images, same_bits=False).clone().chunk(2)
+        first, second = self.codec.encode(images).clone().chunk(2)
         return first, second
