@@ -33,10 +33,11 @@ def main() -> None:
     plain = detector.checkpoint.build().requires_grad_(False)
     folded = detector.network
 
-    def run(network, *, pieces=8, channels_last=True):
+    def run(network, *, pieces=1, channels_last=True):
         latents = torch.cat([detector.codec.forward(p) for p in images.split(pieces)])
         if not channels_last:
-            inputs = normalise(latents, network.spec.normalisation).contiguous()
+            how, mean, std = network.spec.normalisation, network.mean, network.std
+            inputs = normalise(latents, how, mean=mean, std=std).contiguous()
             return torch.sigmoid(network.backbone(inputs)).numpy()
         return network(latents).numpy()
 
@@ -53,8 +54,10 @@ def main() -> None:
     cores = torch.get_num_threads()
     compiled = torch.compile(folded)
     forms = {
-        "in use: folded, channels last, codec in eights": lambda: detector.embed_batch(images),
-        "codec one by one": lambda: run(folded, pieces=1),
+        "in use: folded, network channels last, codec one by one": lambda: detector.embed_batch(
+            images
+        ),
+        "codec in eights": lambda: run(folded, pieces=8),
         "codec in one batch": lambda: run(folded, pieces=options.batch_size),
         "batch normalisation not folded": lambda: run(plain),
         "contiguous instead of channels last": lambda: run(
