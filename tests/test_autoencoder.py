@@ -8,7 +8,7 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.training.autoencoder import build_autoencoder
 
 
-def config(channels, latent_channels, groups=2, **runtime):
+def config(channels, latent_channels, groups):
     return CodecConfig(
         kind="codec",
         model={
@@ -18,12 +18,11 @@ def config(channels, latent_channels, groups=2, **runtime):
             "norm_groups": groups,
             "start": "pixels",
         },
-        runtime=runtime,
     )
 
 
 def blocks(images, levels):
-    """Sort the pixels of each block into channels, the first halving's places slowest last."""
+    """Sort the pixels of each block into channels."""
     for _ in range(levels):
         places = [images[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]
         images = torch.cat(places, dim=1)

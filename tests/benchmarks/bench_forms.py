@@ -78,6 +78,8 @@ def main() -> None:
             export_checkpoint("embedded", path)
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = cores
+            # Its threads would go on spinning in the time of the form that comes next.
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(str(path), settings)
             forms["ONNX Runtime"] = lambda: session.run(None, {"images": images.numpy()})[0]
         expected = None

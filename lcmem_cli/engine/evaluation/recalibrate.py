@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import logit
 from torch import nn
 
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
@@ -141,7 +140,8 @@ def recentre(
     Raises:
         InputError: no image, one that cannot be read, or another kind of backbone.
     """
-    backbone: Any = checkpoint.build().backbone
+    detector = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device))
+    backbone: Any = detector.network.backbone
     last = backbone.get_classifier()
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise InputError(
@@ -150,18 +150,15 @@ def recentre(
         )
     if not manifest.records:
         raise InputError("there is no TRAIN image to recentre on")
-    detector = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device))
     embedded = embed_files(detector, manifest.paths(), workers=workers, reporter=reporter)
     for bad in embedded.unreadable:
         raise InputError(f"{bad.path}: {bad.reason}")
-    features = np.asarray(embedded.features, dtype=np.float64)
-    before_sigmoid = logit(features.clip(_SATURATED, 1 - _SATURATED))
+    features = torch.from_numpy(np.asarray(embedded.features, dtype=np.float64))
+    mean = torch.logit(features, eps=_SATURATED).mean(dim=0)
     [layer] = [name for name, module in backbone.named_modules() if module is last]
     key = f"backbone.{layer}.bias"
-    state = dict(checkpoint.network_state)
-    state[key] = (last.bias.detach() - torch.from_numpy(before_sigmoid.mean(axis=0))).to(
-        state[key].dtype
-    )
+    bias = checkpoint.network_state[key]
+    state = {**checkpoint.network_state, key: (bias - mean).to(bias.dtype)}
     training = {
         **checkpoint.training,
         "recentred": {"data_digest": manifest.digest, "num_images": len(features)},
