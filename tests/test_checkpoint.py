@@ -199,15 +199,19 @@ def test_sample_normalisation_is_as_stated():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "num_left"),
+    ("backbone", "inner_stride", "num_left"),
     # The last convolution of resnet10t's stem is no sibling of the normalisation after it.
-    [("resnet10t", 1), ("tf_efficientnet_lite0", 0), ("convnext_atto", None)],
-)
-def test_folding_batch_normalisation_changes_no_feature(backbone, num_left):
+    [
+        ("resnet10t", None, 1), ("tf_efficientnet_lite0", None, 0), ("convnext_atto", None, None),
+        ("tf_efficientnet_lite0", 16, 0),
+    ],
+)  # fmt: skip
+def test_folding_batch_normalisation_changes_no_feature(backbone, inner_stride, num_left):
     torch.manual_seed(0)
     spec = NetworkSpec(
-        backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample"
-    )
+        backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample",
+        inner_stride=inner_stride,
+    )  # fmt: skip
     network = SiameseNetwork(spec).eval()
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:

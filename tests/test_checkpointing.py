@@ -14,11 +14,12 @@ from lcmem_cli.engine.training.run import open_training_folder
 from lcmem_cli.engine.training.step import forward_backward
 
 
-def network(backbone, drop_path_rate=0.0):
+def network(backbone, drop_path_rate=0.0, inner_stride=None):
     torch.manual_seed(0)
     spec = NetworkSpec(
-        backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample"
-    )
+        backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample",
+        inner_stride=inner_stride,
+    )  # fmt: skip
     return SiameseNetwork(spec, drop_path_rate=drop_path_rate).train()
 
 
@@ -36,9 +37,15 @@ def step(model, parts):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("backbone", ["resnet10t", "convnext_atto", "tf_efficientnet_lite0"])
-def test_loss_gradients_and_statistics_are_those_without(backbone, parts):
-    plain = network(backbone, drop_path_rate=0.3)
+@pytest.mark.parametrize(
+    ("backbone", "inner_stride"),
+    [
+        ("resnet10t", None), ("convnext_atto", None), ("tf_efficientnet_lite0", None),
+        ("convnext_atto", 16), ("tf_efficientnet_lite0", 16),
+    ],
+)  # fmt: skip
+def test_loss_gradients_and_statistics_are_those_without(backbone, inner_stride, parts):
+    plain = network(backbone, drop_path_rate=0.3, inner_stride=inner_stride)
     saving = copy.deepcopy(plain)
     use_checkpointing(saving)
     passes = []

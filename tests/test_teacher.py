@@ -191,6 +191,7 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
         "--set=network.stem_stride=1", "--set=network.num_features=16",
+        "--set=network.inner_stride=16",
         f'--set=retention.panel={{resnet10t="{weights}"}}', *common,
     )  # fmt: skip
     run_cli(
@@ -212,7 +213,7 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
     first = load_checkpoint(tmp_path / "stage1" / "checkpoint.safetensors")
     tuned = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors")
     assert (first.image_size, tuned.image_size) == (32, 48)
-    key = "backbone.layer1.0.bn1.running_mean"
+    key = "backbone.trunk.layer1.0.bn1.running_mean"
     assert torch.equal(first.network_state[key], tuned.network_state[key])
     assert not torch.equal(first.network_state["head.weight"], tuned.network_state["head.weight"])
     (tmp_path / "stage1" / "teacher.safetensors").unlink()

@@ -69,6 +69,10 @@ class NetworkSection(Section):
     stem_stride: Literal[1, 2, 4] | None = None
     """Stride of the first convolution. Latents are already smaller than the image, so 1 keeps the
     resolutions that a pretrained backbone saw; unset leaves the backbone's own."""
+    inner_stride: int | None = Field(None, ge=1, le=64)
+    """Reads the mean of an earlier stage's output beside the last features: the stage of this
+    stride as timm counts it (16: the last but one of most convolutional backbones). Such a stage
+    tells more of an image's own texture, and sees altered copies better. Unset: the last alone."""
     align_stem: int = Field(0, ge=0, le=100_000)
     """Images on which a pretrained backbone's first convolution is fitted to latents by least
     squares to what it made of the pixels. The projection then begins as the principal components

@@ -140,8 +140,11 @@ def compute_fingerprint(checkpoint: Checkpoint) -> str:
     codec = dataclasses.asdict(checkpoint.codec)
     for label in ("name", "revision"):  # what it is called does not change what it computes
         codec.pop(label)
+    network = dataclasses.asdict(checkpoint.network)
+    if network["inner_stride"] is None:  # files made before there was this field stay valid
+        network.pop("inner_stride")
     header = {
-        "network": dataclasses.asdict(checkpoint.network),
+        "network": network,
         "codec": codec,
         "image_size": checkpoint.image_size,
     }
@@ -291,6 +294,7 @@ def _check_header(header: dict[str, Any]) -> None:
         ("network.in_channels", network["in_channels"], MAX_CHANNELS),
         ("network.num_features", network["num_features"], MAX_SIDE),
         ("network.stem_stride", network.get("stem_stride") or 1, MAX_CHANNELS),
+        ("network.inner_stride", network.get("inner_stride") or 1, MAX_CHANNELS),
         ("codec.latent_channels", codec["latent_channels"], MAX_CHANNELS),
         ("codec.downsampling", codec["downsampling"], MAX_CHANNELS),
     ):

@@ -46,6 +46,7 @@ class NetworkSpec:
         input_size: side of the network's input in latent pixels.
         normalisation: of the input, see ``normalise``.
         stem_stride: stride of the first convolution, ``None`` for the backbone's own.
+        inner_stride: see ``TwoLevelBackbone``; ``None`` for the last features alone.
         mean: per channel, for ``dataset`` normalisation only.
         std: per channel, for ``dataset`` normalisation only.
     """
@@ -56,6 +57,7 @@ class NetworkSpec:
     input_size: int
     normalisation: Normalisation
     stem_stride: int | None = None
+    inner_stride: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -138,6 +140,66 @@ class SiameseNetwork(nn.Module):
         return logits.squeeze(-1)
 
 
+class TwoLevelBackbone(nn.Module):
+    """A timm model that also shows what an earlier stage saw.
+
+    Layers before the last keep more of what tells two images of one kind apart and of where an
+    altered copy is unaltered; the last keeps what a kind has in common. One linear layer reads
+    both.
+
+    Args:
+        trunk: timm model without a classifier.
+        inner_stride: of the earlier stage, in pixels of the backbone's input as timm counts them
+            (a changed stem stride does not count).
+        num_features: outputs, or ``None`` for both levels side by side.
+
+    Raises:
+        InputError: the model has no such stage or does not show it.
+    """
+
+    def __init__(self, trunk: nn.Module, inner_stride: int, num_features: int | None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        model: Any = trunk
+        stages = [dict(stage) for stage in getattr(model, "feature_info", None) or []]
+        strides = [stage["reduction"] for stage in stages]
+        if inner_stride not in strides or not hasattr(model, "forward_intermediates"):
+            found = ", ".join(str(stride) for stride in sorted(set(strides))) or "none"
+            raise InputError(
+                f"network.inner_stride: this backbone has no stage of stride {inner_stride}; "
+                f"it has {found}"
+            )
+        # The last of several stages of one stride.
+        self._stage = len(strides) - 1 - strides[::-1].index(inner_stride)
+        last = getattr(model, "head_hidden_size", None) or model.num_features
+        self.widths: tuple[int, int] = (last, stages[self._stage]["num_chs"])
+        self.projection: nn.Module = nn.Identity()
+        if num_features is not None:
+            self.projection = nn.Linear(sum(self.widths), num_features)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return ``[B, num_features]`` of inputs ``[B, C, h, w]``."""
+        trunk: Any = self.trunk
+        last, [inner] = trunk.forward_intermediates(inputs, indices=[self._stage])
+        pooled = trunk.forward_head(last, pre_logits=True)
+        features: torch.Tensor = self.projection(torch.cat([pooled, inner.mean(dim=(2, 3))], dim=1))
+        return features
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer, as timm's models do."""
+        return self.projection
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations again in the backward pass, as timm's models do."""
+        trunk: Any = self.trunk
+        trunk.set_grad_checkpointing(enable)
+
+
+def timm_part(backbone: nn.Module) -> nn.Module:
+    """Return the timm model of a backbone with one level or two."""
+    return backbone.trunk if isinstance(backbone, TwoLevelBackbone) else backbone
+
+
 @torch.no_grad()
 def check_input(network: SiameseNetwork) -> None:
     """Try a network on an input of its size; a deep one shrinks a small input to nothing.
@@ -180,7 +242,7 @@ def resolve_backbone(name: str) -> str:
 def build_backbone(
     spec: NetworkSpec, *, drop_path_rate: float = 0.0, pretrained: bool = False
 ) -> nn.Module:
-    """Build the timm model of a spec, with ``num_features`` outputs.
+    """Build the backbone of a spec: a timm model, or two levels of one, with ``num_features``.
 
     Raises:
         InputError: the backbone cannot be built with these options.
@@ -192,7 +254,7 @@ def build_backbone(
 
     options: dict[str, Any] = {
         "in_chans": spec.in_channels,
-        "num_classes": spec.num_features,
+        "num_classes": spec.num_features if spec.inner_stride is None else 0,
         "pretrained": pretrained,
     }
     if drop_path_rate > 0:
@@ -228,6 +290,8 @@ def build_backbone(
     if spec.stem_stride is not None:
         stem = first_convolution(model)
         stem.stride = (spec.stem_stride, spec.stem_stride)
+    if spec.inner_stride is not None:
+        return TwoLevelBackbone(model, spec.inner_stride, spec.num_features)
     built: nn.Module = model
     return built
 

@@ -10,7 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.models.siamese import SiameseNetwork, first_convolution, normalise
+from lcmem_cli.engine.models.siamese import (
+    SiameseNetwork,
+    first_convolution,
+    normalise,
+    timm_part,
+)
 from lcmem_cli.engine.training.teacher import Teacher, normalise_pixels
 
 RIDGE = 1e-3
@@ -31,9 +36,10 @@ def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> bool:
     Returns:
         Whether this network's first convolution takes other channels.
     """
-    own, loaded = network.backbone.state_dict(), pretrained.state_dict()
+    backbone = timm_part(network.backbone)
+    own, loaded = backbone.state_dict(), pretrained.state_dict()
     fitting = {key: loaded[key] for key in own if own[key].shape == loaded[key].shape}
-    network.backbone.load_state_dict(fitting, strict=False)
+    backbone.load_state_dict(fitting, strict=False)
     return first_convolution(pretrained).in_channels != network.spec.in_channels
 
 

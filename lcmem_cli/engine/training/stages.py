@@ -317,6 +317,7 @@ def stage1_network(
         input_size=size // codec.downsampling,
         normalisation=config.network.normalisation,
         stem_stride=config.network.stem_stride,
+        inner_stride=config.network.inner_stride,
         mean=store.mean if store and whole else None,
         std=store.std if store and whole else None,
     )
@@ -511,10 +512,11 @@ def _fit_teacher(
         teacher = Teacher.load(known).to(device)
         pooled = teacher.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
     else:
-        members = [Member.of(resolve_backbone(config.network.backbone), pretrained.to(device))]
-        members += [
-            Member.of(resolve_backbone(name), load_pretrained(name, Path(file)).to(device))
-            for name, file in config.retention.panel.items()
+        loaded = [(config.network.backbone, pretrained)]
+        loaded += [(n, load_pretrained(n, Path(f))) for n, f in config.retention.panel.items()]
+        members = [
+            Member.of(resolve_backbone(name), model.to(device), config.network.inner_stride)
+            for name, model in loaded
         ]
         teacher, pooled = Teacher.fit(
             members, paths, num_features=config.network.num_features, seed=seed, workers=workers,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.files import atomic_path
-from lcmem_cli.engine.models.siamese import load_strictly, resolve_backbone
+from lcmem_cli.engine.models.siamese import TwoLevelBackbone, load_strictly, resolve_backbone
 from lcmem_cli.engine.models.weights import read_state_dict, rename_by_order
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
@@ -81,17 +81,20 @@ class Member:
         backbone: timm name.
         model: the backbone on pixels, in evaluation mode.
         image_size: side in pixels of its input.
+        inner_stride: of the earlier stage that it also shows, as ``NetworkSpec.inner_stride``.
     """
 
     backbone: str
     model: nn.Module
     image_size: int
+    inner_stride: int | None
 
     @staticmethod
-    def of(backbone: str, model: nn.Module) -> Member:
+    def of(backbone: str, model: nn.Module, inner_stride: int | None = None) -> Member:
         """Return a frozen member at the image size of its pretraining."""
         timm_model: Any = model.eval().requires_grad_(False)
-        return Member(backbone, model, int(timm_model.pretrained_cfg["input_size"][-1]))
+        size = int(timm_model.pretrained_cfg["input_size"][-1])
+        return Member(backbone, model, size, inner_stride)
 
     @torch.inference_mode()
     def pool(
@@ -101,8 +104,11 @@ class Member:
         workers: int = 1,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
-    ) -> torch.Tensor:
-        """Return the backbone's pooled features of images, ``[N, d]`` float32, on the CPU.
+    ) -> list[torch.Tensor]:
+        """Return the backbone's pooled features of images, by level, on the CPU.
+
+        Returns:
+            ``[N, d]`` float32, and with ``inner_stride`` the earlier stage's ``[N, c]``.
 
         Raises:
             InputError: an image cannot be read.
@@ -110,17 +116,16 @@ class Member:
         ranks = ranks or Ranks()
         mine = ranks.share(list(paths))
         device = next(self.model.parameters()).device
-        backbone: Any = self.model
+        features, widths = self._features()
         parts: list[torch.Tensor] = []
         with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
             for batch in iter_images(mine, self.image_size, workers=workers, batch_size=_BATCH):
                 for position, reason in batch.unreadable:
                     raise InputError(f"{mine[position]}: {reason}")
-                pixels = normalise_pixels(backbone, batch.images.to(device))
+                pixels = normalise_pixels(self.model, batch.images.to(device))
                 if device.type == "cpu":
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
-                maps = backbone.forward_features(pixels)
-                parts.append(backbone.forward_head(maps, pre_logits=True).float().cpu())
+                parts.append(features(pixels).float().cpu())
                 task.advance(len(batch.images))
         gathered = ranks.gather(torch.cat(parts).numpy() if parts else None)
         known = [part for part in gathered if part is not None]
@@ -128,7 +133,17 @@ class Member:
         for rank, part in enumerate(gathered):
             if part is not None:
                 whole[rank :: ranks.size] = part
-        return torch.from_numpy(whole)
+        return list(torch.split(torch.from_numpy(whole), widths or whole.shape[1], dim=1))
+
+    def _features(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]:
+        """Return what computes all levels side by side, and their widths if there are two."""
+        if self.inner_stride is not None:
+            levels = TwoLevelBackbone(self.model, self.inner_stride, None).eval()
+            return levels, list(levels.widths)
+        model: Any = self.model
+        return lambda pixels: model.forward_head(
+            model.forward_features(pixels), pre_logits=True
+        ), []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +156,8 @@ class Teacher:
 
     Attributes:
         members: the backbones; the first is the one that the student is made of.
-        mean: of their pooled features, side by side, over the images that it was fitted on,
-            ``[d]``.
+        mean: of their pooled features, levels and members side by side, over the images that it
+            was fitted on, ``[d]``.
         projection: ``[n, d]``: whitens, turns, and scales to ``SPREAD``.
         start: ``[n, d_0]``: the same for the first member alone, turned at random.
     """
@@ -177,29 +192,35 @@ class Teacher:
         Returns:
             The teacher, and the images' pooled features ``[N, d]``.
         """
-        pools = _pools(members, paths, workers=workers, ranks=ranks, reporter=reporter)
-        pooled = torch.cat(pools, dim=1)
+        levels = [
+            member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
+            for member in members
+        ]
+        own = sum(level.shape[1] for level in levels[0])
+        pooled = torch.cat([level for member in levels for level in member], dim=1)
         mean = pooled.mean(dim=0)
         centred = (pooled - mean).double()
-        blocks = list(torch.split(centred, [pool.shape[1] for pool in pools], dim=1))
+        # Every member and every level has the same say, whatever the scale of its features.
+        widths = [level.shape[1] for member in levels for level in member]
+        blocks = torch.split(centred, widths, dim=1)
+        scales = torch.cat(
+            [(1 / b.square().sum(dim=1).mean().sqrt()).expand(b.shape[1]) for b in blocks]
+        )
+        scaled = centred * scales
+        whitening = _whitening(scaled[:, :own], num_features)
         generator = torch.Generator().manual_seed(seed)
-        own = _whitening(blocks[0], num_features)
         turn = torch.linalg.qr(
-            torch.randn(num_features, len(own), generator=generator, dtype=torch.float64)
+            torch.randn(num_features, len(whitening), generator=generator, dtype=torch.float64)
         )[0]
-        start = _spread(turn @ own, blocks[0])
+        start = _spread(turn @ whitening * scales[:own], centred[:, :own])
         projection = start
-        if len(blocks) > 1:
-            # Every member has the same say, whatever the scale of its features.
-            scales = [1 / block.square().sum(dim=1).mean().sqrt() for block in blocks]
-            scaled = torch.cat([b * s for b, s in zip(blocks, scales, strict=True)], dim=1)
+        if len(members) > 1:
             joint = _whitening(scaled, num_features)
             # The nearest rotation (orthogonal Procrustes, Schönemann 1966).
             left, _, right = torch.linalg.svd(
-                (blocks[0] @ start.T).T @ (scaled @ joint.T), full_matrices=False
+                (centred[:, :own] @ start.T).T @ (scaled @ joint.T), full_matrices=False
             )
-            weights = torch.cat([s.expand(b.shape[1]) for b, s in zip(blocks, scales, strict=True)])
-            projection = _spread(left @ right @ joint * weights, centred)
+            projection = _spread(left @ right @ joint * scales, centred)
         return Teacher(tuple(members), mean, projection.float(), start.float()), pooled
 
     def pool(
@@ -215,8 +236,12 @@ class Teacher:
         Raises:
             InputError: an image cannot be read.
         """
-        pools = _pools(self.members, paths, workers=workers, ranks=ranks, reporter=reporter)
-        return torch.cat(pools, dim=1)
+        levels = [
+            level
+            for member in self.members
+            for level in member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
+        ]
+        return torch.cat(levels, dim=1)
 
     def to(self, device: str | torch.device) -> Teacher:
         """Move the backbones to a device."""
@@ -261,7 +286,10 @@ class Teacher:
             _PROJECTION: self.projection.contiguous(),
             _START: self.start.contiguous(),
         }
-        metadata = {"backbones": json.dumps([member.backbone for member in self.members])}
+        metadata = {
+            "backbones": json.dumps([member.backbone for member in self.members]),
+            "inner_stride": json.dumps(self.members[0].inner_stride),
+        }
         with atomic_path(path) as temporary:
             save_file(tensors, str(temporary), metadata=metadata)
 
@@ -287,6 +315,7 @@ class Teacher:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             names = [resolve_backbone(name) for name in json.loads(metadata["backbones"])]
+            inner_stride = json.loads(metadata.get("inner_stride", "null"))
             mean, projection, start = (tensors.pop(k) for k in (_MEAN, _PROJECTION, _START))
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a teacher's file: {error}") from error
@@ -296,12 +325,8 @@ class Teacher:
             prefix = f"{number}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_strictly(model, state, source=f"{path}, {name}")
-            members.append(Member.of(name, model))
+            members.append(Member.of(name, model, inner_stride))
         return Teacher(tuple(members), mean, projection, start)
-
-
-def _pools(members: Sequence[Member], paths: Sequence[Path], **how: Any) -> list[torch.Tensor]:
-    return [member.pool(paths, **how) for member in members]
 
 
 def _whitening(centred: torch.Tensor, num_features: int) -> torch.Tensor:

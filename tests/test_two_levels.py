@@ -1,0 +1,144 @@
+"""A backbone that shows an earlier stage beside its last features."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import random_checkpoint
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.detectors.export import export_checkpoint
+from lcmem_cli.engine.errors import CheckpointError, InputError
+from lcmem_cli.engine.evaluation.recalibrate import recentre
+from lcmem_cli.engine.models.checkpoint import (
+    HEADER_KEY,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+)
+from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLevelBackbone
+from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
+from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels
+
+
+def spec_of(backbone="resnet10t", **changes):
+    spec = NetworkSpec(
+        backbone=backbone, in_channels=3, num_features=8, input_size=64, normalisation="none",
+        inner_stride=16,
+    )  # fmt: skip
+    return dataclasses.replace(spec, **changes)
+
+
+def images(num, side=64):
+    return torch.rand(num, 3, side, side, generator=torch.Generator().manual_seed(num))
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050"]
+)
+def test_it_reads_the_last_features_and_the_mean_of_the_stage(backbone):
+    torch.manual_seed(0)
+    network = SiameseNetwork(spec_of(backbone)).eval()
+    # The same numbers by timm's own ways: a model without a classifier, and one of stages.
+    last = timm.create_model(backbone, pretrained=False, num_classes=0).eval()
+    stages = timm.create_model(backbone, pretrained=False, features_only=True).eval()
+    number = stages.feature_info.reduction().index(16)
+    state = {k.removeprefix("trunk."): v for k, v in network.backbone.state_dict().items()}
+    last.load_state_dict({k: state[k] for k in last.state_dict()})
+    flat = {
+        k.replace("stages_", "stages.").replace("stem_", "stem."): k for k in stages.state_dict()
+    }
+    stages.load_state_dict({flat[k]: v for k, v in state.items() if k in flat})
+    with torch.no_grad():
+        both = torch.cat([last(images(2)), stages(images(2))[number].mean(dim=(2, 3))], dim=1)
+        expected = torch.sigmoid(network.backbone.get_classifier()(both))
+        np.testing.assert_allclose(network(images(2)), expected, atol=1e-5)
+
+
+def test_a_stride_that_the_backbone_does_not_have_is_named():
+    with pytest.raises(InputError, match="no stage of stride 5; it has 2, 4, 8, 16, 32"):
+        SiameseNetwork(spec_of(inner_stride=5))
+    with pytest.raises(InputError, match=r"network\.inner_stride"):
+        TwoLevelBackbone(torch.nn.Identity(), 16, 8)
+
+
+def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(image_folder, tmp_path):
+    checkpoint = random_checkpoint(spec_of(), load_codec("none"), image_size=64)
+    saved = save_checkpoint(tmp_path / "two.safetensors", checkpoint)
+    read = load_checkpoint(tmp_path / "two.safetensors")
+    assert read.network == saved.network and read.network.inner_stride == 16
+    with torch.no_grad():
+        assert torch.equal(read.build()(images(2)), saved.build()(images(2)))
+    exported = export_checkpoint(tmp_path / "two.safetensors", tmp_path / "two.pt2")
+    assert exported.max_difference is not None and exported.max_difference <= 1e-4
+    centred = recentre(read, load_manifest(image_folder).select("TRAIN"))
+    changed = [
+        key for key, value in read.network_state.items()
+        if not value.equal(centred.network_state[key])
+    ]  # fmt: skip
+    assert changed == ["backbone.projection.bias"]
+
+
+def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
+    one = random_checkpoint(spec_of(inner_stride=None), load_codec("none"), image_size=64)
+    saved = save_checkpoint(tmp_path / "one.safetensors", one)
+    header = read_header(tmp_path / "one.safetensors")
+    assert header["network"].pop("inner_stride", 0) is None
+    save_file(
+        load_file(tmp_path / "one.safetensors"), tmp_path / "old.safetensors",
+        metadata={HEADER_KEY: json.dumps(header)},
+    )  # fmt: skip
+    read = load_checkpoint(tmp_path / "old.safetensors")
+    assert read.network == saved.network and read.fingerprint == saved.fingerprint
+
+
+def test_weights_of_one_level_do_not_fit_two():
+    one = random_checkpoint(spec_of(inner_stride=None), load_codec("none"), image_size=64)
+    two = dataclasses.replace(one, network=spec_of())
+    with pytest.raises(CheckpointError, match=r"missing: backbone\.projection"):
+        two.build()
+
+
+def test_the_student_starts_where_the_teacher_sees_both_levels(image_folder):
+    paths = sorted(image_folder.rglob("*.png"))
+    torch.manual_seed(3)
+    pretrained = timm.create_model("resnet10t", pretrained=False).eval()
+    teacher, pooled = Teacher.fit(
+        [Member.of("resnet10t", pretrained, 16)], paths, num_features=8, seed=1
+    )
+    [last, inner] = teacher.members[0].pool(paths)
+    assert (last.shape[1], inner.shape[1]) == (512, 256)
+    assert torch.equal(torch.cat([last, inner], dim=1), pooled)
+    network = SiameseNetwork(spec_of(in_channels=4)).eval()
+    pixels = images(12)
+    latents = torch.cat([pixels * 3 - 1, pixels[:, :1]], dim=1)
+    assert copy_backbone(network, pretrained)
+    assert align_stem(network, pretrained, iter([(pixels, latents)])) > 0.99
+    project_features(network, teacher, iter([latents]))
+    levels = TwoLevelBackbone(pretrained, 16, None).eval()
+    with torch.no_grad():
+        expected = levels(normalise_pixels(pretrained, pixels)) @ teacher.start.T
+        ours = torch.logit(network(latents))
+    expected = expected - expected.mean(dim=0)
+    assert F.cosine_similarity(ours, expected, dim=1).min() > 0.98
+
+
+def test_each_level_has_the_same_say_whatever_its_scale(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    last, inner = torch.randn(60, 5, generator=generator), torch.randn(60, 3, generator=generator)
+    member = Member.of("resnet10t", timm.create_model("resnet10t", pretrained=False), 16)
+    starts = []
+    for scale in (1, 1000):
+        monkeypatch.setattr(Member, "pool", lambda *_, scale=scale, **__: [last, inner * scale])
+        starts.append(Teacher.fit([member], [], num_features=4, seed=1)[0].start)
+    plain, scaled = starts
+    expected = plain / torch.tensor([1.0] * 5 + [1000.0] * 3)
+    np.testing.assert_allclose(scaled, expected, rtol=1e-3, atol=1e-6)
