@@ -199,6 +199,9 @@ class RuntimeSection(Section):
 
 NOT_THE_STUDY = ("device", "num_workers", "checkpointing", "trackers")
 """Keys of ``RuntimeSection`` that change no result, so that a run may be continued with others."""
+AFTER_TRAINING = ("start_share",)
+"""Keys of ``RegularisationSection`` that are used only when the training has ended: they change the
+result, but a run may be continued with others."""
 
 
 class CodecModelSection(Section):
@@ -462,6 +465,15 @@ def study_settings(config: Section) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     runtime = {k: v for k, v in values["runtime"].items() if k not in NOT_THE_STUDY}
     return {**values, "runtime": runtime}
+
+
+def resumable_settings(config: Section) -> dict[str, Any]:
+    """Return those of ``study_settings`` with which alone a run may be continued."""
+    settings = study_settings(config)
+    if "regularisation" in settings:
+        kept = {k: v for k, v in settings["regularisation"].items() if k not in AFTER_TRAINING}
+        settings["regularisation"] = kept
+    return settings
 
 
 def to_toml(config: Section) -> str:

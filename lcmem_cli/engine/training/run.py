@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcmem_cli.engine.config import Section, study_settings
+from lcmem_cli.engine.config import Section, resumable_settings
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
@@ -35,8 +35,7 @@ def open_training_folder(
     """Lock a run folder, write the resolved config into it, and yield the run's digest.
 
     The digest covers the data and the config, but not the keys of ``NOT_THE_STUDY``, which may
-    change when a run moves to another machine, nor ``regularisation.start_share``, which is used
-    only when the training has ended.
+    change when a run moves to another machine, nor those of ``AFTER_TRAINING``.
 
     Args:
         output: run folder; made if missing.
@@ -50,9 +49,7 @@ def open_training_folder(
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
-    settings = study_settings(config)
-    settings.get("regularisation", {}).pop("start_share", None)
-    text = json.dumps([settings, data_digest], sort_keys=True)
+    text = json.dumps([resumable_settings(config), data_digest], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     lock = folder_lock(output) if ranks.is_main else contextlib.nullcontext()
     with lock:
