@@ -13,6 +13,8 @@ from conftest import random_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from lcmem_cli.engine.data.augment import Augmentation
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.export import export_checkpoint
 from lcmem_cli.engine.errors import CheckpointError, InputError
@@ -44,7 +46,7 @@ def images(num, side=64):
 @pytest.mark.parametrize(
     "backbone", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050"]
 )
-def test_it_reads_the_last_features_and_the_mean_of_the_stage(backbone):
+def test_it_reads_the_last_features_and_mean_and_deviation_of_the_stage(backbone):
     torch.manual_seed(0)
     network = SiameseNetwork(spec_of(backbone)).eval()
     # The same numbers by timm's own ways: a model without a classifier, and one of stages.
@@ -58,9 +60,37 @@ def test_it_reads_the_last_features_and_the_mean_of_the_stage(backbone):
     }
     stages.load_state_dict({flat[k]: v for k, v in state.items() if k in flat})
     with torch.no_grad():
-        both = torch.cat([last(images(2)), stages(images(2))[number].mean(dim=(2, 3))], dim=1)
-        expected = torch.sigmoid(network.backbone.get_classifier()(both))
-        np.testing.assert_allclose(network(images(2)), expected, atol=1e-5)
+        pooled, inner = last(images(2)).numpy(), stages(images(2))[number].numpy()
+        descriptors = [
+            pooled / np.sqrt(np.abs(pooled) + 0.01),
+            inner.mean(axis=(2, 3)),
+            np.log(inner.var(axis=(2, 3)) + 0.01),
+        ]
+        alike = [
+            (d - d.mean(axis=1, keepdims=True)) / np.sqrt(d.var(axis=1, keepdims=True) + 1e-5)
+            for d in descriptors
+        ]
+        rows = torch.from_numpy(np.concatenate(alike, axis=1).astype(np.float32))
+        expected = torch.sigmoid(network.backbone.get_classifier()(rows))
+        np.testing.assert_allclose(network(images(2)), expected, atol=1e-4)
+
+
+def test_a_silent_channel_has_a_gradient():
+    network = SiameseNetwork(spec_of(in_channels=1))
+    for parameter in network.backbone.trunk.parameters():
+        torch.nn.init.zeros_(parameter)
+    network(torch.zeros(2, 1, 64, 64)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_scaled_features_are_compared_by_direction():
+    network = SiameseNetwork(spec_of(feature_rms=1.5)).eval()
+    with torch.no_grad():
+        before = torch.logit(network(images(3)))
+        np.testing.assert_allclose(before.square().mean(dim=1).sqrt(), 1.5, rtol=1e-4)
+        network.backbone.projection.weight.mul_(7)
+        network.backbone.projection.bias.mul_(7)
+        np.testing.assert_allclose(torch.logit(network(images(3))), before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_stride_that_the_backbone_does_not_have_is_named():
@@ -70,8 +100,12 @@ def test_a_stride_that_the_backbone_does_not_have_is_named():
         TwoLevelBackbone(torch.nn.Identity(), 16, 8)
 
 
-def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(image_folder, tmp_path):
-    checkpoint = random_checkpoint(spec_of(), load_codec("none"), image_size=64)
+@pytest.mark.parametrize("feature_rms", [None, 1.5])
+def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(
+    image_folder, tmp_path, feature_rms
+):
+    spec = spec_of(feature_rms=feature_rms)
+    checkpoint = random_checkpoint(spec, load_codec("none"), image_size=64)
     saved = save_checkpoint(tmp_path / "two.safetensors", checkpoint)
     read = load_checkpoint(tmp_path / "two.safetensors")
     assert read.network == saved.network and read.network.inner_stride == 16
@@ -85,6 +119,12 @@ def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(image_folder
         if not value.equal(centred.network_state[key])
     ]  # fmt: skip
     assert changed == ["backbone.projection.bias"]
+    assert centred.network == read.network
+    paths = load_manifest(image_folder).select("TRAIN").paths()
+    pixels = torch.stack([to_tensor(load_image(path), 64) for path in paths])
+    with torch.no_grad():
+        means = [c.build().backbone(pixels).mean(dim=0).abs().max() for c in (read, centred)]
+    assert means[0] > 1e-2 and means[1] < 1e-4
 
 
 def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
@@ -92,6 +132,7 @@ def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
     saved = save_checkpoint(tmp_path / "one.safetensors", one)
     header = read_header(tmp_path / "one.safetensors")
     assert header["network"].pop("inner_stride", 0) is None
+    assert header["network"].pop("feature_rms", 0) is None
     save_file(
         load_file(tmp_path / "one.safetensors"), tmp_path / "old.safetensors",
         metadata={HEADER_KEY: json.dumps(header)},
@@ -114,9 +155,9 @@ def test_the_student_starts_where_the_teacher_sees_both_levels(image_folder):
     teacher, pooled = Teacher.fit(
         [Member.of("resnet10t", pretrained, 16)], paths, num_features=8, seed=1
     )
-    [last, inner] = teacher.members[0].pool(paths)
-    assert (last.shape[1], inner.shape[1]) == (512, 256)
-    assert torch.equal(torch.cat([last, inner], dim=1), pooled)
+    levels = teacher.members[0].pool(paths)
+    assert [level.shape[1] for level in levels] == [512, 256, 256]
+    assert torch.equal(torch.cat(levels, dim=1), pooled)
     network = SiameseNetwork(spec_of(in_channels=4)).eval()
     pixels = images(12)
     latents = torch.cat([pixels * 3 - 1, pixels[:, :1]], dim=1)
@@ -142,3 +183,26 @@ def test_each_level_has_the_same_say_whatever_its_scale(monkeypatch):
     plain, scaled = starts
     expected = plain / torch.tensor([1.0] * 5 + [1000.0] * 3)
     np.testing.assert_allclose(scaled, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_directions_that_edits_move_count_less_at_the_start(image_folder):
+    paths = sorted(image_folder.rglob("*.png"))
+    torch.manual_seed(3)
+    member = Member.of("resnet10t", timm.create_model("resnet10t", pretrained=False), 16)
+    strong = Augmentation.from_preset("strong")
+    plain, pooled = Teacher.fit([member], paths, num_features=8, seed=1)
+    aware, _ = Teacher.fit([member], paths, num_features=8, seed=1, altered=strong)
+    assert torch.equal(plain.mean, aware.mean)
+    again, _ = Teacher.fit([member], paths, num_features=8, seed=1, altered=strong, workers=0)
+    assert torch.equal(aware.start, again.start)
+    # Copies altered with other seeds than those that it was fitted to.
+    copies = torch.cat(
+        member.pool(paths, transform=lambda image, row: strong(image, seed=1000 + row)), dim=1
+    )
+
+    def moved(teacher):
+        return ((copies - pooled) @ teacher.start.T).square().sum() / (
+            ((pooled - teacher.mean) @ teacher.start.T).square().sum()
+        )
+
+    assert moved(aware) < 0.9 * moved(plain)

@@ -70,14 +70,20 @@ class NetworkSection(Section):
     """Stride of the first convolution. Latents are already smaller than the image, so 1 keeps the
     resolutions that a pretrained backbone saw; unset leaves the backbone's own."""
     inner_stride: int | None = Field(None, ge=1, le=64)
-    """Reads the mean of an earlier stage's output beside the last features: the stage of this
-    stride as timm counts it (16: the last but one of most convolutional backbones). Such a stage
-    tells more of an image's own texture, and sees altered copies better. Unset: the last alone."""
+    """Reads an earlier stage beside the last features: the one of this stride as timm counts it
+    (16: the last but one of most convolutional backbones). It tells more of an image's own
+    texture, and sees altered copies better. Unset: the last features alone."""
+    feature_rms: float | None = Field(None, gt=0, le=10)
+    """Root mean square that each image's features are scaled to before the sigmoid, such as 1.5,
+    so that two images are compared by the direction of their features alone. Unset: not scaled."""
     align_stem: int = Field(0, ge=0, le=100_000)
     """Images on which a pretrained backbone's first convolution is fitted to latents by least
     squares to what it made of the pixels. The projection then begins as the principal components
     of the backbone's features of all TRAIN images, whitened, and the head as a plain negative
     distance. 0: leave the ends random."""
+    align_altered: Literal["none", "reference", "strong"] = "none"
+    """Augmentation of one copy of each TRAIN image, so that what edits change in the features
+    counts less in that projection."""
     drop_path_rate: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth while training."""
 
@@ -559,6 +565,9 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             )
         if get("network", "align_stem", 0) and get("network", "weights", "random") == "random":
             problems.append("network.align_stem: needs pretrained network.weights to align to")
+        altered = get("network", "align_altered", "none") != "none"
+        if altered and not get("network", "align_stem", 0):
+            problems.append("network.align_altered: needs network.align_stem")
         if get("augmentation", "working_size") and get("augmentation", "preset") in (None, "none"):
             problems.append('augmentation.working_size: has no effect with preset = "none"')
         if get("retention", "teacher") is not None:

@@ -125,7 +125,7 @@ def recentre(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Checkpoint:
-    """Return a checkpoint whose features, before the sigmoid, have mean 0 over these images.
+    """Return a checkpoint whose last layer has mean 0 over these images, before any scaling.
 
     What all images of one kind share (a chest, a face) says nothing about which person it is, and
     moves features to the sigmoid's ends. The images' identities are not used.
@@ -140,7 +140,12 @@ def recentre(
     Raises:
         InputError: no image, one that cannot be read, or another kind of backbone.
     """
-    detector = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device))
+    unscaled = dataclasses.replace(checkpoint.network, feature_rms=None)
+    detector = LCMemDetector(
+        dataclasses.replace(checkpoint, network=unscaled),
+        name="checkpoint",
+        device=resolve_device(device),
+    )
     backbone: Any = detector.network.backbone
     last = backbone.get_classifier()
     if not isinstance(last, nn.Linear) or last.bias is None:

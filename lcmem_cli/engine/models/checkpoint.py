@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 HEADER_KEY = "lcmem"
 MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_DEPTH = 64
-MAX_SIDE, MAX_CHANNELS = 65_536, 4096
+MAX_SIDE, MAX_CHANNELS, MAX_FEATURE_RMS = 65_536, 4096, 10
 MAX_EMBEDDED_CODEC_BYTES = 32 << 20
 _NETWORK, _CODEC = "network.", "codec."
 Stage = Literal["stage1", "finetune", "converted"]
@@ -141,8 +141,9 @@ def compute_fingerprint(checkpoint: Checkpoint) -> str:
     for label in ("name", "revision"):  # what it is called does not change what it computes
         codec.pop(label)
     network = dataclasses.asdict(checkpoint.network)
-    if network["inner_stride"] is None:  # files made before there was this field stay valid
-        network.pop("inner_stride")
+    for field in ("inner_stride", "feature_rms"):  # files made before there were these stay valid
+        if network[field] is None:
+            network.pop(field)
     header = {
         "network": network,
         "codec": codec,
@@ -300,6 +301,8 @@ def _check_header(header: dict[str, Any]) -> None:
     ):
         if not 1 <= value <= highest:
             raise ValueError(f"{name} must lie in 1 to {highest:,}")
+    if not 0 < (network.get("feature_rms") or 1) <= MAX_FEATURE_RMS:
+        raise ValueError(f"network.feature_rms must lie above 0, to {MAX_FEATURE_RMS}")
     for name in ("mean", "std"):
         values = network.get(name)
         if values is None and network["normalisation"] != "dataset":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lcmem_cli.engine.errors import CheckpointError, InputError, nearest
@@ -21,6 +22,8 @@ Normalisation = Literal["sample", "dataset", "none", "imagenet"]
 STD_FLOOR_SAMPLE = 1e-8
 STD_FLOOR_DATASET = 1e-12
 TARGET_STD = 0.5
+_LEVEL_FLOOR = 0.01
+"""Keeps the slope of the square root and of the logarithm finite where a channel is silent."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,6 +50,8 @@ class NetworkSpec:
         normalisation: of the input, see ``normalise``.
         stem_stride: stride of the first convolution, ``None`` for the backbone's own.
         inner_stride: see ``TwoLevelBackbone``; ``None`` for the last features alone.
+        feature_rms: root mean square that an image's features are scaled to before the sigmoid;
+            ``None`` for none.
         mean: per channel, for ``dataset`` normalisation only.
         std: per channel, for ``dataset`` normalisation only.
     """
@@ -58,6 +63,7 @@ class NetworkSpec:
     normalisation: Normalisation
     stem_stride: int | None = None
     inner_stride: int | None = None
+    feature_rms: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -131,8 +137,12 @@ class SiameseNetwork(nn.Module):
         inputs = normalise(latents, self.spec.normalisation, mean=self.mean, std=self.std)
         if inputs.device.type == "cpu":  # twice as fast there for the usual backbones
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        features: torch.Tensor = torch.sigmoid(self.backbone(inputs))
-        return features
+        before: torch.Tensor = self.backbone(inputs)
+        if self.spec.feature_rms is not None:
+            before = F.normalize(before, dim=1) * (
+                self.spec.feature_rms * self.spec.num_features**0.5
+            )
+        return torch.sigmoid(before)
 
     def logits(self, features_a: torch.Tensor, features_b: torch.Tensor) -> torch.Tensor:
         """Return ``w · |f1 - f2| + b``: ``[B, n], [B, n] -> [B]``."""
@@ -144,14 +154,19 @@ class TwoLevelBackbone(nn.Module):
     """A timm model that also shows what an earlier stage saw.
 
     Layers before the last keep more of what tells two images of one kind apart and of where an
-    altered copy is unaltered; the last keeps what a kind has in common. One linear layer reads
-    both.
+    altered copy is unaltered; the last keeps what a kind has in common. Three descriptors, each
+    brought to mean 0 and deviation 1 within its image: the last features by the square root of
+    their size (a channel that is loud in an image counts less), and of each channel of the earlier
+    stage its mean and the logarithm of its deviation over the image. One linear layer reads them.
+
+    Square root: Jégou & Chum 2012, doi 10.1007/978-3-642-33709-3_55; deviation over the image as a
+    descriptor: Gatys et al. 2015, arXiv 1505.07376.
 
     Args:
         trunk: timm model without a classifier.
         inner_stride: of the earlier stage, in pixels of the backbone's input as timm counts them
             (a changed stem stride does not count).
-        num_features: outputs, or ``None`` for both levels side by side.
+        num_features: outputs, or ``None`` for the descriptors side by side.
 
     Raises:
         InputError: the model has no such stage or does not show it.
@@ -172,7 +187,8 @@ class TwoLevelBackbone(nn.Module):
         # The last of several stages of one stride.
         self._stage = len(strides) - 1 - strides[::-1].index(inner_stride)
         last = getattr(model, "head_hidden_size", None) or model.num_features
-        self.widths: tuple[int, int] = (last, stages[self._stage]["num_chs"])
+        channels = stages[self._stage]["num_chs"]
+        self.widths: tuple[int, int, int] = (last, channels, channels)
         self.projection: nn.Module = nn.Identity()
         if num_features is not None:
             self.projection = nn.Linear(sum(self.widths), num_features)
@@ -182,7 +198,14 @@ class TwoLevelBackbone(nn.Module):
         trunk: Any = self.trunk
         last, [inner] = trunk.forward_intermediates(inputs, indices=[self._stage])
         pooled = trunk.forward_head(last, pre_logits=True)
-        features: torch.Tensor = self.projection(torch.cat([pooled, inner.mean(dim=(2, 3))], dim=1))
+        variance, mean = torch.var_mean(inner, dim=(2, 3), unbiased=False)
+        levels = [
+            pooled / (pooled.abs() + _LEVEL_FLOOR).sqrt(),
+            mean,
+            (variance + _LEVEL_FLOOR).log(),
+        ]
+        alike = [F.layer_norm(level, level.shape[1:]) for level in levels]
+        features: torch.Tensor = self.projection(torch.cat(alike, dim=1))
         return features
 
     def get_classifier(self) -> nn.Module:

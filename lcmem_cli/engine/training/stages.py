@@ -318,6 +318,7 @@ def stage1_network(
         normalisation=config.network.normalisation,
         stem_stride=config.network.stem_stride,
         inner_stride=config.network.inner_stride,
+        feature_rms=config.network.feature_rms,
         mean=store.mean if store and whole else None,
         std=store.std if store and whole else None,
     )
@@ -519,7 +520,8 @@ def _fit_teacher(
             for name, model in loaded
         ]
         teacher, pooled = Teacher.fit(
-            members, paths, num_features=config.network.num_features, seed=seed, workers=workers,
+            members, paths, num_features=config.network.num_features, seed=seed,
+            altered=Augmentation.from_preset(config.network.align_altered), workers=workers,
             ranks=ranks, reporter=reporter,
         )  # fmt: skip
     batches = _aligned_batches(store, manifest, count, seed)

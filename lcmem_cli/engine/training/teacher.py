@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.data.augment import NONE, Augmentation
+from lcmem_cli.engine.data.loading import Transform, iter_images
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
@@ -34,11 +35,13 @@ from lcmem_cli.engine.models.weights import read_state_dict, rename_by_order
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 TEACHER_NAME = "teacher.safetensors"
-FLOOR = 0.1
+FLOOR = 0.05
 """Added to every principal axis' standard deviation, relative to the largest, when whitening."""
 SPREAD = 2.5
 """Standard deviation of a projected feature: most of the sigmoid's range, where the L1 distance of
 two features orders pairs much as the angle between them does."""
+ALTERED_SHARE = 0.5
+"""Weight of what edits change, in the covariance that the student's start is whitened by."""
 MIN_DATASET = 60
 """Images that a data set needs for its own standard deviations."""
 _BATCH = 32
@@ -101,14 +104,22 @@ class Member:
         self,
         paths: Sequence[Path],
         *,
+        transform: Transform | None = None,
         workers: int = 1,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
     ) -> list[torch.Tensor]:
         """Return the backbone's pooled features of images, by level, on the CPU.
 
+        Args:
+            paths: the images.
+            transform: gets an image and its position in ``paths``, and alters it.
+            workers: decoding threads.
+            ranks: processes that share the work.
+            reporter: receives progress.
+
         Returns:
-            ``[N, d]`` float32, and with ``inner_stride`` the earlier stage's ``[N, c]``.
+            ``[N, d]`` float32; with ``inner_stride`` the three of ``TwoLevelBackbone``.
 
         Raises:
             InputError: an image cannot be read.
@@ -117,9 +128,17 @@ class Member:
         mine = ranks.share(list(paths))
         device = next(self.model.parameters()).device
         features, widths = self._features()
+
+        def at_its_place(image: torch.Tensor, number: int) -> torch.Tensor:
+            assert transform is not None
+            return transform(image, ranks.rank + ranks.size * number)
+
+        options: dict[str, Any] = {"workers": workers, "batch_size": _BATCH}
+        if transform is not None:
+            options["transform"] = at_its_place
         parts: list[torch.Tensor] = []
         with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
-            for batch in iter_images(mine, self.image_size, workers=workers, batch_size=_BATCH):
+            for batch in iter_images(mine, self.image_size, **options):
                 for position, reason in batch.unreadable:
                     raise InputError(f"{mine[position]}: {reason}")
                 pixels = normalise_pixels(self.model, batch.images.to(device))
@@ -136,7 +155,7 @@ class Member:
         return list(torch.split(torch.from_numpy(whole), widths or whole.shape[1], dim=1))
 
     def _features(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]:
-        """Return what computes all levels side by side, and their widths if there are two."""
+        """Return what computes all levels side by side, and their widths if there are several."""
         if self.inner_stride is not None:
             levels = TwoLevelBackbone(self.model, self.inner_stride, None).eval()
             return levels, list(levels.widths)
@@ -174,17 +193,24 @@ class Teacher:
         *,
         num_features: int,
         seed: int,
+        altered: Augmentation = NONE,
         workers: int = 1,
         ranks: Ranks | None = None,
         reporter: Reporter = SILENT,
     ) -> tuple[Teacher, torch.Tensor]:
         """Fit the projections to images: principal component analyses with a floor.
 
+        With ``altered`` the student's start also sees how an altered copy of each image differs
+        from it; half of the second moment of these differences is added to the covariance, so that
+        whitening makes the directions smaller in which edits move the features (as within-class
+        covariance does in Hatch et al. 2006, doi 10.21437/Interspeech.2006-183).
+
         Args:
             members: the student's backbone first.
             paths: training images, more than a few hundred.
             num_features: rows of the projections.
-            seed: of the rotation.
+            seed: of the rotation and the edits.
+            altered: edits of the copies.
             workers: decoding threads.
             ranks: processes that share the work.
             reporter: receives progress.
@@ -192,10 +218,8 @@ class Teacher:
         Returns:
             The teacher, and the images' pooled features ``[N, d]``.
         """
-        levels = [
-            member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
-            for member in members
-        ]
+        options: dict[str, Any] = {"workers": workers, "ranks": ranks, "reporter": reporter}
+        levels = [member.pool(paths, **options) for member in members]
         own = sum(level.shape[1] for level in levels[0])
         pooled = torch.cat([level for member in levels for level in member], dim=1)
         mean = pooled.mean(dim=0)
@@ -207,7 +231,11 @@ class Teacher:
             [(1 / b.square().sum(dim=1).mean().sqrt()).expand(b.shape[1]) for b in blocks]
         )
         scaled = centred * scales
-        whitening = _whitening(scaled[:, :own], num_features)
+        seen = scaled[:, :own]
+        if altered.edits:
+            changes = _changes(members[0], paths, pooled[:, :own], altered, seed, options)
+            seen = torch.cat([seen, changes * scales[:own] * ALTERED_SHARE**0.5])
+        whitening = _whitening(seen, num_features)
         generator = torch.Generator().manual_seed(seed)
         turn = torch.linalg.qr(
             torch.randn(num_features, len(whitening), generator=generator, dtype=torch.float64)
@@ -327,6 +355,25 @@ class Teacher:
             load_strictly(model, state, source=f"{path}, {name}")
             members.append(Member.of(name, model, inner_stride))
         return Teacher(tuple(members), mean, projection, start)
+
+
+def _changes(
+    member: Member,
+    paths: Sequence[Path],
+    pooled: torch.Tensor,
+    altered: Augmentation,
+    seed: int,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Return how one altered copy of each image differs from it in pooled features, ``[N, d]``."""
+    # Drawn beforehand: with a seed of its own an edit depends on no other image.
+    seeds = torch.randint(2**62, (len(paths),), generator=torch.Generator().manual_seed(seed))
+
+    def alter(image: torch.Tensor, row: int) -> torch.Tensor:
+        return altered(image, seed=int(seeds[row]))
+
+    copies = torch.cat(member.pool(paths, transform=alter, **options), dim=1)
+    return (copies - pooled).double()
 
 
 def _whitening(centred: torch.Tensor, num_features: int) -> torch.Tensor:
