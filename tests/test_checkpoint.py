@@ -8,6 +8,7 @@ from conftest import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from timm.layers import Conv2dSame
 from torchvision.models import convnext_tiny
 
 from lcmem_cli.engine.detectors.base import Detector
@@ -17,8 +18,8 @@ from lcmem_cli.engine.models.convert import convert_reference, rename
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
-    fold_batch_norm,
     normalise,
+    optimise_for_inference,
 )
 
 
@@ -206,7 +207,8 @@ def test_sample_normalisation_is_as_stated():
         ("tf_efficientnet_lite0", 16, 0),
     ],
 )  # fmt: skip
-def test_folding_batch_normalisation_changes_no_feature(backbone, inner_stride, num_left):
+@pytest.mark.parametrize("side", [32, 50, 37])  # even all the way, even then odd, odd
+def test_folding_for_inference_changes_no_feature(backbone, inner_stride, num_left, side):
     torch.manual_seed(0)
     spec = NetworkSpec(
         backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample",
@@ -217,8 +219,10 @@ def test_folding_batch_normalisation_changes_no_feature(backbone, inner_stride, 
     for norm in norms:
         norm.running_mean.normal_(0, 0.1)
         norm.running_var.uniform_(0.5, 2)
-    folded = fold_batch_norm(network)
-    latents = torch.randn(3, 4, 32, 32)
+    folded = optimise_for_inference(network)
+    padded = [m for m in folded.modules() if isinstance(m, Conv2dSame)]
+    assert not padded and folded.is_mirrored == backbone.startswith("tf_")
+    latents = torch.randn(3, 4, side, side)
     with torch.no_grad():
         np.testing.assert_allclose(folded(latents), network(latents), atol=1e-5)
     left = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]

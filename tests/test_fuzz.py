@@ -303,6 +303,7 @@ def whole(tiny_codec, tmp_path_factory):
         input_size=16,
         normalisation="dataset",
         stem_stride=2,
+        feature_rms=1.5,
         mean=(0.0,) * 4,
         std=(1.0,) * 4,
     )

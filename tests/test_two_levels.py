@@ -141,6 +141,15 @@ def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
     assert read.network == saved.network and read.fingerprint == saved.fingerprint
 
 
+@pytest.mark.parametrize("feature_rms", [0.0, -1.5, 11.0, float("nan")])
+def test_a_feature_length_that_is_none_is_refused(tmp_path, feature_rms):
+    spec = spec_of(feature_rms=feature_rms)
+    made = random_checkpoint(spec, load_codec("none"), image_size=64)
+    with pytest.raises(CheckpointError):
+        save_checkpoint(tmp_path / "odd.safetensors", made)
+        load_checkpoint(tmp_path / "odd.safetensors")
+
+
 def test_weights_of_one_level_do_not_fit_two():
     one = random_checkpoint(spec_of(inner_stride=None), load_codec("none"), image_size=64)
     two = dataclasses.replace(one, network=spec_of())

@@ -16,7 +16,7 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import Codec, load_codec
 from lcmem_cli.engine.models.hub import locate_checkpoint
-from lcmem_cli.engine.models.siamese import fold_batch_norm
+from lcmem_cli.engine.models.siamese import optimise_for_inference
 from lcmem_cli.engine.store.search import TopK, approximate_top_k
 
 
@@ -42,7 +42,7 @@ class LCMemDetector(HeadDetector):
         self.num_features = checkpoint.network.num_features
         self.thresholds = checkpoint.thresholds
         network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
-        self.network = fold_batch_norm(network)
+        self.network = optimise_for_inference(network)
         if self.device.type == "cpu":
             self.network = self.network.to(memory_format=torch.channels_last)
         head = self.network.head

@@ -301,7 +301,8 @@ def _check_header(header: dict[str, Any]) -> None:
     ):
         if not 1 <= value <= highest:
             raise ValueError(f"{name} must lie in 1 to {highest:,}")
-    if not 0 < (network.get("feature_rms") or 1) <= MAX_FEATURE_RMS:
+    feature_rms = network.get("feature_rms")
+    if feature_rms is not None and not 0 < feature_rms <= MAX_FEATURE_RMS:
         raise ValueError(f"network.feature_rms must lie above 0, to {MAX_FEATURE_RMS}")
     for name in ("mean", "std"):
         values = network.get(name)

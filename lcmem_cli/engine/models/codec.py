@@ -170,12 +170,13 @@ class Codec:
         model: Any = self.model
         if self.spec.class_name == "AutoencoderTiny":
             latents = model.encode(images).latents
-        else:
-            posterior = model.encode(images).latent_dist
-            if self.spec.posterior == "mean":
-                latents = posterior.mode()
-            else:
-                latents = posterior.sample(generator=generator)
+        elif self.spec.posterior == "sample":
+            latents = model.encode(images).latent_dist.sample(generator=generator)
+        else:  # the mean alone: no deviation is computed
+            moments = model.encoder(images)
+            if model.quant_conv is not None:
+                moments = model.quant_conv(moments)
+            latents = moments.chunk(2, dim=1)[0]
         result: torch.Tensor = latents.to(torch.float32).contiguous()
         return result
 
