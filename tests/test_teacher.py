@@ -191,7 +191,8 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
         "--set=network.stem_stride=1", "--set=network.num_features=16",
-        "--set=network.inner_stride=16",
+        "--set=network.inner_stride=16", "--set=network.feature_rms=1.5",
+        "--set=network.align_altered=strong",
         f'--set=retention.panel={{resnet10t="{weights}"}}', *common,
     )  # fmt: skip
     run_cli(

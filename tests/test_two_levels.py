@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -17,6 +18,7 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.export import export_checkpoint
+from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.evaluation.recalibrate import recentre
 from lcmem_cli.engine.models.checkpoint import (
@@ -215,3 +217,26 @@ def test_directions_that_edits_move_count_less_at_the_start(image_folder):
         )
 
     assert moved(aware) < 0.9 * moved(plain)
+
+
+def test_two_processes_alter_and_pool_what_one_does(image_folder):
+    paths = sorted(image_folder.rglob("*.png"))[:5]
+    model = timm.create_model("resnet10t", pretrained=False)
+    member = Member.of("resnet10t", model, 16)
+    strong = Augmentation.from_preset("strong")
+    sent = []
+
+    class Scripted(Ranks):
+        """A process of two whose partner's part is what ``sent`` holds."""
+
+        def gather(self, value):
+            sent.append(value)
+            return [value, sent[0]]
+
+    def pool(ranks):
+        return member.pool(paths, transform=lambda x, row: strong(x, seed=row), ranks=ranks)
+
+    with contextlib.suppress(ValueError):  # its own part stands in for its partner's here
+        pool(Scripted(1, 2))
+    for one, two in zip(pool(Ranks()), pool(Scripted(0, 2)), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)

@@ -128,17 +128,13 @@ class Member:
         mine = ranks.share(list(paths))
         device = next(self.model.parameters()).device
         features, widths = self._features()
-
-        def at_its_place(image: torch.Tensor, number: int) -> torch.Tensor:
-            assert transform is not None
-            return transform(image, ranks.rank + ranks.size * number)
-
-        options: dict[str, Any] = {"workers": workers, "batch_size": _BATCH}
-        if transform is not None:
-            options["transform"] = at_its_place
+        transform = None if transform is None else _counting_all(transform, ranks)
+        batches = iter_images(
+            mine, self.image_size, workers=workers, batch_size=_BATCH, transform=transform
+        )
         parts: list[torch.Tensor] = []
         with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
-            for batch in iter_images(mine, self.image_size, **options):
+            for batch in batches:
                 for position, reason in batch.unreadable:
                     raise InputError(f"{mine[position]}: {reason}")
                 pixels = normalise_pixels(self.model, batch.images.to(device))
@@ -355,6 +351,11 @@ class Teacher:
             load_strictly(model, state, source=f"{path}, {name}")
             members.append(Member.of(name, model, inner_stride))
         return Teacher(tuple(members), mean, projection, start)
+
+
+def _counting_all(transform: Transform, ranks: Ranks) -> Transform:
+    """Return a transform for this process's share of the images that ``transform`` counts."""
+    return lambda image, number: transform(image, ranks.rank + ranks.size * number)
 
 
 def _changes(
