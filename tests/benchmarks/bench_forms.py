@@ -37,8 +37,9 @@ def main() -> None:
         latents = torch.cat([detector.codec.forward(p) for p in images.split(pieces)])
         if not channels_last:
             how, mean, std = network.spec.normalisation, network.mean, network.std
-            inputs = normalise(latents, how, mean=mean, std=std).contiguous()
-            return torch.sigmoid(network.backbone(inputs)).numpy()
+            inputs = normalise(latents, how, mean=mean, std=std)
+            inputs = inputs.flip(2, 3) if network.is_mirrored else inputs
+            return network.features(inputs.contiguous()).numpy()
         return network(latents).numpy()
 
     def threads(count):
@@ -59,7 +60,7 @@ def main() -> None:
         ),
         "codec in eights": lambda: run(folded, pieces=8),
         "codec in one batch": lambda: run(folded, pieces=options.batch_size),
-        "batch normalisation not folded": lambda: run(plain),
+        "neither normalisation nor padding folded": lambda: run(plain),
         "contiguous instead of channels last": lambda: run(
             folded.to(memory_format=torch.contiguous_format), channels_last=False
         ),

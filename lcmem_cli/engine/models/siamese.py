@@ -144,6 +144,10 @@ class SiameseNetwork(nn.Module):
             inputs = inputs.flip(2, 3)
         if inputs.device.type == "cpu":  # twice as fast there for the usual backbones
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return self.features(inputs)
+
+    def features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embed what the backbone takes, ``[B, C, h, w]``, normalised and perhaps mirrored."""
         before: torch.Tensor = self.backbone(inputs)
         if self.spec.feature_rms is not None:
             before = F.normalize(before, dim=1) * (
