@@ -33,6 +33,18 @@ def test_scores_are_the_same_everywhere(detector, images):
     np.testing.assert_allclose(detector.score_matrix(features, features)[0], GOLDEN, atol=1e-4)
 
 
+def test_features_do_not_depend_on_the_batch(detector, images):
+    import torch
+
+    many = torch.stack(images * 2)  # more than the codec takes at a time
+    together = detector.embed_batch(many)
+    alone = np.concatenate([detector.embed_batch(image[None]) for image in many])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    in_eights = detector.codec.encode(many, together=8)
+    assert in_eights.shape == (len(many), 12, detector.input_size // 2, detector.input_size // 2)
+    torch.testing.assert_close(in_eights, detector.codec.encode(many), atol=1e-4, rtol=0)
+
+
 def test_copies_score_above_other_scenes(detector, images):
     import torch
 

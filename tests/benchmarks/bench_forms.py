@@ -33,7 +33,7 @@ def main() -> None:
     plain = detector.checkpoint.build().requires_grad_(False)
     folded = detector.network
 
-    def run(network, *, pieces=1, channels_last=True):
+    def run(network, *, pieces=8, channels_last=True):
         latents = torch.cat([detector.codec.forward(p) for p in images.split(pieces)])
         if not channels_last:
             how, mean, std = network.spec.normalisation, network.mean, network.std
@@ -55,10 +55,10 @@ def main() -> None:
     cores = torch.get_num_threads()
     compiled = torch.compile(folded)
     forms = {
-        "in use: folded, network channels last, codec one by one": lambda: detector.embed_batch(
+        "in use: folded, network channels last, codec in eights": lambda: detector.embed_batch(
             images
         ),
-        "codec in eights": lambda: run(folded, pieces=8),
+        "codec one by one": lambda: run(folded, pieces=1),
         "codec in one batch": lambda: run(folded, pieces=options.batch_size),
         "neither normalisation nor padding folded": lambda: run(plain),
         "contiguous instead of channels last": lambda: run(

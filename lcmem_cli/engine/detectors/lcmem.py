@@ -19,6 +19,9 @@ from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import optimise_for_inference
 from lcmem_cli.engine.store.search import TopK, approximate_top_k
 
+_TOGETHER, _TOGETHER_PIXELS = 8, 8 * 256 * 256
+"""Images, and their pixels, that the codec takes in one call on a CPU."""
+
 
 class LCMemDetector(HeadDetector):
     """Scores ``sigmoid(w · |f1 - f2| + b)`` with ``f = sigmoid(backbone(codec(image)))``.
@@ -85,7 +88,8 @@ class LCMemDetector(HeadDetector):
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        return self.embed_latents(self.codec.encode(batch))
+        together = min(_TOGETHER, max(1, _TOGETHER_PIXELS // self.input_size**2))
+        return self.embed_latents(self.codec.encode(batch, together=together))
 
     @torch.inference_mode()
     def embed_latents(self, latents: torch.Tensor) -> NDArray[np.float32]:

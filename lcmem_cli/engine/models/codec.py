@@ -114,12 +114,16 @@ class Codec:
         images: torch.Tensor,
         *,
         generator: torch.Generator | None = None,
+        together: int = 1,
     ) -> torch.Tensor:
         """Encode images to raw latents (no scaling factor, no normalisation).
 
         Args:
             images: ``[B, 3, H, W]`` float32 in [0, 1]; H and W divisible by the downsampling.
             generator: needed for, and only used by, ``posterior="sample"``.
+            together: images in one call of the VAE on a CPU. One at a time an image's latent is
+                the same to the last bit in any batch, as stored latents should be; several at a
+                time are faster, and rounding then depends on the batch.
 
         Returns:
             ``[B, C, H / f, W / f]`` float32 on the codec's device.
@@ -140,8 +144,7 @@ class Codec:
             return self._empty(images)
         if self.device.type != "cpu":
             return self.forward(images, generator=generator)
-        # One at a time an image's latent is the same to the last bit in any batch.
-        pieces = torch.split(images, 1)
+        pieces = torch.split(images, together)
         return torch.cat([self.forward(piece, generator=generator) for piece in pieces])
 
     def _empty(self, images: torch.Tensor) -> torch.Tensor:
