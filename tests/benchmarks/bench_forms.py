@@ -34,7 +34,7 @@ def main() -> None:
     folded = detector.network
 
     def run(network, *, pieces=8, channels_last=True):
-        latents = torch.cat([detector.codec.forward(p) for p in images.split(pieces)])
+        latents = detector.codec.encode(images, together=pieces)
         if not channels_last:
             how, mean, std = network.spec.normalisation, network.mean, network.std
             inputs = normalise(latents, how, mean=mean, std=std)
