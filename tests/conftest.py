@@ -17,6 +17,7 @@ from lcmem_cli.engine.reporter import Reporter
 
 # The suite runs in several processes; with threads besides they would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the library is imported
 os.environ.setdefault("TERMINAL_WIDTH", "120")
 os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
 
@@ -30,9 +31,8 @@ RunCli = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    """Keep every test away from the user's folders and from the hub."""
+    """Keep every test away from the user's folders."""
     monkeypatch.setenv("LCMEM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

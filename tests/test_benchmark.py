@@ -1,11 +1,6 @@
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -323,38 +318,6 @@ def test_a_set_with_one_identity_is_refused_on_test_and_left_out_of_val(filelist
     result = run(filelist, tmp_path / "out", reporter=listener)
     assert "of 1 data set(s)" in result.detectors[0].thresholds[0].fitted_on
     assert any("'two'" in warning for warning in listener.warnings)
-
-
-def command(filelist, output, detectors):
-    return [
-        sys.executable, "-m", "lcmem_cli", "benchmark", "--filelist", str(filelist),
-        "--basedir", str(filelist.parent / "images"), "--detectors", detectors,
-        "--input-size", "32", "--workers", "0", "-o", str(output),
-    ]  # fmt: skip
-
-
-def test_killed_at_any_moment_and_started_again_gives_the_same_files(filelist, tmp_path):
-    names = "mse,phash"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command(filelist, tmp_path / "whole", names), check=True, **options)
-    killed = tmp_path / "killed"
-    stages = killed / "stages"
-    for num_stages in (1, 2):
-        process = subprocess.Popen(command(filelist, killed, names), **options)
-        deadline = time.monotonic() + 100
-        while process.poll() is None and time.monotonic() < deadline:
-            if stages.is_dir() and len(list(stages.glob("*.safetensors"))) >= num_stages:
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-    subprocess.run(command(filelist, killed, names), check=True, **options)
-    assert read(killed) == read(tmp_path / "whole")
-    same = ("config.toml", "environment.json", "inputs.json")
-    for name in same:
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_damaged_stage_is_made_again(filelist, tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -133,12 +131,9 @@ def test_a_torch_export_archive_computes_what_the_checkpoint_computes(checkpoint
 
 
 @needs_onnxruntime
-def test_the_embedded_model_is_exported_from_the_command_line(tmp_path):
+def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli):
     target = tmp_path / "embedded.onnx"
-    command = [sys.executable, "-m", "lcmem_cli", "export", str(target), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = json.loads(run_cli("export", target, "--json").stdout)
     assert result["max_difference"] <= 1e-4 and result["path"] == str(target)
     embedded, exported = Detector.load(device="cpu"), load_detector(f"onnx:{target}", device="cpu")
     assert result["fingerprint"] == embedded.fingerprint

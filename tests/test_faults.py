@@ -53,11 +53,14 @@ RESULTS = {
     "latents": ("meta.json", "plan.json", "index.parquet", "shards"),
     "train-stage1": ("checkpoint.safetensors", "history.csv"),
     "finetune": ("checkpoint.safetensors", "history.csv"),
-    "benchmark": ("benchmark_results.json", "benchmark_results.csv", "scores.csv", "stages"),
+    "benchmark": (
+        "benchmark_results.json", "benchmark_results.csv", "scores.csv", "stages", "config.toml",
+        "environment.json", "inputs.json",
+    ),
     "robustness": ("robustness_results.json", "robustness_results.csv", "stages"),
     "index": ("index.json", "features.bin", "segments"),
     "audit": ("matches.csv", "matches.parquet"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ class World:
             ],
             "train-stage1": lambda: [
                 "--latents", self.whole("latents"), "--resume", *NETWORK, *TRAINING,
-                "--set=schedule.epochs=3",
+                "--set=schedule.epochs=3", "--set=optimiser.ema_decay=0.9",
             ],
             "finetune": lambda: [
                 self.whole("train-stage1") / "checkpoint.safetensors", *listed, "--resume",
@@ -152,7 +155,6 @@ def contents(name, folder):
 def world(tmp_path_factory, tiny_codec, server):
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("LCMEM_CACHE", str(folder / "cache"))
         world = World(folder, tiny_codec, server)
         for name in COMMANDS:
@@ -195,6 +197,20 @@ def test_a_stopped_command_says_so_and_is_continued(world, server, tmp_path, nam
     again = server.run(*command, patches=SMALL_PARTS)
     assert again.code == 0, again.stderr
     world.check(name, output)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_killed_twice_ends_with_the_same_bytes(world, server, tmp_path, name):
+    command = world.command(name, tmp_path / "out")
+    place, count = MIDDLE[name]
+    for moment in (count, 1):  # the second time it has just gone on
+        running = server.start(*command, at=(place, moment, "hold"), patches=SMALL_PARTS)
+        running.wait_until_held()
+        running.send(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
+    again = server.run(*command, patches=SMALL_PARTS)
+    assert again.code == 0, again.stderr
+    world.check(name, tmp_path / "out")
 
 
 def test_a_command_held_up_in_a_library_is_ended_all_the_same(world, server, tmp_path):

@@ -20,7 +20,7 @@ from lcmem_cli.engine.errors import (
     UnreadableLimitError,
 )
 from lcmem_cli.engine.files import folder_lock
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec import Codec, load_codec
 from lcmem_cli.engine.store import latents
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 
@@ -54,6 +54,24 @@ def test_latents_do_not_depend_on_the_batch_size(encode, tmp_path):
     encode(tmp_path / "a", batch_size=3)
     encode(tmp_path / "b", batch_size=64)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("use_quant_conv", [True, False])
+def test_a_latent_is_the_mean_that_diffusers_computes(tiny_codec, use_quant_conv):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    config = AutoencoderKL.load_config(tiny_codec) | {"use_quant_conv": use_quant_conv}
+    model = AutoencoderKL.from_config(config).eval()
+    codec = Codec(model, name="random")
+    images = torch.rand(3, 3, 16, 24)
+    with torch.no_grad():
+        expected = model.encode(images * 2 - 1).latent_dist.mean
+    assert expected.std() > 0.01
+    torch.testing.assert_close(codec.encode(images), expected, rtol=1e-5, atol=1e-6)
+    assert set(codec.encoder_state()) == {
+        key for key in model.state_dict() if key.startswith(("encoder.", "quant_conv."))
+    }
 
 
 def test_samples_are_seeded_per_image(encode, tmp_path):

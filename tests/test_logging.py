@@ -35,11 +35,11 @@ def named(lines, event):
     return [line for line in lines if line["event"] == event]
 
 
-def test_a_training_logs_tasks_epochs_and_warnings(image_folder, tiny_codec, tmp_path):
+def test_a_training_logs_tasks_epochs_and_warnings(image_folder, tiny_codec, tmp_path, run_cli):
     source, target = tmp_path / "list.csv", tmp_path / "run"
     write_manifest(load_manifest(image_folder), source)
     common = ["--filelist", source, "--basedir", image_folder]
-    run("latents", *common, "--codec", tiny_codec, "--size", 32, "-o", tmp_path / "latents")
+    run_cli("latents", *common, "--codec", tiny_codec, "--size", 32, "-o", tmp_path / "latents")
     out, lines = run(
         "train-stage1", "--latents", tmp_path / "latents", "-o", target, "--json",
         "--set=image.size=32", "--set=network.backbone=resnet10t", "--set=schedule.epochs=2",

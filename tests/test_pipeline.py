@@ -1,12 +1,7 @@
 """The commands as a user runs them, on small drawn images."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -244,47 +239,6 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     assert load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint == before
     other = run_cli(*arguments, "--set=schedule.epochs=3", "--resume", exit_code=2)
     assert "another config" in other.stderr
-
-
-def test_killed_and_resumed_training_ends_with_the_same_bits(
-    run_cli, image_folder, tiny_codec, tmp_path
-):
-    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "latents")
-
-    def command(target):
-        return [
-            sys.executable,
-            "-m",
-            "lcmem_cli",
-            "train-stage1",
-            "--latents",
-            str(tmp_path / "latents"),
-            "-o",
-            str(tmp_path / target),
-            "--set=schedule.epochs=12",
-            "--set=optimiser.ema_decay=0.9",
-            "--resume",
-            *SMALL,
-        ]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    history = tmp_path / "killed" / "history.csv"
-    while time.monotonic() < deadline and process.poll() is None and not history.is_file():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # not ended by itself
-    assert history.is_file()
-    subprocess.run(command("killed"), check=True, env=environment, capture_output=True)
-    whole, killed = (
-        (tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "killed")
-    )
-    assert whole == killed
-    assert (tmp_path / "whole" / "history.csv").read_bytes() == history.read_bytes()
 
 
 @pytest.mark.parametrize(

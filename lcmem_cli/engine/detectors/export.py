@@ -72,7 +72,7 @@ class _Exported(nn.Module):
     def __init__(self, codec: Codec, network: SiameseNetwork) -> None:
         super().__init__()
         self.codec = codec
-        self.codec_model = codec.model
+        self.encoder = codec.encoder
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ the README ("What differs from the paper").
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -64,6 +65,9 @@ class Codec:
         input_range: see ``CodecSpec``.
         posterior: see ``CodecSpec``.
         device: torch device.
+
+    Attributes:
+        encoder: the module that ``forward`` runs, which shares its weights with ``model``.
     """
 
     def __init__(
@@ -97,6 +101,9 @@ class Codec:
             )
             factor = 2 ** (len(blocks) - 1)
             digest = _hash_model(model)
+        self.encoder = model
+        if model is not None and class_name == "AutoencoderKL" and posterior == "mean":
+            self.encoder = _mean_encoder(model)
         self.spec = CodecSpec(
             name=name,
             revision=revision,
@@ -175,11 +182,9 @@ class Codec:
             latents = model.encode(images).latents
         elif self.spec.posterior == "sample":
             latents = model.encode(images).latent_dist.sample(generator=generator)
-        else:  # the mean alone: no deviation is computed
-            moments = model.encoder(images)
-            if model.quant_conv is not None:
-                moments = model.quant_conv(moments)
-            latents = moments.chunk(2, dim=1)[0]
+        else:
+            assert self.encoder is not None
+            latents = self.encoder(images)
         result: torch.Tensor = latents.to(torch.float32).contiguous()
         return result
 
@@ -319,6 +324,30 @@ def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) ->
             "the whole file"
         )
     return model
+
+
+@torch.no_grad()
+def _mean_encoder(model: Any) -> torch.nn.Module:
+    """Return the encoder of a KL autoencoder with a last layer that gives the mean alone.
+
+    Its last convolution, the 1 x 1 convolution that may follow, and the choice of the first half of
+    the channels are linear, and become one convolution; the deviation is not computed.
+    """
+    last = model.encoder.conv_out
+    weight, bias = last.weight.double(), last.bias.double()
+    if model.quant_conv is not None:
+        mixing = model.quant_conv.weight.double().flatten(1)
+        weight = torch.einsum("om,mihw->oihw", mixing, weight)
+        bias = mixing @ bias + model.quant_conv.bias.double()
+    count = len(weight) // 2
+    mean = torch.nn.Conv2d(
+        last.in_channels, count, last.kernel_size, padding=last.padding, device=last.weight.device
+    )
+    mean.weight.copy_(weight[:count])
+    mean.bias.copy_(bias[:count])  # type: ignore[union-attr]
+    encoder: torch.nn.Module = copy.copy(model.encoder)
+    encoder._modules = {**encoder._modules, "conv_out": mean.requires_grad_(False)}
+    return encoder
 
 
 def _hash_model(model: torch.nn.Module) -> str:
