@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import Server
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -154,6 +155,14 @@ def save_tiny_codec(folder: Path) -> Path:
         mid_block_add_attention=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts commands in processes of their own, see ``Server``."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

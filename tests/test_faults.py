@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from commands import Server, draw_nothing
+from commands import draw_nothing
 from conftest import draw_identity
 
 from lcmem_cli.engine.store.index import Index
@@ -61,13 +61,6 @@ RESULTS = {
     "index": ("index.json", "features.bin", "segments"),
     "audit": ("matches.csv", "matches.parquet"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -14,32 +14,47 @@ from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 LEVELS = {"info", "warning", "error"}
 
 
-def run(*arguments, code=0, program=None):
-    """Run lcmem in a process of its own; return stdout and the parsed lines of stderr."""
-    start = [sys.executable, "-c", program] if program else [sys.executable, "-m", "lcmem_cli"]
+def parse(code, expected_code, stderr):
+    """Return the lines of stderr, parsed."""
+    assert code == expected_code, stderr
+    lines = [json.loads(line) for line in stderr.splitlines()]
+    for line in lines:
+        assert abs(line["time"] - time.time()) < 600
+        assert line["level"] in LEVELS and isinstance(line["event"], str)
+    return lines
+
+
+@pytest.fixture
+def run(server):
+    """Run lcmem; return stdout and the parsed lines of stderr."""
+
+    def run(*arguments, code=0):
+        done = server.run("--log-format", "json", *arguments)
+        return done.stdout, parse(done.code, code, done.stderr)
+
+    return run
+
+
+def run_program(program, *arguments, code=0):
+    """Run a program in a fresh process; return the parsed lines of stderr."""
     done = subprocess.run(
-        [*start, "--log-format", "json", *map(str, arguments)],
+        [sys.executable, "-c", program, "--log-format", "json", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == code, done.stderr
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    for line in lines:
-        assert abs(line["time"] - time.time()) < 600
-        assert line["level"] in LEVELS and isinstance(line["event"], str)
-    return done.stdout, lines
+    return parse(done.returncode, code, done.stderr)
 
 
 def named(lines, event):
     return [line for line in lines if line["event"] == event]
 
 
-def test_a_training_logs_tasks_epochs_and_warnings(image_folder, tiny_codec, tmp_path, run_cli):
+def test_a_training_logs_tasks_epochs_and_warnings(image_folder, tiny_codec, tmp_path, run):
     source, target = tmp_path / "list.csv", tmp_path / "run"
     write_manifest(load_manifest(image_folder), source)
     common = ["--filelist", source, "--basedir", image_folder]
-    run_cli("latents", *common, "--codec", tiny_codec, "--size", 32, "-o", tmp_path / "latents")
+    run("latents", *common, "--codec", tiny_codec, "--size", 32, "-o", tmp_path / "latents")
     out, lines = run(
         "train-stage1", "--latents", tmp_path / "latents", "-o", target, "--json",
         "--set=image.size=32", "--set=network.backbone=resnet10t", "--set=schedule.epochs=2",
@@ -65,7 +80,7 @@ def test_a_task_that_fails_says_so_and_the_error_is_the_last_line(image_folder, 
         "main()\n"
     )
     index = ["index", "build", image_folder, "-o", tmp_path / "index", "--detector", "mse"]
-    _, lines = run(*index, code=1, program=program)
+    lines = run_program(program, *index, code=1)
     assert [line["failed"] for line in named(lines, "task-ended")] == [True]
     assert lines[-1]["level"] == "error" and "the network broke" in lines[-1]["message"]
 
@@ -82,7 +97,7 @@ def test_a_task_that_fails_says_so_and_the_error_is_the_last_line(image_folder, 
         (["index"], 2, "no command"),
     ],
 )
-def test_errors_are_lines_too(arguments, code, words):
+def test_errors_are_lines_too(run, arguments, code, words):
     _, lines = run(*arguments, code=code)
     errors = [line for line in lines if line["level"] == "error"]
     assert len(errors) == 1 and words in errors[0]["message"]
@@ -103,7 +118,7 @@ def test_what_libraries_write_becomes_lines():
         "config.shipped_configs = talk\n"
         "app()\n"
     )
-    _, lines = run("config", "ls", program=program)
+    lines = run_program(program, "config", "ls")
     assert named(lines, "python-warning")[0]["message"] == "old name"
     said = [line["message"] for line in named(lines, "output")]
     assert said == ["two", "lines", "50%", "100%", "no end"]
@@ -117,7 +132,7 @@ def test_an_unexpected_traceback_is_made_of_lines():
         "config.shipped_configs = fail\n"
         "app()\n"
     )
-    _, lines = run("config", "ls", code=1, program=program)
+    lines = run_program(program, "config", "ls", code=1)
     assert any("a bug" in line["message"] for line in named(lines, "output"))
 
 

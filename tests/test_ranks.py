@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import Server, draw_nothing
+from commands import draw_nothing
 from conftest import draw_identity, save_tiny_codec
 
 from lcmem_cli.engine.data.manifest import load_manifest
@@ -41,13 +41,6 @@ TRAINING = (
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +92,7 @@ def compare_trainings(one, several):
         difference = (found.network_state[key] - value).abs()
         # Adam divides by the gradient's size, so a gradient of nothing but rounding errors moves
         # a weight as far as any other: the largest difference is one of those.
-        assert difference.max() < 1e-5 and difference.mean() < 1e-7, key
+        assert difference.max() < 1e-5 and difference.mean() < 5e-7, key
     # Its average of the gradients is not divided, and so shows a factor that the weights hide.
     averages = [gradients(folder) for folder in (one, several)]
     assert (averages[0] - averages[1]).norm() < 1e-4 * averages[0].norm()
