@@ -338,7 +338,7 @@ def checkpoint(run_cli, image_folder, tiny_codec, tmp_path) -> Path:
     )  # fmt: skip
     run_cli(
         "train-stage1", "--latents", tmp_path / "store", "-o", tmp_path / "stage1",
-        "--set=schedule.epochs=1", "--set=image.size=32", "--set=network.backbone=resnet10t",
+        "--set=schedule.epochs=1", "--set=image.size=32", "--set=network.backbone=test_resnet",
         "--set=network.num_features=16", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
     )  # fmt: skip
     return tmp_path / "stage1" / "checkpoint.safetensors"

@@ -17,7 +17,7 @@ from lcmem_cli.engine.store.latents import LatentStore
 
 SMALL = [
     "--set=image.size=32",
-    "--set=network.backbone=resnet10t",
+    "--set=network.backbone=test_resnet",
     "--set=network.num_features=16",
     "--set=network.drop_path_rate=0.0",
     "--set=schedule.batch_size=8",

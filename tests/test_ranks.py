@@ -126,7 +126,7 @@ def test_batch_normalisation_sees_the_whole_batch(server, store, tmp_path):
     # One step, as Adam turns the rounding errors of small gradients into whole steps.
     command = [
         "--quiet", "train-stage1", "--latents", store, *TRAINING, "--set=schedule.batch_size=100",
-        "--set=network.backbone=resnet10t", "--set=network.stem_stride=1",
+        "--set=network.backbone=test_resnet",
         "--set=schedule.epochs=1",
     ]  # fmt: skip
     for count in (1, 2, 4):

@@ -16,7 +16,7 @@ from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 
 SMALL = [
     "--set=image.size=32",
-    "--set=network.backbone=resnet10t",
+    "--set=network.backbone=test_resnet",
     "--set=network.num_features=8",
     "--set=schedule.batch_size=8",
     "--set=runtime.device=cpu",
