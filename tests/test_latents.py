@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 
 import numpy as np
 import pytest
@@ -199,12 +200,14 @@ def test_an_unfinished_store_is_not_read(encode, tmp_path):
 
 
 def test_a_full_disk_ends_with_the_systems_error_and_no_half_shard(encode, tmp_path, monkeypatch):
-    def full(file, array, **options):
-        file.write(b"some")
-        raise OSError(28, "No space left on device")
+    class FullDisk:
+        """Is told of a part of a shard as soon as that is written."""
+
+        def update(self, part):
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents.np, "save", full)
+        patch.setattr(latents, "hashlib", types.SimpleNamespace(sha256=FullDisk))
         with pytest.raises(OSError, match="No space left"):
             encode(tmp_path / "store")
     assert not list((tmp_path / "store" / "shards").iterdir())

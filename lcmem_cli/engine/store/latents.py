@@ -358,25 +358,49 @@ class _Shards:
     def write(
         self,
         number: int,
-        latents: NDArray[np.float32],
+        batches: Sequence[NDArray[np.float32]],
         kept: list[int],
         unreadable: list[dict[str, str]],
     ) -> None:
-        """Write a shard; its side file comes last, so that a shard that has one is complete."""
+        """Write a shard; its side file comes last, so that a shard that has one is complete.
+
+        Args:
+            number: of the shard.
+            batches: its latents, ``[n, C, h, w]`` each, at least one.
+            kept: rows of the list that they belong to.
+            unreadable: images of the shard that gave none.
+        """
         path = self.path(number)
+        channels, height, width = batches[0].shape[1:]
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header,
+            {
+                "descr": np.lib.format.dtype_to_descr(batches[0].dtype),
+                "fortran_order": False,
+                "shape": (len(kept), channels, height, width),
+            },
+        )
+        digest = hashlib.sha256()
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, latents, allow_pickle=False)
-        exact = latents.astype(np.float64)
+            for part in (header.getbuffer(), *(batch.data for batch in batches)):
+                file.write(part)
+                digest.update(part)
+        total, squares = np.zeros(channels), np.zeros(channels)
+        for latent in itertools.chain.from_iterable(batches):
+            exact = latent.astype(np.float64)
+            total += exact.sum(axis=(1, 2))
+            squares += np.square(exact).sum(axis=(1, 2))
         write_json(
             self.side_path(number),
             {
                 "file": path.name,
-                "sha256": sha256_file(path),
+                "sha256": digest.hexdigest(),
                 "rows": kept,
                 "unreadable": unreadable,
-                "pixels": int(latents.shape[0] * latents.shape[2] * latents.shape[3]),
-                "sum": exact.sum(axis=(0, 2, 3)).tolist(),
-                "sum_of_squares": np.square(exact).sum(axis=(0, 2, 3)).tolist(),
+                "pixels": len(kept) * height * width,
+                "sum": total.tolist(),
+                "sum_of_squares": squares.tolist(),
             },
         )
 
@@ -459,8 +483,7 @@ def _encode_shards(
                 task.advance(len(batch.indices) + len(batch.unreadable))
             if writing is not None:
                 writing.result()
-            latents = np.concatenate(collected)
-            writing = writer.submit(shards.write, number, latents, kept, unreadable)
+            writing = writer.submit(shards.write, number, collected, kept, unreadable)
             num_encoded += len(kept)
         if writing is not None:
             writing.result()
