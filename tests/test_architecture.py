@@ -97,6 +97,21 @@ def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
     assert "scipy.stats" not in loaded
 
 
+def test_packages_are_listed_as_ever_after_the_start():
+    program = (
+        "import importlib.metadata as metadata, sys\n"
+        "from lcmem_cli.cli.startup import leave_out_samplers\n"
+        "before, calls = metadata.packages_distributions, []\n"
+        "metadata.packages_distributions = lambda: calls.append(1) or before()\n"
+        "leave_out_samplers()\n"
+        "assert 'diffusers' in sys.modules and 'transformers' not in sys.modules\n"
+        "assert not calls and 'torch' in metadata.packages_distributions() and calls\n"
+        "from diffusers import AutoencoderKL\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_infer_on_pixels_does_without_diffusers(tmp_path):
     spec = NetworkSpec(
         backbone="resnet10t", in_channels=3, num_features=8, input_size=32, normalisation="imagenet"
