@@ -334,17 +334,17 @@ def _mean_encoder(model: Any) -> torch.nn.Module:
     the channels are linear, and become one convolution; the deviation is not computed.
     """
     last = model.encoder.conv_out
-    weight, bias = last.weight.double(), last.bias.double()
+    weight, bias = last.weight.cpu().double(), last.bias.cpu().double()  # not every device has it
     if model.quant_conv is not None:
-        mixing = model.quant_conv.weight.double().flatten(1)
+        mixing = model.quant_conv.weight.cpu().double().flatten(1)
         weight = torch.einsum("om,mihw->oihw", mixing, weight)
-        bias = mixing @ bias + model.quant_conv.bias.double()
+        bias = mixing @ bias + model.quant_conv.bias.cpu().double()
     count = len(weight) // 2
     mean = torch.nn.Conv2d(
         last.in_channels, count, last.kernel_size, padding=last.padding, device=last.weight.device
     )
-    mean.weight.copy_(weight[:count])
-    mean.bias.copy_(bias[:count])  # type: ignore[union-attr]
+    mean.weight.copy_(weight[:count].float())
+    mean.bias.copy_(bias[:count].float())  # type: ignore[union-attr]
     encoder: torch.nn.Module = copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "conv_out": mean.requires_grad_(False)}
     return encoder
