@@ -100,10 +100,10 @@ def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
 def test_packages_are_listed_as_ever_after_the_start():
     program = (
         "import importlib.metadata as metadata, sys\n"
-        "from lcmem_cli.cli.startup import leave_out_samplers\n"
+        "from lcmem_cli.cli.startup import lighten_diffusers\n"
         "before, calls = metadata.packages_distributions, []\n"
         "metadata.packages_distributions = lambda: calls.append(1) or before()\n"
-        "leave_out_samplers()\n"
+        "lighten_diffusers()\n"
         "assert 'diffusers' in sys.modules and 'transformers' not in sys.modules\n"
         "assert not calls and 'torch' in metadata.packages_distributions() and calls\n"
         "from diffusers import AutoencoderKL\n"

@@ -54,10 +54,12 @@ RESULTS = {
     "train-stage1": ("checkpoint.safetensors", "history.csv"),
     "finetune": ("checkpoint.safetensors", "history.csv"),
     "benchmark": (
-        "benchmark_results.json", "benchmark_results.csv", "scores.csv", "stages", "config.toml",
-        "environment.json", "inputs.json",
+        "benchmark_results.json", "benchmark_results.csv", "scores.csv", "thresholds.json",
+        "stages", "config.toml", "environment.json", "inputs.json",
     ),
-    "robustness": ("robustness_results.json", "robustness_results.csv", "stages"),
+    "robustness": (
+        "robustness_results.json", "robustness_results.csv", "thresholds.json", "stages"
+    ),
     "index": ("index.json", "features.bin", "segments"),
     "audit": ("matches.csv", "matches.parquet"),
 }  # fmt: skip

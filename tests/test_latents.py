@@ -75,6 +75,16 @@ def test_a_latent_is_the_mean_that_diffusers_computes(tiny_codec, use_quant_conv
     }
 
 
+def test_a_shard_is_what_numpy_would_save(encode, tmp_path):
+    encode(tmp_path / "store", batch_size=3)
+    shards = sorted((tmp_path / "store" / "shards").glob("*.npy"))
+    assert len(shards) > 1
+    for shard in shards:
+        saved = io.BytesIO()
+        np.save(saved, np.load(shard))
+        assert shard.read_bytes() == saved.getvalue()
+
+
 def test_samples_are_seeded_per_image(encode, tmp_path):
     for name, options in {"a": {"batch_size": 3}, "b": {"batch_size": 8}, "c": {"seed": 1}}.items():
         encode(tmp_path / name, posterior="sample", **options)

@@ -63,7 +63,7 @@ def infer(
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
     detector = Detector.load(checkpoint, codec=codec, device=device.value)
     if detector.checkpoint.codec.name != PIXELS:  # pixels need nothing of diffusers
-        startup.leave_out_samplers()
+        startup.lighten_diffusers()
     result = score_pairs(
         detector,
         wanted,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 
-def leave_out_samplers() -> None:
+def lighten_diffusers() -> None:
     """Let diffusers load its autoencoders without ``scipy.stats`` and a list of all packages.
 
     Its samplers, which come along unused, take ``scipy.stats`` in: more than a tenth of the time

@@ -364,6 +364,8 @@ class _Shards:
     ) -> None:
         """Write a shard; its side file comes last, so that a shard that has one is complete.
 
+        The file is what ``np.save`` would make of all batches, without a copy of them.
+
         Args:
             number: of the shard.
             batches: its latents, ``[n, C, h, w]`` each, at least one.
