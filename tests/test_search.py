@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.store import kernels, search
+from lcmem_cli.engine.store import search
 
 
 def data(n, m, d, seed=0):
@@ -98,7 +98,7 @@ def test_shapes_that_do_not_fit_are_refused():
         search.weighted_l1_matrix(a, b[:, :2], w)
 
 
-@pytest.mark.parametrize("d", [1, 31, 32, 33, 512, 545, 1100])
+@pytest.mark.parametrize("d", [1, 31, 32, 33, 256, 512, 545, 768, 1100])
 def test_every_form_gives_the_same_bits(d, monkeypatch):
     a, b, w = data(20, 41, d)
     numpy_matrix = search.weighted_l1_matrix(a, b, w)
@@ -153,8 +153,7 @@ def test_the_8_bit_pass_leaves_out_nothing_that_belongs(seed, d, k, scale, kind,
     rows = np.full((16, k), -1, dtype=np.int64)
     for first in range(0, 70, 23):
         search._search_block(a, b[first : first + 23], w, first, scores, rows)
-    matrix = np.empty((16, 70), dtype=np.float32)
-    kernels.matrix(a, b, w, 0, 16, matrix)
+    matrix = search.weighted_l1_matrix(a, b, w)
     np.testing.assert_array_equal(rows, np.argsort(-matrix, axis=1, kind="stable")[:, :k])
     np.testing.assert_array_equal(scores, np.take_along_axis(matrix, rows, 1))
 

@@ -7,6 +7,11 @@ Every sum of a pair is taken in one fixed order, without reassociation or fused 
 ``k`` goes to lane ``k % LANES``, a lane is added up in the order of ``k``, and the lanes are folded
 in halves. So a score has the same bits whatever the block, the thread or the processor, and
 ``lane_sums`` of ``lcmem_cli.engine.store.search`` gives these bits with numpy.
+
+Rows of float32 features and their weights have a multiple of ``PASS`` columns: the compiler makes
+vector instructions of loops of known length only. Columns of zeros make up for what is missing;
+they change no bit of a sum. Columns are walked by ``while``: with ``range`` the compiler fails
+too, and ``bench_search.py`` shows five times the time.
 """
 
 from __future__ import annotations
@@ -17,11 +22,10 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-from lcmem_cli.engine.store.search import LANES
+from lcmem_cli.engine.store.search import LANES, PASS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_UNROLLED = 16 * LANES
 _TILE_ROWS = 64
 _SCREEN_ROWS = 512
 _ZERO = np.float32(0)
@@ -37,37 +41,8 @@ def _compiled(function: Function) -> Function:
 
 
 @_compiled
-def distance(a: Any, b: Any, weight: Any, lanes: Any) -> Any:
-    """Return ``Σ_k w_k |a_k - b_k|`` of two rows ``[d]``; ``lanes`` is scratch ``[LANES]``."""
-    size = a.shape[0]
-    for i in range(LANES):
-        lanes[i] = _ZERO
-    o = 0
-    while o + _UNROLLED <= size:  # many terms a pass, so that a lane is stored only once
-        for i in range(LANES):
-            s = lanes[i]
-            s += weight[o + i] * abs(a[o + i] - b[o + i])
-            s += weight[o + 32 + i] * abs(a[o + 32 + i] - b[o + 32 + i])
-            s += weight[o + 64 + i] * abs(a[o + 64 + i] - b[o + 64 + i])
-            s += weight[o + 96 + i] * abs(a[o + 96 + i] - b[o + 96 + i])
-            s += weight[o + 128 + i] * abs(a[o + 128 + i] - b[o + 128 + i])
-            s += weight[o + 160 + i] * abs(a[o + 160 + i] - b[o + 160 + i])
-            s += weight[o + 192 + i] * abs(a[o + 192 + i] - b[o + 192 + i])
-            s += weight[o + 224 + i] * abs(a[o + 224 + i] - b[o + 224 + i])
-            s += weight[o + 256 + i] * abs(a[o + 256 + i] - b[o + 256 + i])
-            s += weight[o + 288 + i] * abs(a[o + 288 + i] - b[o + 288 + i])
-            s += weight[o + 320 + i] * abs(a[o + 320 + i] - b[o + 320 + i])
-            s += weight[o + 352 + i] * abs(a[o + 352 + i] - b[o + 352 + i])
-            s += weight[o + 384 + i] * abs(a[o + 384 + i] - b[o + 384 + i])
-            s += weight[o + 416 + i] * abs(a[o + 416 + i] - b[o + 416 + i])
-            s += weight[o + 448 + i] * abs(a[o + 448 + i] - b[o + 448 + i])
-            s += weight[o + 480 + i] * abs(a[o + 480 + i] - b[o + 480 + i])
-            lanes[i] = s
-        o += _UNROLLED
-    while o < size:
-        for i in range(min(LANES, size - o)):
-            lanes[i] += weight[o + i] * abs(a[o + i] - b[o + i])
-        o += LANES
+def fold(lanes: Any) -> Any:
+    """Return the sum of ``lanes [LANES]``, which are overwritten."""
     for i in range(16):
         lanes[i] += lanes[i + 16]
     for i in range(8):
@@ -75,6 +50,44 @@ def distance(a: Any, b: Any, weight: Any, lanes: Any) -> Any:
     for i in range(4):
         lanes[i] += lanes[i + 4]
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+@_compiled
+def distance(a: Any, b: Any, weight: Any, lanes: Any) -> Any:
+    """Return ``Σ_k w_k |a_k - b_k|`` of two rows ``[d]``; ``lanes`` is scratch ``[LANES]``."""
+    for i in range(LANES):
+        lanes[i] = _ZERO
+    o = 0
+    while o + PASS <= weight.shape[0]:
+        for i in range(LANES):
+            s = lanes[i]
+            for k in range(0, PASS, LANES):
+                s += weight[o + k + i] * abs(a[o + k + i] - b[o + k + i])
+            lanes[i] = s
+        o += PASS
+    return fold(lanes)
+
+
+@_compiled
+def four_distances(
+    a: Any, b: Any, c: Any, d: Any, other: Any, weight: Any, la: Any, lb: Any, lc: Any, ld: Any
+) -> Any:
+    """Return ``distance`` of each of four rows from another, which is read once for all four."""
+    for i in range(LANES):
+        la[i] = lb[i] = lc[i] = ld[i] = _ZERO
+    o = 0
+    while o + PASS <= weight.shape[0]:
+        for i in range(LANES):
+            sa, sb, sc, sd = la[i], lb[i], lc[i], ld[i]
+            for k in range(0, PASS, LANES):
+                w, value = weight[o + k + i], other[o + k + i]
+                sa += w * abs(a[o + k + i] - value)
+                sb += w * abs(b[o + k + i] - value)
+                sc += w * abs(c[o + k + i] - value)
+                sd += w * abs(d[o + k + i] - value)
+            la[i], lb[i], lc[i], ld[i] = sa, sb, sc, sd
+        o += PASS
+    return fold(la), fold(lb), fold(lc), fold(ld)
 
 
 @_compiled
@@ -88,11 +101,19 @@ def pairs(a: Any, b: Any, weight: Any, start: int, stop: int, out: Any) -> None:
 @_compiled
 def matrix(a: Any, b: Any, weight: Any, start: int, stop: int, out: Any) -> None:
     """Score rows ``start`` to ``stop`` of ``a`` with all rows of ``b`` into ``out [n, m]``."""
-    lanes = np.empty(LANES, np.float32)
+    la, lb = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    lc, ld = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    fours = start + (stop - start) // 4 * 4
     for tile in range(0, b.shape[0], _TILE_ROWS):
-        for i in range(start, stop):
-            for j in range(tile, min(tile + _TILE_ROWS, b.shape[0])):
-                out[i, j] = distance(a[i], b[j], weight, lanes)
+        end = min(tile + _TILE_ROWS, b.shape[0])
+        for i in range(start, fours, 4):
+            for j in range(tile, end):
+                out[i, j], out[i + 1, j], out[i + 2, j], out[i + 3, j] = four_distances(
+                    a[i], a[i + 1], a[i + 2], a[i + 3], b[j], weight, la, lb, lc, ld
+                )
+        for i in range(fours, stop):
+            for j in range(tile, end):
+                out[i, j] = distance(a[i], b[j], weight, la)
 
 
 @_compiled

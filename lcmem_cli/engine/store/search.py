@@ -25,6 +25,7 @@ from lcmem_cli.engine.errors import InputError, MissingExtraError
 
 BLOCK_ROWS = 8192
 LANES = 32
+PASS = 8 * LANES
 _SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
@@ -67,6 +68,7 @@ def weighted_l1_pairs(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDArr
         return lane_sums(weight * np.abs(a - b))
     from lcmem_cli.engine.store import kernels
 
+    a, b, weight = (_in_passes(values) for values in (a, b, weight))
     result = np.empty(len(a), dtype=np.float32)
     _in_threads(lambda start, stop: kernels.pairs(a, b, weight, start, stop, result), len(a))
     return result
@@ -91,6 +93,7 @@ def weighted_l1_matrix(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDAr
         return lane_sums(weight * np.abs(a[:, None] - b[None]))
     from lcmem_cli.engine.store import kernels
 
+    a, b, weight = (_in_passes(values) for values in (a, b, weight))
     result = np.empty((len(a), len(b)), dtype=np.float32)
     _in_threads(lambda start, stop: kernels.matrix(a, b, weight, start, stop, result), len(a))
     return result
@@ -309,6 +312,12 @@ def _checked(
     return a, b, weight
 
 
+def _in_passes(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``[..., d]`` with zeros behind the last column, up to a multiple of ``PASS``."""
+    missing = -values.shape[-1] % PASS
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]) if missing else values
+
+
 def _in_threads(work: Callable[[int, int], None], count: int) -> None:
     """Run ``work(start, stop)`` over ``range(count)`` in as many threads as one may use."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
@@ -332,10 +341,13 @@ def _search_block(
     """Bring the lists of all queries up to date with the rows of a block."""
     from lcmem_cli.engine.store import kernels
 
+    whole_queries, whole_block, whole_weight = (
+        _in_passes(values) for values in (queries, block, weight)
+    )
     if len(queries) < _SCREEN_QUERIES:  # rounding the block would cost more than it saves
         _in_threads(
             lambda start, stop: kernels.search(
-                queries, block, weight, first, start, stop, scores, rows
+                whole_queries, whole_block, whole_weight, first, start, stop, scores, rows
             ),
             len(queries),
         )
@@ -345,9 +357,9 @@ def _search_block(
     grid_block, block_error = grid.round(block)
     _in_threads(
         lambda start, stop: kernels.search_screened(
-            queries,
-            block,
-            weight,
+            whole_queries,
+            whole_block,
+            whole_weight,
             grid_queries,
             grid_block,
             grid.weight,
