@@ -200,19 +200,21 @@ def test_sample_normalisation_is_as_stated():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "inner_stride", "num_left"),
+    ("backbone", "inner_stride", "inner_bands", "num_left"),
     # The last convolution of resnet10t's stem is no sibling of the normalisation after it.
     [
-        ("resnet10t", None, 1), ("tf_efficientnet_lite0", None, 0), ("convnext_atto", None, None),
-        ("tf_efficientnet_lite0", 16, 0),
+        ("resnet10t", None, None, 1), ("tf_efficientnet_lite0", None, None, 0),
+        ("convnext_atto", None, None, None), ("tf_efficientnet_lite0", 8, 3, 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("side", [32, 50, 37])  # even all the way, even then odd, odd
-def test_folding_for_inference_changes_no_feature(backbone, inner_stride, num_left, side):
+def test_folding_for_inference_changes_no_feature(
+    backbone, inner_stride, inner_bands, num_left, side
+):
     torch.manual_seed(0)
     spec = NetworkSpec(
         backbone=backbone, in_channels=4, num_features=8, input_size=32, normalisation="sample",
-        inner_stride=inner_stride,
+        inner_stride=inner_stride, inner_bands=inner_bands,
     )  # fmt: skip
     network = SiameseNetwork(spec).eval()
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]

@@ -5,23 +5,28 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_checkpoint
+from scipy.spatial.distance import pdist
 from scipy.special import logit
+from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.recalibrate import recentre
+from lcmem_cli.engine.evaluation.recalibrate import recentre, whiten
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
+from lcmem_cli.engine.models.whitening import SPREAD, whitened_projection
 
 
-def make(path, backbone="resnet10t"):
+def make(path, backbone="resnet10t", **changes):
     spec = NetworkSpec(
-        backbone=backbone, in_channels=3, num_features=8, input_size=32, normalisation="sample"
-    )
+        backbone=backbone, in_channels=3, num_features=8, input_size=32, normalisation="sample",
+        **changes,
+    )  # fmt: skip
     return save_checkpoint(path, random_checkpoint(spec, load_codec("none"), image_size=32))
 
 
@@ -68,3 +73,86 @@ def test_recentring_refuses_what_it_cannot_do(image_folder, tmp_path):
     convolutional = make(tmp_path / "conv.safetensors", "dla34")
     with pytest.raises(InputError, match="dla34 does not end in one linear layer"):
         recentre(convolutional, manifest)
+
+
+def test_a_projection_is_sklearns_whitened_components_but_for_a_turn(monkeypatch):
+    monkeypatch.setattr("lcmem_cli.engine.models.whitening.FLOOR", 0.0)
+    rng = np.random.default_rng(0)
+    pooled = rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + 5
+    projection = whitened_projection(torch.from_numpy(pooled), [12], num_features=7, seed=3)
+    ours = pdist(pooled @ projection.numpy().T)
+    theirs = pdist(PCA(7, whiten=True, svd_solver="full").fit_transform(pooled))
+    np.testing.assert_allclose(ours, SPREAD * theirs, rtol=1e-8)
+
+
+def test_directions_that_edits_change_are_made_smaller():
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(200, 6, generator=generator)
+    changes = torch.zeros(200, 6)
+    changes[:, 2] = 3 * torch.randn(200, generator=generator)
+    plain, aware = (
+        whitened_projection(pooled, [6], num_features=6, seed=0, changes=c).norm(dim=0)
+        for c in (None, changes)
+    )
+    shrunk = aware / plain
+    assert shrunk[2] < 0.6 * shrunk[[0, 1, 3, 4, 5]].min()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ((), {}),
+        (("--bands", 3), {"inner_stride": 8}),
+        (("--size", 48), {"inner_stride": 8, "inner_bands": 2}),
+    ],
+)
+def test_whitening_replaces_the_last_layer_and_the_head(
+    run_cli, image_folder, tmp_path, options, changes
+):
+    saved = make(tmp_path / "start.safetensors", **changes)
+    out = tmp_path / "white.safetensors"
+    run_cli(
+        "calibrate", tmp_path / "start.safetensors", "--filelist", image_folder, "-o", out,
+        "--whiten", "--seed", 5, *options,
+    )  # fmt: skip
+    loaded = load_checkpoint(out)
+    manifest = load_manifest(image_folder).select("TRAIN")
+    features = before_sigmoid(out, manifest.paths())
+    np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(features.std(axis=0, ddof=1), SPREAD, rtol=1e-3)
+    layer = "backbone.projection" if changes else "backbone.fc"
+    changed = {
+        key for key, value in loaded.network_state.items()
+        if not value.equal(saved.network_state[key])
+    }  # fmt: skip
+    assert changed == {f"{layer}.weight", f"{layer}.bias", "head.weight", "head.bias"}
+    bands = dict(zip(options[::2], options[1::2], strict=True)).get("--bands")
+    assert loaded.network.inner_bands == (bands or changes.get("inner_bands"))
+    assert loaded.network_state["head.weight"].unique().tolist() == [-20 / 8]
+    assert {t.fingerprint for t in loaded.thresholds} == {loaded.fingerprint}
+    recorded = json.loads(run_cli("info", out, "--json").stdout)["training"]["whitened"]
+    assert recorded == {
+        "data_digest": manifest.digest, "num_images": len(manifest.records), "altered": "strong",
+        "seed": 5,
+    }  # fmt: skip
+
+
+def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
+    checkpoint = make(tmp_path / "start.safetensors")
+    manifest = load_manifest(image_folder).select("TRAIN")
+    with pytest.raises(InputError, match="1 TRAIN images are too few"):
+        whiten(checkpoint, dataclasses.replace(manifest, records=manifest.records[:1]))
+    with pytest.raises(InputError, match="reads no earlier stage"):
+        whiten(checkpoint, manifest, inner_bands=3)
+    for options, reason in (
+        (("--whiten", "--recentre"), "leave --recentre out"),
+        (("--bands", 3), "--bands has no effect without --whiten"),
+    ):
+        done = run_cli(
+            "calibrate", tmp_path / "start.safetensors", "--filelist", image_folder,
+            "-o", tmp_path / "out.safetensors", *options, exit_code=2,
+        )  # fmt: skip
+        assert reason in done.stderr
+    manifest.paths()[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match=manifest.paths()[0].name):
+        whiten(checkpoint, manifest)

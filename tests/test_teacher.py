@@ -14,9 +14,10 @@ from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normalise
+from lcmem_cli.engine.models.whitening import SPREAD
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone
 from lcmem_cli.engine.training.loop import freeze_statistics
-from lcmem_cli.engine.training.teacher import SPREAD, Member, Retention, Teacher, load_pretrained
+from lcmem_cli.engine.training.teacher import Member, Retention, Teacher, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,8 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
         "--set=network.stem_stride=1", "--set=network.num_features=16",
-        "--set=network.inner_stride=16", "--set=network.feature_rms=1.5",
+        "--set=network.inner_stride=16", "--set=network.inner_bands=2",
+        "--set=network.feature_rms=1.5",
         "--set=network.align_altered=strong",
         f'--set=retention.panel={{resnet10t="{weights}"}}', *common,
     )  # fmt: skip

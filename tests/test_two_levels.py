@@ -77,6 +77,24 @@ def test_it_reads_the_last_features_and_mean_and_deviation_of_the_stage(backbone
         np.testing.assert_allclose(network(images(2)), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(("side", "num_bands"), [(64, 3), (64, 2), (100, 5), (32, 4)])
+def test_bands_tell_how_high_in_the_image_a_thing_is(side, num_bands):
+    torch.manual_seed(0)
+    trunk = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
+    without = TwoLevelBackbone(trunk, 16, None).eval()
+    banded = TwoLevelBackbone(trunk, 16, None, num_bands).eval()
+    assert banded.widths == [*without.widths, 256 * num_bands]
+    with torch.no_grad():
+        found = banded(images(3, side))
+        [inner] = trunk.forward_intermediates(images(3, side), indices=[3], intermediates_only=True)
+        pooled = F.adaptive_avg_pool2d(inner, (num_bands, 1)).flatten(1)
+        assert torch.equal(found[:, : sum(without.widths)], without(images(3, side)))
+    expected = (pooled - pooled.mean(dim=1, keepdim=True)) / (
+        pooled.var(dim=1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
+    np.testing.assert_allclose(found[:, sum(without.widths) :], expected, atol=1e-4)
+
+
 def test_a_silent_channel_has_a_gradient():
     network = SiameseNetwork(spec_of(in_channels=1))
     for parameter in network.backbone.trunk.parameters():
@@ -102,11 +120,11 @@ def test_a_stride_that_the_backbone_does_not_have_is_named():
         TwoLevelBackbone(torch.nn.Identity(), 16, 8)
 
 
-@pytest.mark.parametrize("feature_rms", [None, 1.5])
+@pytest.mark.parametrize(("feature_rms", "inner_bands"), [(None, None), (1.5, 3)])
 def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(
-    image_folder, tmp_path, feature_rms
+    image_folder, tmp_path, feature_rms, inner_bands
 ):
-    spec = spec_of(feature_rms=feature_rms)
+    spec = spec_of(feature_rms=feature_rms, inner_bands=inner_bands)
     checkpoint = random_checkpoint(spec, load_codec("none"), image_size=64)
     saved = save_checkpoint(tmp_path / "two.safetensors", checkpoint)
     read = load_checkpoint(tmp_path / "two.safetensors")
@@ -134,6 +152,7 @@ def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
     saved = save_checkpoint(tmp_path / "one.safetensors", one)
     header = read_header(tmp_path / "one.safetensors")
     assert header["network"].pop("inner_stride", 0) is None
+    assert header["network"].pop("inner_bands", 0) is None
     assert header["network"].pop("feature_rms", 0) is None
     save_file(
         load_file(tmp_path / "one.safetensors"), tmp_path / "old.safetensors",
@@ -159,23 +178,27 @@ def test_weights_of_one_level_do_not_fit_two():
         two.build()
 
 
-def test_the_student_starts_where_the_teacher_sees_both_levels(image_folder):
+@pytest.mark.parametrize(("inner_bands", "widths"), [(None, []), (2, [512])])
+def test_the_student_starts_where_the_teacher_sees_both_levels(
+    image_folder, tmp_path, inner_bands, widths
+):
     paths = sorted(image_folder.rglob("*.png"))
     torch.manual_seed(3)
     pretrained = timm.create_model("resnet10t", pretrained=False).eval()
     teacher, pooled = Teacher.fit(
-        [Member.of("resnet10t", pretrained, 16)], paths, num_features=8, seed=1
+        [Member.of("resnet10t", pretrained, 16, inner_bands)], paths, num_features=8, seed=1
     )
-    levels = teacher.members[0].pool(paths)
-    assert [level.shape[1] for level in levels] == [512, 256, 256]
+    teacher.save(tmp_path / "teacher.safetensors")
+    levels = Teacher.load(tmp_path / "teacher.safetensors").members[0].pool(paths)
+    assert [level.shape[1] for level in levels] == [512, 256, 256, *widths]
     assert torch.equal(torch.cat(levels, dim=1), pooled)
-    network = SiameseNetwork(spec_of(in_channels=4)).eval()
+    network = SiameseNetwork(spec_of(in_channels=4, inner_bands=inner_bands)).eval()
     pixels = images(12)
     latents = torch.cat([pixels * 3 - 1, pixels[:, :1]], dim=1)
     assert copy_backbone(network, pretrained)
     assert align_stem(network, pretrained, iter([(pixels, latents)])) > 0.99
     project_features(network, teacher, iter([latents]))
-    levels = TwoLevelBackbone(pretrained, 16, None).eval()
+    levels = TwoLevelBackbone(pretrained, 16, None, inner_bands).eval()
     with torch.no_grad():
         expected = levels(normalise_pixels(pretrained, pixels)) @ teacher.start.T
         ours = torch.logit(network(latents))

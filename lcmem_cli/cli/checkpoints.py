@@ -15,6 +15,7 @@ from lcmem_cli.cli.options import (
     DeviceOption,
     FilelistOption,
     JsonOption,
+    SeedOption,
     WorkersOption,
 )
 
@@ -108,11 +109,30 @@ def calibrate(
             "identities are not used.",
         ),
     ] = False,
+    whiten: Annotated[
+        bool,
+        typer.Option(
+            "--whiten",
+            help="Fit the last layer to the TRAIN images: whitened principal components, with what "
+            "edits change counted less; identities are not used.",
+        ),
+    ] = False,
+    bands: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=16,
+            help="With --whiten, for a network with network.inner_stride: also read so many "
+            "horizontal bands.",
+            show_default="as the checkpoint",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
     workers: WorkersOption = -1,
     device: DeviceOption = Device.AUTO,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a checkpoint to your data: thresholds on VAL pairs, and, if asked, size and centre."""
+    """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer."""
     from lcmem_cli.engine.evaluation.recalibrate import recalibrate
 
     result = recalibrate(
@@ -123,6 +143,9 @@ def calibrate(
         half=half,
         size=size,
         centred=recentre,
+        whitened=whiten,
+        inner_bands=bands,
+        seed=seed,
         workers=workers,
         device=device.value,
         reporter=render.reporter(),

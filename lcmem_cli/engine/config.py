@@ -73,6 +73,9 @@ class NetworkSection(Section):
     """Reads an earlier stage beside the last features: the one of this stride as timm counts it
     (16: the last but one of most convolutional backbones). It tells more of an image's own
     texture, and sees altered copies better. Unset: the last features alone."""
+    inner_bands: int | None = Field(None, ge=2, le=16)
+    """Also reads means of that stage over so many horizontal bands: where in the image things
+    are. Unset: none."""
     feature_rms: float | None = Field(None, gt=0, le=10)
     """Root mean square that each image's features are scaled to before the sigmoid, such as 1.5,
     so that two images are compared by the direction of their features alone. Unset: not scaled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -84,6 +84,14 @@ class Augmentation:
         if name not in PRESETS:
             raise InputError(f"no augmentation preset '{name}'; {nearest(name, PRESETS)}")
         return PRESETS[name]
+
+    def drawn(self, count: int, seed: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Return a transform of images and their positions below ``count``.
+
+        Each position has a seed of its own, so that an edit depends on no other image.
+        """
+        seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed))
+        return lambda image, position: self(image, seed=int(seeds[position]))
 
     def __call__(self, image: torch.Tensor, *, seed: int) -> torch.Tensor:
         """Alter an image; the result is a function of the image and the seed.

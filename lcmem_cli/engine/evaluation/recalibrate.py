@@ -1,8 +1,9 @@
-"""Fitting a checkpoint anew to the user's own data: its thresholds, size and centre."""
+"""Fitting a checkpoint anew to the user's own data: its thresholds, size and last layer."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from lcmem_cli.engine.data.augment import Augmentation
+from lcmem_cli.engine.data.loading import Transform, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.distributed import resolve_device
+from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.judge import judge
 from lcmem_cli.engine.models.checkpoint import (
@@ -22,10 +25,14 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.hub import locate_checkpoint
+from lcmem_cli.engine.models.siamese import SiameseNetwork
+from lcmem_cli.engine.models.whitening import whitened_projection
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
 
+_BATCH = 32
 _SATURATED = 1e-6
 """Distance from 0 and 1 below which a feature's value before the sigmoid is not known."""
 
@@ -60,6 +67,9 @@ def recalibrate(
     half: bool = False,
     size: int | None = None,
     centred: bool = False,
+    whitened: bool = False,
+    inner_bands: int | None = None,
+    seed: int = 0,
     workers: int = -1,
     device: str = "auto",
     reporter: Reporter = SILENT,
@@ -76,14 +86,22 @@ def recalibrate(
             Objects look larger in random crops than in whole images, so somewhat more than the
             size of training is often better (Touvron et al. 2019, arXiv 1906.06423).
         centred: centre the features on the list's TRAIN images first, see ``recentre``.
+        whitened: fit the last layer to the list's TRAIN images first, see ``whiten``.
+        inner_bands: for ``whiten``.
+        seed: for ``whiten``.
         workers: decoding threads.
         device: where to compute.
         reporter: receives progress.
 
     Raises:
-        InputError: VAL holds too few pairs for any threshold, or the codec cannot take the size.
+        InputError: VAL holds too few pairs for any threshold, the codec cannot take the size, or
+            ``centred`` and ``whitened`` are both asked for.
         CheckpointError: the network's weights do not fit another size.
     """
+    if centred and whitened:
+        raise InputError("whitening centres the features as well; leave --recentre out")
+    if inner_bands is not None and not whitened:
+        raise InputError("--bands has no effect without --whiten")
     loaded = load_checkpoint(locate_checkpoint(checkpoint))
     if size is not None:
         loaded = loaded.at_size(size)
@@ -92,6 +110,11 @@ def recalibrate(
         loaded = recentre(
             loaded, manifest.select("TRAIN"), workers=workers, device=device, reporter=reporter
         )
+    if whitened:
+        loaded = whiten(
+            loaded, manifest.select("TRAIN"), inner_bands=inner_bands, seed=seed, workers=workers,
+            device=device, reporter=reporter,
+        )  # fmt: skip
     if half:
         loaded = halve(loaded)
     judged = judge(
@@ -146,13 +169,7 @@ def recentre(
         name="checkpoint",
         device=resolve_device(device),
     )
-    backbone: Any = detector.network.backbone
-    last = backbone.get_classifier()
-    if not isinstance(last, nn.Linear) or last.bias is None:
-        raise InputError(
-            f"backbone {checkpoint.network.backbone} does not end in one linear layer with a bias; "
-            "it cannot be recentred"
-        )
+    key = f"{_last_layer(detector.network)}.bias"
     if not manifest.records:
         raise InputError("there is no TRAIN image to recentre on")
     embedded = embed_files(detector, manifest.paths(), workers=workers, reporter=reporter)
@@ -160,8 +177,6 @@ def recentre(
         raise InputError(f"{bad.path}: {bad.reason}")
     features = torch.from_numpy(np.asarray(embedded.features, dtype=np.float64))
     mean = torch.logit(features, eps=_SATURATED).mean(dim=0)
-    [layer] = [name for name, module in backbone.named_modules() if module is last]
-    key = f"backbone.{layer}.bias"
     bias = checkpoint.network_state[key]
     state = {**checkpoint.network_state, key: (bias - mean).to(bias.dtype)}
     training = {
@@ -171,3 +186,137 @@ def recentre(
     return dataclasses.replace(
         checkpoint, network_state=state, thresholds=(), training=training
     ).with_fingerprint()
+
+
+def whiten(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    *,
+    inner_bands: int | None = None,
+    seed: int = 0,
+    workers: int = -1,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> Checkpoint:
+    """Return a checkpoint whose last layer gives the whitened principal components of its input.
+
+    Fitted in closed form to these images and one altered copy of each (augmentation ``strong``),
+    see ``whitened_projection``; their identities are not used. The head becomes a plain distance.
+
+    Args:
+        checkpoint: its backbone ends in a linear layer with a bias, which is replaced.
+        manifest: images of the domain, better thousands than hundreds.
+        inner_bands: let the backbone show so many bands as well, see ``TwoLevelBackbone``; ``None``
+            keeps what it shows.
+        seed: of the copies, and of the turn of the components.
+        workers: decoding threads.
+        device: where to compute.
+        reporter: receives progress.
+
+    Raises:
+        InputError: fewer than two images, one that cannot be read, or another kind of backbone.
+    """
+    if len(manifest.records) < 2:
+        raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
+    codec = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device)).codec
+    if inner_bands is not None:
+        checkpoint = _with_bands(checkpoint, inner_bands)
+    network = checkpoint.build(source="checkpoint").to(codec.device)
+    layer = _last_layer(network)
+
+    def pool(task_name: str, transform: Transform | None = None) -> torch.Tensor:
+        return _inputs_of(
+            network, layer, codec, manifest.paths(), checkpoint.image_size,
+            transform=transform, workers=workers, task_name=task_name, reporter=reporter,
+        )  # fmt: skip
+
+    pooled = pool("features")
+    strong = Augmentation.from_preset("strong")
+    changes = pool("features of altered copies", strong.drawn(len(pooled), seed)) - pooled
+    widths = getattr(network.backbone, "widths", [pooled.shape[1]])
+    projection = whitened_projection(
+        pooled, widths, num_features=checkpoint.network.num_features, seed=seed, changes=changes
+    )
+    network.measure_distance()
+    replaced = {
+        f"{layer}.weight": projection,
+        f"{layer}.bias": -(projection @ pooled.mean(dim=0).double()),
+        "head.weight": network.head.weight,
+        "head.bias": network.head.bias,
+    }
+    state = checkpoint.network_state
+    state = state | {key: value.detach().cpu().to(state[key]) for key, value in replaced.items()}
+    training = {
+        **checkpoint.training,
+        "whitened": {
+            "data_digest": manifest.digest,
+            "num_images": len(pooled),
+            "altered": strong.name,
+            "seed": seed,
+        },
+    }
+    return dataclasses.replace(
+        checkpoint, network_state=state, thresholds=(), training=training
+    ).with_fingerprint()
+
+
+def _with_bands(checkpoint: Checkpoint, inner_bands: int) -> Checkpoint:
+    """Return a checkpoint that shows bands, with random weights in the layer that reads them."""
+    if checkpoint.network.inner_stride is None:
+        raise InputError("--bands: the checkpoint's network reads no earlier stage (inner_stride)")
+    spec = dataclasses.replace(checkpoint.network, inner_bands=inner_bands)
+    network = SiameseNetwork(spec)
+    layer = _last_layer(network)
+    state = {
+        key: network.state_dict()[key] if key.startswith(f"{layer}.") else value
+        for key, value in checkpoint.network_state.items()
+    }
+    return dataclasses.replace(checkpoint, network=spec, network_state=state)
+
+
+def _last_layer(network: SiameseNetwork) -> str:
+    """Return the name of the linear layer that the backbone ends in.
+
+    Raises:
+        InputError: it ends in another way.
+    """
+    backbone: Any = network.backbone
+    last = backbone.get_classifier()
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise InputError(
+            f"backbone {network.spec.backbone} does not end in one linear layer with a bias that "
+            "could be fitted"
+        )
+    name: str = next(name for name, module in network.named_modules() if module is last)
+    return name
+
+
+@torch.inference_mode()
+def _inputs_of(
+    network: SiameseNetwork,
+    layer: str,
+    codec: Codec,
+    paths: Sequence[Path],
+    size: int,
+    *,
+    transform: Transform | None,
+    workers: int,
+    task_name: str,
+    reporter: Reporter,
+) -> torch.Tensor:
+    """Return what a layer is given for each image, ``[N, d]`` float32 on the CPU."""
+    seen: list[torch.Tensor] = []
+    hook = network.get_submodule(layer).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].float().cpu())
+    )
+    batches = iter_images(
+        paths, size, workers=resolve_workers(workers), batch_size=_BATCH, transform=transform
+    )
+    with reporter.task(task_name, len(paths), unit="image") as task:
+        for batch in batches:
+            for position, reason in batch.unreadable:
+                raise InputError(f"{paths[position]}: {reason}")
+            network(codec.encode(batch.images))
+            task.advance(len(batch.images))
+    hook.remove()
+    return torch.cat(seen)

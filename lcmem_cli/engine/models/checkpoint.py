@@ -141,7 +141,8 @@ def compute_fingerprint(checkpoint: Checkpoint) -> str:
     for label in ("name", "revision"):  # what it is called does not change what it computes
         codec.pop(label)
     network = dataclasses.asdict(checkpoint.network)
-    for field in ("inner_stride", "feature_rms"):  # files made before there were these stay valid
+    # Files made before there were these stay valid.
+    for field in ("inner_stride", "inner_bands", "feature_rms"):
         if network[field] is None:
             network.pop(field)
     header = {
@@ -296,6 +297,7 @@ def _check_header(header: dict[str, Any]) -> None:
         ("network.num_features", network["num_features"], MAX_SIDE),
         ("network.stem_stride", network.get("stem_stride") or 1, MAX_CHANNELS),
         ("network.inner_stride", network.get("inner_stride") or 1, MAX_CHANNELS),
+        ("network.inner_bands", network.get("inner_bands") or 1, MAX_CHANNELS),
         ("codec.latent_channels", codec["latent_channels"], MAX_CHANNELS),
         ("codec.downsampling", codec["downsampling"], MAX_CHANNELS),
     ):

@@ -24,6 +24,8 @@ STD_FLOOR_DATASET = 1e-12
 TARGET_STD = 0.5
 _LEVEL_FLOOR = 0.01
 """Keeps the slope of the square root and of the logarithm finite where a channel is silent."""
+HEAD_SLOPE, HEAD_BIAS = 20.0, 4.0
+"""Of a plain distance: logit per mean difference of features, and of two equal images."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -50,6 +52,7 @@ class NetworkSpec:
         normalisation: of the input, see ``normalise``.
         stem_stride: stride of the first convolution, ``None`` for the backbone's own.
         inner_stride: see ``TwoLevelBackbone``; ``None`` for the last features alone.
+        inner_bands: of the same; ``None`` for none.
         feature_rms: root mean square that an image's features are scaled to before the sigmoid;
             ``None`` for none.
         mean: per channel, for ``dataset`` normalisation only.
@@ -63,6 +66,7 @@ class NetworkSpec:
     normalisation: Normalisation
     stem_stride: int | None = None
     inner_stride: int | None = None
+    inner_bands: int | None = None
     feature_rms: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -155,6 +159,12 @@ class SiameseNetwork(nn.Module):
             )
         return torch.sigmoid(before)
 
+    @torch.no_grad()
+    def measure_distance(self) -> None:
+        """Make the head a plain negative L1 distance."""
+        self.head.weight.fill_(-HEAD_SLOPE / self.spec.num_features)
+        self.head.bias.fill_(HEAD_BIAS)
+
     def logits(self, features_a: torch.Tensor, features_b: torch.Tensor) -> torch.Tensor:
         """Return ``w · |f1 - f2| + b``: ``[B, n], [B, n] -> [B]``."""
         logits: torch.Tensor = self.head((features_a - features_b).abs())
@@ -168,7 +178,9 @@ class TwoLevelBackbone(nn.Module):
     altered copy is unaltered; the last keeps what a kind has in common. Three descriptors, each
     brought to mean 0 and deviation 1 within its image: the last features by the square root of
     their size (a channel that is loud in an image counts less), and of each channel of the earlier
-    stage its mean and the logarithm of its deviation over the image. One linear layer reads them.
+    stage its mean and the logarithm of its deviation over the image. A fourth, if asked for, tells
+    where things are without telling left from right: each channel's means over some horizontal
+    bands. One linear layer reads them.
 
     Square root: Jégou & Chum 2012, doi 10.1007/978-3-642-33709-3_55; deviation over the image as a
     descriptor: Gatys et al. 2015, arXiv 1505.07376.
@@ -178,12 +190,23 @@ class TwoLevelBackbone(nn.Module):
         inner_stride: of the earlier stage, in pixels of the backbone's input as timm counts them
             (a changed stem stride does not count).
         num_features: outputs, or ``None`` for the descriptors side by side.
+        inner_bands: horizontal bands of the earlier stage, which overlap where its height is not
+            a multiple of them; ``None`` for three descriptors.
+
+    Attributes:
+        widths: columns of each descriptor.
 
     Raises:
         InputError: the model has no such stage or does not show it.
     """
 
-    def __init__(self, trunk: nn.Module, inner_stride: int, num_features: int | None) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        inner_stride: int,
+        num_features: int | None,
+        inner_bands: int | None = None,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         model: Any = trunk
@@ -199,7 +222,10 @@ class TwoLevelBackbone(nn.Module):
         self._stage = len(strides) - 1 - strides[::-1].index(inner_stride)
         last = getattr(model, "head_hidden_size", None) or model.num_features
         channels = stages[self._stage]["num_chs"]
-        self.widths: tuple[int, int, int] = (last, channels, channels)
+        self._bands = inner_bands
+        self.widths: list[int] = [last, channels, channels]
+        if inner_bands is not None:
+            self.widths.append(channels * inner_bands)
         self.projection: nn.Module = nn.Identity()
         if num_features is not None:
             self.projection = nn.Linear(sum(self.widths), num_features)
@@ -215,6 +241,8 @@ class TwoLevelBackbone(nn.Module):
             mean,
             (variance + _LEVEL_FLOOR).log(),
         ]
+        if self._bands is not None:
+            levels.append(_band_means(inner, self._bands))
         alike = [F.layer_norm(level, level.shape[1:]) for level in levels]
         features: torch.Tensor = self.projection(torch.cat(alike, dim=1))
         return features
@@ -223,10 +251,32 @@ class TwoLevelBackbone(nn.Module):
         """Return the last layer, as timm's models do."""
         return self.projection
 
+    def turn_bands(self) -> None:
+        """Let the last layer read the bands from bottom to top."""
+        if self._bands is not None and isinstance(self.projection, nn.Linear):
+            weight = self.projection.weight.detach().clone()
+            bands = weight[:, -self.widths[-1] :].reshape(len(weight), -1, self._bands)
+            weight[:, -self.widths[-1] :] = bands.flip(2).flatten(1)
+            self.projection.weight = nn.Parameter(weight, requires_grad=False)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass, as timm's models do."""
         trunk: Any = self.trunk
         trunk.set_grad_checkpointing(enable)
+
+
+def _band_means(maps: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """Average ``[B, C, h, w]`` over horizontal bands to ``[B, C * num_bands]``, by channel.
+
+    As adaptive average pooling does, which exports only where ``h`` is a multiple of the bands.
+    """
+    height = maps.shape[2]
+    rows = maps.mean(dim=3)
+    means = [
+        rows[:, :, band * height // num_bands : -(-(band + 1) * height // num_bands)].mean(dim=2)
+        for band in range(num_bands)
+    ]
+    return torch.stack(means, dim=2).flatten(1)
 
 
 def timm_part(backbone: nn.Module) -> nn.Module:
@@ -325,7 +375,7 @@ def build_backbone(
         stem = first_convolution(model)
         stem.stride = (spec.stem_stride, spec.stem_stride)
     if spec.inner_stride is not None:
-        return TwoLevelBackbone(model, spec.inner_stride, spec.num_features)
+        return TwoLevelBackbone(model, spec.inner_stride, spec.num_features, spec.inner_bands)
     built: nn.Module = model
     return built
 
@@ -446,9 +496,12 @@ def _fold_same_padding(network: SiameseNetwork) -> None:
 
     TensorFlow pads the right and the lower edge more than the left and the upper one, which takes a
     copy of the whole input. Seen in a mirror it is the padding that a convolution does by itself;
-    features are means over the image, which a mirror does not change.
+    features are means over the image, which a mirror does not change, or over bands, which it
+    puts upside down.
     """
     network.is_mirrored = True
+    if isinstance(network.backbone, TwoLevelBackbone):
+        network.backbone.turn_bands()
     same_padded = _same_padded()
     for module in list(network.backbone.modules()):
         for name, child in module.named_children():

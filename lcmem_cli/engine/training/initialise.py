@@ -19,8 +19,6 @@ from lcmem_cli.engine.models.siamese import (
 from lcmem_cli.engine.training.teacher import Teacher, normalise_pixels
 
 RIDGE = 1e-3
-HEAD_SLOPE = 20.0
-HEAD_BIAS = 4.0
 
 
 def copy_backbone(network: SiameseNetwork, pretrained: nn.Module) -> bool:
@@ -163,5 +161,4 @@ def project_features(
     )
     network.train(was_training)
     projection.bias.copy_(-outputs.mean(dim=0))
-    network.head.weight.fill_(-HEAD_SLOPE / projection.out_features)
-    network.head.bias.fill_(HEAD_BIAS)
+    network.measure_distance()

@@ -318,6 +318,7 @@ def stage1_network(
         normalisation=config.network.normalisation,
         stem_stride=config.network.stem_stride,
         inner_stride=config.network.inner_stride,
+        inner_bands=config.network.inner_bands,
         feature_rms=config.network.feature_rms,
         mean=store.mean if store and whole else None,
         std=store.std if store and whole else None,
@@ -516,7 +517,12 @@ def _fit_teacher(
         loaded = [(config.network.backbone, pretrained)]
         loaded += [(n, load_pretrained(n, Path(f))) for n, f in config.retention.panel.items()]
         members = [
-            Member.of(resolve_backbone(name), model.to(device), config.network.inner_stride)
+            Member.of(
+                resolve_backbone(name),
+                model.to(device),
+                config.network.inner_stride,
+                config.network.inner_bands,
+            )
             for name, model in loaded
         ]
         teacher, pooled = Teacher.fit(

@@ -6,8 +6,7 @@ backbone's own feature of the clean image, whitened, and centred within its data
 all images of a data set share does not count. An altered copy is held to the target of its clean
 image.
 
-Idea: feature distillation, Hinton et al. 2015, arXiv 1503.02531; whitening of features before
-distances, Jégou & Chum 2012, doi 10.1007/978-3-642-33709-3_55.
+Idea: feature distillation, Hinton et al. 2015, arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.models.siamese import TwoLevelBackbone, load_strictly, resolve_backbone
 from lcmem_cli.engine.models.weights import read_state_dict, rename_by_order
+from lcmem_cli.engine.models.whitening import (
+    FLOOR,
+    level_scales,
+    principal_axes,
+    spread,
+    whitened_projection,
+)
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 TEACHER_NAME = "teacher.safetensors"
-FLOOR = 0.05
-"""Added to every principal axis' standard deviation, relative to the largest, when whitening."""
-SPREAD = 2.5
-"""Standard deviation of a projected feature: most of the sigmoid's range, where the L1 distance of
-two features orders pairs much as the angle between them does."""
-ALTERED_SHARE = 0.5
-"""Weight of what edits change, in the covariance that the student's start is whitened by."""
 MIN_DATASET = 60
 """Images that a data set needs for its own standard deviations."""
 _BATCH = 32
@@ -85,19 +84,26 @@ class Member:
         model: the backbone on pixels, in evaluation mode.
         image_size: side in pixels of its input.
         inner_stride: of the earlier stage that it also shows, as ``NetworkSpec.inner_stride``.
+        inner_bands: as ``NetworkSpec.inner_bands``.
     """
 
     backbone: str
     model: nn.Module
     image_size: int
     inner_stride: int | None
+    inner_bands: int | None
 
     @staticmethod
-    def of(backbone: str, model: nn.Module, inner_stride: int | None = None) -> Member:
+    def of(
+        backbone: str,
+        model: nn.Module,
+        inner_stride: int | None = None,
+        inner_bands: int | None = None,
+    ) -> Member:
         """Return a frozen member at the image size of its pretraining."""
         timm_model: Any = model.eval().requires_grad_(False)
         size = int(timm_model.pretrained_cfg["input_size"][-1])
-        return Member(backbone, model, size, inner_stride)
+        return Member(backbone, model, size, inner_stride, inner_bands)
 
     @torch.inference_mode()
     def pool(
@@ -119,7 +125,7 @@ class Member:
             reporter: receives progress.
 
         Returns:
-            ``[N, d]`` float32; with ``inner_stride`` the three of ``TwoLevelBackbone``.
+            ``[N, d]`` float32; with ``inner_stride`` those of ``TwoLevelBackbone``.
 
         Raises:
             InputError: an image cannot be read.
@@ -153,7 +159,8 @@ class Member:
     def _features(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]:
         """Return what computes all levels side by side, and their widths if there are several."""
         if self.inner_stride is not None:
-            levels = TwoLevelBackbone(self.model, self.inner_stride, None).eval()
+            levels = TwoLevelBackbone(self.model, self.inner_stride, None, self.inner_bands)
+            levels.eval()
             return levels, list(levels.widths)
         model: Any = self.model
         return lambda pixels: model.forward_head(
@@ -197,9 +204,7 @@ class Teacher:
         """Fit the projections to images: principal component analyses with a floor.
 
         With ``altered`` the student's start also sees how an altered copy of each image differs
-        from it; half of the second moment of these differences is added to the covariance, so that
-        whitening makes the directions smaller in which edits move the features (as within-class
-        covariance does in Hatch et al. 2006, doi 10.21437/Interspeech.2006-183).
+        from it, see ``whitened_projection``.
 
         Args:
             members: the student's backbone first.
@@ -216,35 +221,28 @@ class Teacher:
         """
         options: dict[str, Any] = {"workers": workers, "ranks": ranks, "reporter": reporter}
         levels = [member.pool(paths, **options) for member in members]
-        own = sum(level.shape[1] for level in levels[0])
+        widths = [[level.shape[1] for level in own] for own in levels]
+        own = sum(widths[0])
         pooled = torch.cat([level for member in levels for level in member], dim=1)
-        mean = pooled.mean(dim=0)
-        centred = (pooled - mean).double()
-        # Every member and every level has the same say, whatever the scale of its features.
-        widths = [level.shape[1] for member in levels for level in member]
-        blocks = torch.split(centred, widths, dim=1)
-        scales = torch.cat(
-            [(1 / b.square().sum(dim=1).mean().sqrt()).expand(b.shape[1]) for b in blocks]
-        )
-        scaled = centred * scales
-        seen = scaled[:, :own]
+        changes = None
         if altered.edits:
-            changes = _changes(members[0], paths, pooled[:, :own], altered, seed, options)
-            seen = torch.cat([seen, changes * scales[:own] * ALTERED_SHARE**0.5])
-        whitening = _whitening(seen, num_features)
-        generator = torch.Generator().manual_seed(seed)
-        turn = torch.linalg.qr(
-            torch.randn(num_features, len(whitening), generator=generator, dtype=torch.float64)
-        )[0]
-        start = _spread(turn @ whitening * scales[:own], centred[:, :own])
+            transform = altered.drawn(len(paths), seed)
+            copies = torch.cat(members[0].pool(paths, transform=transform, **options), dim=1)
+            changes = copies - pooled[:, :own]
+        start = whitened_projection(
+            pooled[:, :own], widths[0], num_features=num_features, seed=seed, changes=changes
+        )
+        mean = pooled.mean(dim=0)
         projection = start
         if len(members) > 1:
-            joint = _whitening(scaled, num_features)
+            centred = (pooled - mean).double()
+            scales = level_scales(centred, [width for own in widths for width in own])
+            joint = principal_axes(centred * scales, num_features)
             # The nearest rotation (orthogonal Procrustes, Schönemann 1966).
             left, _, right = torch.linalg.svd(
-                (centred[:, :own] @ start.T).T @ (scaled @ joint.T), full_matrices=False
+                (centred[:, :own] @ start.T).T @ (centred * scales @ joint.T), full_matrices=False
             )
-            projection = _spread(left @ right @ joint * scales, centred)
+            projection = spread(left @ right @ joint * scales, centred)
         return Teacher(tuple(members), mean, projection.float(), start.float()), pooled
 
     def pool(
@@ -313,6 +311,7 @@ class Teacher:
         metadata = {
             "backbones": json.dumps([member.backbone for member in self.members]),
             "inner_stride": json.dumps(self.members[0].inner_stride),
+            "inner_bands": json.dumps(self.members[0].inner_bands),
         }
         with atomic_path(path) as temporary:
             save_file(tensors, str(temporary), metadata=metadata)
@@ -340,6 +339,7 @@ class Teacher:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             names = [resolve_backbone(name) for name in json.loads(metadata["backbones"])]
             inner_stride = json.loads(metadata.get("inner_stride", "null"))
+            inner_bands = json.loads(metadata.get("inner_bands", "null"))
             mean, projection, start = (tensors.pop(k) for k in (_MEAN, _PROJECTION, _START))
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a teacher's file: {error}") from error
@@ -349,54 +349,13 @@ class Teacher:
             prefix = f"{number}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_strictly(model, state, source=f"{path}, {name}")
-            members.append(Member.of(name, model, inner_stride))
+            members.append(Member.of(name, model, inner_stride, inner_bands))
         return Teacher(tuple(members), mean, projection, start)
 
 
 def _counting_all(transform: Transform, ranks: Ranks) -> Transform:
     """Return a transform for this process's share of the images that ``transform`` counts."""
     return lambda image, number: transform(image, ranks.rank + ranks.size * number)
-
-
-def _changes(
-    member: Member,
-    paths: Sequence[Path],
-    pooled: torch.Tensor,
-    altered: Augmentation,
-    seed: int,
-    options: dict[str, Any],
-) -> torch.Tensor:
-    """Return how one altered copy of each image differs from it in pooled features, ``[N, d]``."""
-    # Drawn beforehand: with a seed of its own an edit depends on no other image.
-    seeds = torch.randint(2**62, (len(paths),), generator=torch.Generator().manual_seed(seed))
-
-    def alter(image: torch.Tensor, row: int) -> torch.Tensor:
-        return altered(image, seed=int(seeds[row]))
-
-    copies = torch.cat(member.pool(paths, transform=alter, **options), dim=1)
-    return (copies - pooled).double()
-
-
-def _whitening(centred: torch.Tensor, num_features: int) -> torch.Tensor:
-    """Return ``[r, d]`` float64: principal axes over their deviations, small ones held by a floor.
-
-    Args:
-        centred: ``[N, d]`` float64.
-        num_features: most rows of the result.
-    """
-    rank = min(num_features, len(centred) - 1, centred.shape[1])
-    _, deviations, axes = torch.linalg.svd(
-        centred / max(1, len(centred) - 1) ** 0.5, full_matrices=False
-    )
-    deviations, axes = deviations[:rank], axes[:rank]
-    whitening: torch.Tensor = axes / (deviations + FLOOR * deviations[0])[:, None]
-    return whitening
-
-
-def _spread(projection: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
-    """Scale each projected feature's standard deviation to ``SPREAD``."""
-    spread = (centred @ projection.T).std(dim=0).clamp_min(1e-12)
-    return projection * (SPREAD / spread)[:, None]
 
 
 class Retention:
