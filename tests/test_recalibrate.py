@@ -75,11 +75,12 @@ def test_recentring_refuses_what_it_cannot_do(image_folder, tmp_path):
         recentre(convolutional, manifest)
 
 
-def test_a_projection_is_sklearns_whitened_components_but_for_a_turn(monkeypatch):
-    monkeypatch.setattr("lcmem_cli.engine.models.whitening.FLOOR", 0.0)
+def test_a_projection_is_sklearns_whitened_components_but_for_a_turn():
     rng = np.random.default_rng(0)
     pooled = rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + 5
-    projection = whitened_projection(torch.from_numpy(pooled), [12], num_features=7, seed=3)
+    projection = whitened_projection(
+        torch.from_numpy(pooled), [12], num_features=7, seed=3, floor=0
+    )
     ours = pdist(pooled @ projection.numpy().T)
     theirs = pdist(PCA(7, whiten=True, svd_solver="full").fit_transform(pooled))
     np.testing.assert_allclose(ours, SPREAD * theirs, rtol=1e-8)

@@ -33,6 +33,8 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
 
 _BATCH = 32
+_WHITEN_FLOOR = 0.02
+"""As ``whitened_projection``'s ``floor``; lower than a training's start, which stays in motion."""
 _SATURATED = 1e-6
 """Distance from 0 and 1 below which a feature's value before the sigmoid is not known."""
 
@@ -235,8 +237,9 @@ def whiten(
     changes = pool("features of altered copies", strong.drawn(len(pooled), seed)) - pooled
     widths = getattr(network.backbone, "widths", [pooled.shape[1]])
     projection = whitened_projection(
-        pooled, widths, num_features=checkpoint.network.num_features, seed=seed, changes=changes
-    )
+        pooled, widths, num_features=checkpoint.network.num_features, seed=seed,
+        changes=changes, floor=_WHITEN_FLOOR,
+    )  # fmt: skip
     network.measure_distance()
     replaced = {
         f"{layer}.weight": projection,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 FLOOR = 0.05
-"""Added to every principal axis' standard deviation, relative to the largest, when whitening."""
+"""Of the deviations where a training starts and where its teacher's targets are made."""
 SPREAD = 2.5
 """Standard deviation of a projected feature: most of the sigmoid's range, where the L1 distance of
 two features orders pairs much as the angle between them does."""
@@ -27,6 +27,7 @@ def whitened_projection(
     num_features: int,
     seed: int,
     changes: torch.Tensor | None = None,
+    floor: float = FLOOR,
 ) -> torch.Tensor:
     """Return a projection to principal components of equal spread, turned at random.
 
@@ -42,6 +43,7 @@ def whitened_projection(
             second moment is added to the covariance, so that whitening makes the directions
             smaller in which edits move the features (as within-class covariance does in Hatch et
             al. 2006, doi 10.21437/Interspeech.2006-183).
+        floor: see ``principal_axes``.
 
     Returns:
         ``[num_features, d]`` float64; projected features have the standard deviation ``SPREAD``.
@@ -51,7 +53,7 @@ def whitened_projection(
     seen = centred * scales
     if changes is not None:
         seen = torch.cat([seen, changes.double() * scales * ALTERED_SHARE**0.5])
-    axes = principal_axes(seen, num_features)
+    axes = principal_axes(seen, num_features, floor=floor)
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(
         torch.randn(num_features, len(axes), generator=generator, dtype=torch.float64)
@@ -65,19 +67,23 @@ def level_scales(centred: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     return torch.cat([(1 / x.square().sum(dim=1).mean().sqrt()).expand(x.shape[1]) for x in levels])
 
 
-def principal_axes(centred: torch.Tensor, num_features: int) -> torch.Tensor:
-    """Return ``[r, d]`` float64: principal axes over their deviations, small ones held by a floor.
+def principal_axes(
+    centred: torch.Tensor, num_features: int, *, floor: float = FLOOR
+) -> torch.Tensor:
+    """Return ``[r, d]`` float64: principal axes over their deviations.
 
     Args:
         centred: ``[N, d]`` float64.
         num_features: most rows of the result.
+        floor: added to every deviation, relative to the largest, so that directions of which
+            little is known are not blown up.
     """
     rank = min(num_features, len(centred) - 1, centred.shape[1])
     _, deviations, axes = torch.linalg.svd(
         centred / max(1, len(centred) - 1) ** 0.5, full_matrices=False
     )
     deviations, axes = deviations[:rank], axes[:rank]
-    whitened: torch.Tensor = axes / (deviations + FLOOR * deviations[0])[:, None]
+    whitened: torch.Tensor = axes / (deviations + floor * deviations[0])[:, None]
     return whitened
 
 
