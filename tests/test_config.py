@@ -60,6 +60,7 @@ def test_all_problems_are_reported_at_once():
         ({"kind": "stage1", "retention": {"panel": {"a": "b"}}}, "needs retention.weight"),
         ({"kind": "finetune", "retention": {"panel": {"a": "b"}}}, "no effect in finetune"),
         ({"kind": "stage1", "retention": {"weight": 1.0}}, "needs network.align_stem"),
+        ({"kind": "stage1", "network": {"inner_bands": 3}}, "needs network.inner_stride"),
         ({"kind": "stage1", "schedule": {"batch_size": 10, "accumulate": 3}}, "divide"),
         ({"kind": "codec", "model": {"block_channels": [6, 9], "norm_groups": 4}}, "divide"),
         ({"kind": "codec", "model": {"block_channels": [8, 16], "layers_per_block": 0}}, "equal"),

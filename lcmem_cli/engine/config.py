@@ -571,6 +571,8 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
         altered = get("network", "align_altered", "none") != "none"
         if altered and not get("network", "align_stem", 0):
             problems.append("network.align_altered: needs network.align_stem")
+        if get("network", "inner_bands") and not get("network", "inner_stride"):
+            problems.append("network.inner_bands: needs network.inner_stride")
         if get("augmentation", "working_size") and get("augmentation", "preset") in (None, "none"):
             problems.append('augmentation.working_size: has no effect with preset = "none"')
         if get("retention", "teacher") is not None:
