@@ -99,6 +99,20 @@ def test_directions_that_edits_change_are_made_smaller():
     assert shrunk[2] < 0.6 * shrunk[[0, 1, 3, 4, 5]].min()
 
 
+def test_what_sets_images_of_one_identity_apart_is_made_smaller():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(40, 5, generator=generator).repeat_interleave(3, dim=0)
+    pooled = means + 0.01 * torch.randn(120, 5, generator=generator)
+    pooled[:, 4] = 2 * torch.randn(120, generator=generator)  # tells nothing about who it is
+    whole, alone, grouped = (
+        whitened_projection(pooled, [5], num_features=5, seed=0, identities=numbers).norm(dim=0)
+        for numbers in (None, range(120), [row // 3 for row in range(120)])
+    )
+    assert torch.equal(whole, alone)
+    # Variance v of the direction becomes v + 2 * 2v: its share of the lengths falls by sqrt(5).
+    assert (grouped / whole)[4] < 0.55 * (grouped / whole)[:4].min()
+
+
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
@@ -134,7 +148,7 @@ def test_whitening_replaces_the_last_layer_and_the_head(
     recorded = json.loads(run_cli("info", out, "--json").stdout)["training"]["whitened"]
     assert recorded == {
         "data_digest": manifest.digest, "num_images": len(manifest.records), "altered": "strong",
-        "seed": 5,
+        "num_identities": len({record.identity for record in manifest.records}), "seed": 5,
     }  # fmt: skip
 
 

@@ -113,8 +113,8 @@ def calibrate(
         bool,
         typer.Option(
             "--whiten",
-            help="Fit the last layer to the TRAIN images: whitened principal components, with what "
-            "edits change counted less; identities are not used.",
+            help="Fit the last layer to the TRAIN images: whitened principal components, in which "
+            "edits, and differences between images of one identity, count less.",
         ),
     ] = False,
     bands: Annotated[

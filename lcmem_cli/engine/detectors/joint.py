@@ -19,15 +19,15 @@ from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
-SLOPE = 1.88
+SLOPE = 1.79
 """Logits for one unit of Fisher's z (the inverse hyperbolic tangent of the correlation)."""
-OFFSET = -2.94
+OFFSET = -2.74
 """Logit of a pair without correlation. Slope and offset bring both parts to one scale: the line
 through the scores that 10, 3, 1, 0.3 and 0.1 % of the negative VAL pairs pass, mean over the data
 sets, for the embedded model; printed by ``tests/benchmarks/fit_joint.py``."""
-HARD_SLOPE = 1.81
-HARD_OFFSET = -3.41
-PLATEAU = -0.15
+HARD_SLOPE = 1.78
+HARD_OFFSET = -3.27
+PLATEAU = -0.05
 """From the logit ``PLATEAU`` on, which 0.01 % of all negative VAL pairs pass by the network,
 correlation counts by the line of the data set whose negative pairs correlate most (faces in one
 pose under many lights), so that sets of such images do not raise the threshold beyond what the

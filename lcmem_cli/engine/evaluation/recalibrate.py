@@ -202,12 +202,14 @@ def whiten(
 ) -> Checkpoint:
     """Return a checkpoint whose last layer gives the whitened principal components of its input.
 
-    Fitted in closed form to these images and one altered copy of each (augmentation ``strong``),
-    see ``whitened_projection``; their identities are not used. The head becomes a plain distance.
+    Fitted in closed form to these images and one altered copy of each (augmentation ``strong``):
+    what edits change and what sets images of one identity apart counts less, see
+    ``whitened_projection``. The head becomes a plain distance.
 
     Args:
         checkpoint: its backbone ends in a linear layer with a bias, which is replaced.
-        manifest: images of the domain, better thousands than hundreds.
+        manifest: images of the domain, better thousands than hundreds. Where each has an identity
+            of its own, only their edits count less.
         inner_bands: let the backbone show so many bands as well, see ``TwoLevelBackbone``; ``None``
             keeps what it shows.
         seed: of the copies, and of the turn of the components.
@@ -236,9 +238,11 @@ def whiten(
     strong = Augmentation.from_preset("strong")
     changes = pool("features of altered copies", strong.drawn(len(pooled), seed)) - pooled
     widths = getattr(network.backbone, "widths", [pooled.shape[1]])
+    numbers: dict[tuple[str, str], int] = {}
+    identities = [numbers.setdefault(r.identity, len(numbers)) for r in manifest.records]
     projection = whitened_projection(
         pooled, widths, num_features=checkpoint.network.num_features, seed=seed,
-        changes=changes, floor=_WHITEN_FLOOR,
+        changes=changes, identities=identities, floor=_WHITEN_FLOOR,
     )  # fmt: skip
     network.measure_distance()
     replaced = {
@@ -254,6 +258,7 @@ def whiten(
         "whitened": {
             "data_digest": manifest.digest,
             "num_images": len(pooled),
+            "num_identities": len(numbers),
             "altered": strong.name,
             "seed": seed,
         },

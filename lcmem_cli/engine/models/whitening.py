@@ -18,6 +18,8 @@ SPREAD = 2.5
 two features orders pairs much as the angle between them does."""
 ALTERED_SHARE = 0.5
 """Weight of what edits change, in the covariance that is whitened."""
+RELATED_SHARE = 2.0
+"""Weight of how two images of one identity differ, in the same."""
 
 
 def whitened_projection(
@@ -27,6 +29,7 @@ def whitened_projection(
     num_features: int,
     seed: int,
     changes: torch.Tensor | None = None,
+    identities: Sequence[int] | None = None,
     floor: float = FLOOR,
 ) -> torch.Tensor:
     """Return a projection to principal components of equal spread, turned at random.
@@ -43,6 +46,8 @@ def whitened_projection(
             second moment is added to the covariance, so that whitening makes the directions
             smaller in which edits move the features (as within-class covariance does in Hatch et
             al. 2006, doi 10.21437/Interspeech.2006-183).
+        identities: a number an image. A share of the second moment of how two images of one
+            identity differ is added in the same way, mean over the identities with several.
         floor: see ``principal_axes``.
 
     Returns:
@@ -53,12 +58,26 @@ def whitened_projection(
     seen = centred * scales
     if changes is not None:
         seen = torch.cat([seen, changes.double() * scales * ALTERED_SHARE**0.5])
+    if identities is not None:
+        related = _related(centred * scales, identities)
+        seen = torch.cat([seen, related * (RELATED_SHARE * len(pooled)) ** 0.5])
     axes = principal_axes(seen, num_features, floor=floor)
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(
         torch.randn(num_features, len(axes), generator=generator, dtype=torch.float64)
     )[0]
     return spread(turn @ axes * scales, centred)
+
+
+def _related(features: torch.Tensor, identities: Sequence[int]) -> torch.Tensor:
+    """Return rows whose sum of squares is that of two images' difference, mean over identities."""
+    rows = []
+    numbers = torch.tensor(identities)
+    for number in sorted(set(identities)):
+        own = features[numbers == number]
+        if len(own) > 1:  # the difference of two varies by twice the variance
+            rows.append((own - own.mean(dim=0)) * (2 / (len(own) - 1)) ** 0.5)
+    return torch.cat(rows) / len(rows) ** 0.5 if rows else features[:0]
 
 
 def level_scales(centred: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
