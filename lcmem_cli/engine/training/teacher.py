@@ -161,7 +161,7 @@ class Member:
         if self.inner_stride is not None:
             levels = TwoLevelBackbone(self.model, self.inner_stride, None, self.inner_bands)
             levels.eval()
-            return levels, list(levels.widths)
+            return levels, levels.widths
         model: Any = self.model
         return lambda pixels: model.forward_head(
             model.forward_features(pixels), pre_logits=True
@@ -221,7 +221,7 @@ class Teacher:
         """
         options: dict[str, Any] = {"workers": workers, "ranks": ranks, "reporter": reporter}
         levels = [member.pool(paths, **options) for member in members]
-        widths = [[level.shape[1] for level in own] for own in levels]
+        widths = [[level.shape[1] for level in member] for member in levels]
         own = sum(widths[0])
         pooled = torch.cat([level for member in levels for level in member], dim=1)
         changes = None
@@ -236,7 +236,7 @@ class Teacher:
         projection = start
         if len(members) > 1:
             centred = (pooled - mean).double()
-            scales = level_scales(centred, [width for own in widths for width in own])
+            scales = level_scales(centred, [width for member in widths for width in member])
             joint = principal_axes(centred * scales, num_features)
             # The nearest rotation (orthogonal Procrustes, Schönemann 1966).
             left, _, right = torch.linalg.svd(
