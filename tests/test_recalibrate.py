@@ -1,6 +1,7 @@
 """Fitting a checkpoint to other images: what changes, and that nothing else does."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.recalibrate import recentre, whiten
+from lcmem_cli.engine.evaluation.recalibrate import Whitening, recalibrate, recentre, whiten
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
@@ -150,6 +151,44 @@ def test_whitening_replaces_the_last_layer_and_the_head(
         "data_digest": manifest.digest, "num_images": len(manifest.records), "altered": "strong",
         "num_identities": len({record.identity for record in manifest.records}), "seed": 5,
     }  # fmt: skip
+
+
+def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(image_folder, tmp_path):
+    make(tmp_path / "start.safetensors")
+    manifest = load_manifest(image_folder)
+    lines = ["path,id,Split,ds_name"]
+    for record in manifest.records:  # every identity belongs to one of two data sets
+        kind = "even" if sum(record.id.encode()) % 2 == 0 else "odd"
+        lines.append(f"{record.path},{record.id},{record.split},{kind}")
+    filelist = image_folder / "two.csv"
+    filelist.write_text("\n".join(lines))
+    options = {"output": tmp_path / "out.safetensors", "device": "cpu"}
+    result = recalibrate(tmp_path / "start.safetensors", filelist, whitened=True, **options)
+    loaded = load_checkpoint(tmp_path / "out.safetensors")
+    manifest = load_manifest(filelist)
+    start = load_checkpoint(tmp_path / "start.safetensors")
+    whitening = Whitening.of(start, manifest.select("TRAIN"), device="cpu")
+    assert whitening.fitted().fingerprint == loaded.fingerprint
+    scores, labels = [], []
+    for name, other in (("even", "odd"), ("odd", "even")):
+        without = whitening.fitted(without=name)
+        others = [r for r in manifest.select("TRAIN").records if r.ds_name == other]
+        assert without.training["whitened"]["num_images"] == len(others)
+        own = [r for r in manifest.select("VAL").records if r.ds_name == name]
+        val = dataclasses.replace(manifest, records=tuple(own))
+        save_checkpoint(tmp_path / "without.safetensors", without)
+        detector = load_detector(f"lcmem:{tmp_path / 'without.safetensors'}", device="cpu")
+        features = detector.embed(val.paths())
+        for a, b in itertools.combinations(range(len(own)), 2):
+            scores.append(detector.score_features(features[[a]], features[[b]])[0])
+            labels.append(own[a].id == own[b].id)
+    recall = next(t for t in result.thresholds if t.name == "recall0.95")
+    assert (recall.num_positives, recall.num_negatives) == (sum(labels), len(labels) - sum(labels))
+    reached = np.asarray(scores)[np.asarray(labels)] >= recall.value - 1e-4
+    assert reached.mean() >= 0.95
+    assert np.abs(np.asarray(scores)[np.asarray(labels)] - recall.value).min() < 1e-4
+    assert {t.fingerprint for t in result.thresholds} == {loaded.fingerprint}
+    assert "fitted without it" in recall.fitted_on and "2 data set(s)" in recall.fitted_on
 
 
 def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):

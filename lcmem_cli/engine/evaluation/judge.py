@@ -134,22 +134,13 @@ def judge(
     scores: dict[str, tuple[NDArray[np.float64], WithinPairs]] = {}
     unreadable: dict[int, str] = {}
     for split in ("VAL", "TEST"):
-        rows = [row for row, record in enumerate(source.records) if record.split == split]
-        if len(rows) < 2:
-            continue
-        mine = list(ranks.share(rows))
-        made = _embed(detector, source, mine, workers, reporter, split)
-        gathered: dict[int, NDArray[np.float32]] = {}
-        for part_rows, part, part_unreadable in ranks.gather(made):
-            gathered.update(zip(part_rows, part, strict=True))
-            unreadable.update(part_unreadable)
-        if not gathered:
-            continue
-        order = sorted(gathered)
-        pairs = within_pairs([source.records[row] for row in order])
-        matrix = np.stack([gathered[row] for row in order])
-        scores[split] = (detector.score_features(matrix[pairs.first], matrix[pairs.second]), pairs)
-    thresholds = _fit(*scores["VAL"], detector.fingerprint) if "VAL" in scores else ()
+        scored, bad = score_split(
+            detector, source, split, workers=workers, ranks=ranks, reporter=reporter
+        )
+        unreadable.update(bad)
+        if scored is not None:
+            scores[split] = scored
+    thresholds = fit_thresholds([scores["VAL"]], detector.fingerprint) if "VAL" in scores else ()
     auc, roc = _measure(*scores["TEST"]) if "TEST" in scores else ({}, {})
     return Judgement(
         auc=auc,
@@ -160,6 +151,39 @@ def judge(
             for row in sorted(unreadable)
         ),
     )
+
+
+def score_split(
+    detector: LCMemDetector,
+    source: LatentStore | Manifest,
+    split: str,
+    *,
+    workers: int = -1,
+    ranks: Ranks | None = None,
+    reporter: Reporter = SILENT,
+) -> tuple[tuple[NDArray[np.float64], WithinPairs] | None, dict[int, str]]:
+    """Score all pairs within a split's data sets.
+
+    Returns:
+        Scores and pairs, ``None`` where there are none; and the rows that cannot be read.
+    """
+    ranks = ranks or Ranks()
+    rows = [row for row, record in enumerate(source.records) if record.split == split]
+    if len(rows) < 2:
+        return None, {}
+    made = _embed(detector, source, list(ranks.share(rows)), workers, reporter, split)
+    gathered: dict[int, NDArray[np.float32]] = {}
+    unreadable: dict[int, str] = {}
+    for part_rows, part, part_unreadable in ranks.gather(made):
+        gathered.update(zip(part_rows, part, strict=True))
+        unreadable.update(part_unreadable)
+    if not gathered:
+        return None, unreadable
+    order = sorted(gathered)
+    pairs = within_pairs([source.records[row] for row in order])
+    matrix = np.stack([gathered[row] for row in order])
+    scores = detector.score_features(matrix[pairs.first], matrix[pairs.second])
+    return (scores, pairs), unreadable
 
 
 def _embed(
@@ -198,12 +222,21 @@ def _embed(
     return kept, found, unreadable
 
 
-def _fit(
-    scores: NDArray[np.float64], pairs: WithinPairs, fingerprint: str
+def fit_thresholds(
+    scored: Sequence[tuple[NDArray[np.float64], WithinPairs]], fingerprint: str, *, by: str = ""
 ) -> tuple[Threshold, ...]:
-    """Fit every threshold that the numbers of pairs support."""
-    positives = int(pairs.labels.sum())
-    negatives = len(pairs.labels) - positives
+    """Fit every threshold that the numbers of pairs support.
+
+    Args:
+        scored: scores of VAL pairs, with the pairs.
+        fingerprint: of the checkpoint that the thresholds are for.
+        by: what scored them, where it was not the checkpoint itself.
+    """
+    scores = np.concatenate([part for part, _ in scored])
+    labels = np.concatenate([pairs.labels for _, pairs in scored])
+    names = [name for _, pairs in scored for name in pairs.names]
+    positives = int(labels.sum())
+    negatives = len(labels) - positives
     fitted = []
     for kind, rate in FITTED_RATES:
         enough = negatives >= required_negatives(rate) if kind == "fpr" else positives > 0
@@ -212,12 +245,11 @@ def _fit(
         fitted.append(
             fit_threshold(
                 scores,
-                pairs.labels,
+                labels,
                 kind="fpr" if kind == "fpr" else "recall",
                 rate=rate,
                 fingerprint=fingerprint,
-                fitted_on=f"VAL pairs within {len(pairs.names)} data set(s): "
-                + ", ".join(pairs.names),
+                fitted_on=f"VAL pairs within {len(names)} data set(s){by}: " + ", ".join(names),
             )
         )
     return tuple(fitted)

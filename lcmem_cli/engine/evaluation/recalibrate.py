@@ -18,7 +18,7 @@ from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.judge import judge
+from lcmem_cli.engine.evaluation.judge import fit_thresholds, judge, score_split
 from lcmem_cli.engine.models.checkpoint import (
     Checkpoint,
     halve,
@@ -33,6 +33,7 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
 
 _BATCH = 32
+_ALTERED = "strong"
 _WHITEN_FLOOR = 0.02
 """As ``whitened_projection``'s ``floor``; lower than a training's start, which stays in motion."""
 _SATURATED = 1e-6
@@ -88,7 +89,9 @@ def recalibrate(
             Objects look larger in random crops than in whole images, so somewhat more than the
             size of training is often better (Touvron et al. 2019, arXiv 1906.06423).
         centred: centre the features on the list's TRAIN images first, see ``recentre``.
-        whitened: fit the last layer to the list's TRAIN images first, see ``whiten``.
+        whitened: fit the last layer to the list's TRAIN images first, see ``whiten``. Where these
+            are of several data sets, the thresholds are for images of yet another kind: each data
+            set's pairs are scored with a last layer that was fitted without it.
         inner_bands: for ``whiten``.
         seed: for ``whiten``.
         workers: decoding threads.
@@ -108,15 +111,16 @@ def recalibrate(
     if size is not None:
         loaded = loaded.at_size(size)
     manifest = load_manifest(filelist, basedir=basedir)
+    train = manifest.select("TRAIN")
     if centred:
-        loaded = recentre(
-            loaded, manifest.select("TRAIN"), workers=workers, device=device, reporter=reporter
-        )
+        loaded = recentre(loaded, train, workers=workers, device=device, reporter=reporter)
+    whitening = None
     if whitened:
-        loaded = whiten(
-            loaded, manifest.select("TRAIN"), inner_bands=inner_bands, seed=seed, workers=workers,
-            device=device, reporter=reporter,
+        whitening = Whitening.of(
+            loaded, train, inner_bands=inner_bands, seed=seed, workers=workers, device=device,
+            reporter=reporter,
         )  # fmt: skip
+        loaded = whitening.fitted()
     if half:
         loaded = halve(loaded)
     judged = judge(
@@ -131,7 +135,13 @@ def recalibrate(
             f"{filelist}: VAL has too few pairs for a threshold: it needs identities with two or "
             "more images, and at least 100 pairs of different identities within a data set"
         )
-    saved = save_checkpoint(output, dataclasses.replace(loaded, thresholds=judged.thresholds))
+    thresholds = judged.thresholds
+    if whitening is not None and len({record.ds_name for record in train.records}) > 1:
+        thresholds = _strangers_thresholds(
+            whitening, manifest, loaded.fingerprint, workers=workers, device=device,
+            reporter=reporter,
+        )  # fmt: skip
+    saved = save_checkpoint(output, dataclasses.replace(loaded, thresholds=thresholds))
     return CalibrationResult(
         checkpoint=str(output),
         fingerprint=saved.fingerprint,
@@ -220,52 +230,141 @@ def whiten(
     Raises:
         InputError: fewer than two images, one that cannot be read, or another kind of backbone.
     """
-    if len(manifest.records) < 2:
-        raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
-    codec = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device)).codec
-    if inner_bands is not None:
-        checkpoint = _with_bands(checkpoint, inner_bands)
-    network = checkpoint.build(source="checkpoint").to(codec.device)
-    layer = _last_layer(network)
+    return Whitening.of(
+        checkpoint, manifest, inner_bands=inner_bands, seed=seed, workers=workers, device=device,
+        reporter=reporter,
+    ).fitted()  # fmt: skip
 
-    def pool(task_name: str, transform: Transform | None = None) -> torch.Tensor:
-        return _inputs_of(
-            network, layer, codec, manifest.paths(), checkpoint.image_size,
-            transform=transform, workers=workers, task_name=task_name, reporter=reporter,
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whitening:
+    """What a last layer is fitted to.
+
+    Attributes:
+        checkpoint: whose last layer and head are replaced.
+        layer: name of that layer.
+        widths: columns of each level of its inputs.
+        manifest: the images.
+        pooled: the layer's inputs of the images, ``[N, d]``.
+        changes: how those of an altered copy of each image differ, ``[N, d]``.
+        seed: of the copies, and of the turn of the components.
+    """
+
+    checkpoint: Checkpoint
+    layer: str
+    widths: tuple[int, ...]
+    manifest: Manifest
+    pooled: torch.Tensor
+    changes: torch.Tensor
+    seed: int
+
+    @staticmethod
+    def of(
+        checkpoint: Checkpoint,
+        manifest: Manifest,
+        *,
+        inner_bands: int | None = None,
+        seed: int = 0,
+        workers: int = -1,
+        device: str = "auto",
+        reporter: Reporter = SILENT,
+    ) -> Whitening:
+        """Compute the inputs; see ``whiten``."""
+        if len(manifest.records) < 2:
+            raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
+        codec = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device)).codec
+        if inner_bands is not None:
+            checkpoint = _with_bands(checkpoint, inner_bands)
+        network = checkpoint.build(source="checkpoint").to(codec.device)
+        layer = _last_layer(network)
+
+        def pool(task_name: str, transform: Transform | None = None) -> torch.Tensor:
+            return _inputs_of(
+                network, layer, codec, manifest.paths(), checkpoint.image_size,
+                transform=transform, workers=workers, task_name=task_name, reporter=reporter,
+            )  # fmt: skip
+
+        pooled = pool("features")
+        drawn = Augmentation.from_preset(_ALTERED).drawn(len(pooled), seed)
+        return Whitening(
+            checkpoint=checkpoint,
+            layer=layer,
+            widths=tuple(getattr(network.backbone, "widths", [pooled.shape[1]])),
+            manifest=manifest,
+            pooled=pooled,
+            changes=pool("features of altered copies", drawn) - pooled,
+            seed=seed,
+        )
+
+    def fitted(self, *, without: str | None = None) -> Checkpoint:
+        """Return the checkpoint with the last layer of all images, or of all but one data set."""
+        records = self.manifest.records
+        rows = [row for row, r in enumerate(records) if without is None or r.ds_name != without]
+        numbers: dict[tuple[str, str], int] = {}
+        pooled, checkpoint = self.pooled[rows], self.checkpoint
+        projection = whitened_projection(
+            pooled,
+            self.widths,
+            num_features=checkpoint.network.num_features,
+            seed=self.seed,
+            changes=self.changes[rows],
+            identities=[numbers.setdefault(records[r].identity, len(numbers)) for r in rows],
+            floor=_WHITEN_FLOOR,
+        )
+        head = SiameseNetwork(checkpoint.network)
+        head.measure_distance()
+        replaced = {
+            f"{self.layer}.weight": projection,
+            f"{self.layer}.bias": -(projection @ pooled.mean(dim=0).double()),
+            "head.weight": head.head.weight,
+            "head.bias": head.head.bias,
+        }
+        state = checkpoint.network_state
+        state = state | {k: value.detach().cpu().to(state[k]) for k, value in replaced.items()}
+        training = {
+            **{key: value for key, value in checkpoint.training.items() if key != "recentred"},
+            "whitened": {
+                "data_digest": self.manifest.digest,
+                "num_images": len(rows),
+                "num_identities": len(numbers),
+                "altered": _ALTERED,
+                "seed": self.seed,
+            },
+        }
+        return dataclasses.replace(
+            checkpoint, network_state=state, thresholds=(), training=training
+        ).with_fingerprint()
+
+
+def _strangers_thresholds(
+    whitening: Whitening,
+    manifest: Manifest,
+    fingerprint: str,
+    *,
+    workers: int,
+    device: str,
+    reporter: Reporter,
+) -> tuple[Threshold, ...]:
+    """Fit thresholds on VAL, each data set scored with a last layer that was fitted without it.
+
+    Among images of a kind that a last layer was not fitted to, all pairs are alike to it: at the
+    threshold that 1 % of the negative pairs of known kinds pass, half of theirs may.
+    """
+    scored = []
+    val = manifest.select("VAL")
+    for name in dict.fromkeys(record.ds_name for record in val.records):
+        detector = LCMemDetector(
+            whitening.fitted(without=name), name="checkpoint", device=resolve_device(device)
+        )
+        own = tuple(record for record in val.records if record.ds_name == name)
+        part, _ = score_split(
+            detector, dataclasses.replace(val, records=own), "VAL", workers=workers,
+            reporter=reporter,
         )  # fmt: skip
-
-    pooled = pool("features")
-    strong = Augmentation.from_preset("strong")
-    changes = pool("features of altered copies", strong.drawn(len(pooled), seed)) - pooled
-    widths = getattr(network.backbone, "widths", [pooled.shape[1]])
-    numbers: dict[tuple[str, str], int] = {}
-    identities = [numbers.setdefault(r.identity, len(numbers)) for r in manifest.records]
-    projection = whitened_projection(
-        pooled, widths, num_features=checkpoint.network.num_features, seed=seed,
-        changes=changes, identities=identities, floor=_WHITEN_FLOOR,
-    )  # fmt: skip
-    network.measure_distance()
-    replaced = {
-        f"{layer}.weight": projection,
-        f"{layer}.bias": -(projection @ pooled.mean(dim=0).double()),
-        "head.weight": network.head.weight,
-        "head.bias": network.head.bias,
-    }
-    state = checkpoint.network_state
-    state = state | {key: value.detach().cpu().to(state[key]) for key, value in replaced.items()}
-    training = {
-        **checkpoint.training,
-        "whitened": {
-            "data_digest": manifest.digest,
-            "num_images": len(pooled),
-            "num_identities": len(numbers),
-            "altered": strong.name,
-            "seed": seed,
-        },
-    }
-    return dataclasses.replace(
-        checkpoint, network_state=state, thresholds=(), training=training
-    ).with_fingerprint()
+        if part is not None:
+            scored.append(part)
+    by = ", each scored by a last layer that was fitted without it"
+    return fit_thresholds(scored, fingerprint, by=by)
 
 
 def _with_bands(checkpoint: Checkpoint, inner_bands: int) -> Checkpoint:
