@@ -204,7 +204,8 @@ def test_sample_normalisation_is_as_stated():
     # The last convolution of resnet10t's stem is no sibling of the normalisation after it.
     [
         ("resnet10t", None, None, 1), ("tf_efficientnet_lite0", None, None, 0),
-        ("convnext_atto", None, None, None), ("tf_efficientnet_lite0", 8, 3, 0),
+        ("convnext_atto", None, None, None), ("tf_efficientnet_lite0", 16, None, 0),
+        ("tf_efficientnet_lite0", 8, 3, 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("side", [32, 50, 37])  # even all the way, even then odd, odd

@@ -16,7 +16,7 @@ from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.recalibrate import Whitening, recalibrate, recentre, whiten
+from lcmem_cli.engine.evaluation.recalibrate import Whitening, recalibrate, recentre
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
@@ -195,9 +195,13 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
     checkpoint = make(tmp_path / "start.safetensors")
     manifest = load_manifest(image_folder).select("TRAIN")
     with pytest.raises(InputError, match="1 TRAIN images are too few"):
-        whiten(checkpoint, dataclasses.replace(manifest, records=manifest.records[:1]))
+        Whitening.of(checkpoint, dataclasses.replace(manifest, records=manifest.records[:1]))
+    one_set = [record._replace(ds_name="all") for record in manifest.records]
+    whitening = Whitening.of(checkpoint, dataclasses.replace(manifest, records=tuple(one_set)))
+    with pytest.raises(InputError, match="0 TRAIN images without data set all are too few"):
+        whitening.fitted(without="all")
     with pytest.raises(InputError, match="reads no earlier stage"):
-        whiten(checkpoint, manifest, inner_bands=3)
+        Whitening.of(checkpoint, manifest, inner_bands=3)
     for options, reason in (
         (("--whiten", "--recentre"), "leave --recentre out"),
         (("--bands", 3), "--bands has no effect without --whiten"),
@@ -209,4 +213,4 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
         assert reason in done.stderr
     manifest.paths()[0].write_bytes(b"no image")
     with pytest.raises(InputError, match=manifest.paths()[0].name):
-        whiten(checkpoint, manifest)
+        Whitening.of(checkpoint, manifest)

@@ -120,7 +120,7 @@ def test_a_stride_that_the_backbone_does_not_have_is_named():
         TwoLevelBackbone(torch.nn.Identity(), 16, 8)
 
 
-@pytest.mark.parametrize(("feature_rms", "inner_bands"), [(None, None), (1.5, 3)])
+@pytest.mark.parametrize(("feature_rms", "inner_bands"), [(None, None), (1.5, None), (1.5, 3)])
 def test_a_checkpoint_of_two_levels_is_saved_exported_and_recentred(
     image_folder, tmp_path, feature_rms, inner_bands
 ):

@@ -89,11 +89,11 @@ def recalibrate(
             Objects look larger in random crops than in whole images, so somewhat more than the
             size of training is often better (Touvron et al. 2019, arXiv 1906.06423).
         centred: centre the features on the list's TRAIN images first, see ``recentre``.
-        whitened: fit the last layer to the list's TRAIN images first, see ``whiten``. Where these
-            are of several data sets, the thresholds are for images of yet another kind: each data
-            set's pairs are scored with a last layer that was fitted without it.
-        inner_bands: for ``whiten``.
-        seed: for ``whiten``.
+        whitened: fit the last layer to the list's TRAIN images first, see ``Whitening``. Where
+            these are of several data sets, the thresholds are for images of yet another kind: each
+            data set's pairs are scored with a last layer that was fitted without it.
+        inner_bands: for ``Whitening``.
+        seed: for ``Whitening``.
         workers: decoding threads.
         device: where to compute.
         reporter: receives progress.
@@ -200,48 +200,16 @@ def recentre(
     ).with_fingerprint()
 
 
-def whiten(
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    *,
-    inner_bands: int | None = None,
-    seed: int = 0,
-    workers: int = -1,
-    device: str = "auto",
-    reporter: Reporter = SILENT,
-) -> Checkpoint:
-    """Return a checkpoint whose last layer gives the whitened principal components of its input.
-
-    Fitted in closed form to these images and one altered copy of each (augmentation ``strong``):
-    what edits change and what sets images of one identity apart counts less, see
-    ``whitened_projection``. The head becomes a plain distance.
-
-    Args:
-        checkpoint: its backbone ends in a linear layer with a bias, which is replaced.
-        manifest: images of the domain, better thousands than hundreds. Where each has an identity
-            of its own, only their edits count less.
-        inner_bands: let the backbone show so many bands as well, see ``TwoLevelBackbone``; ``None``
-            keeps what it shows.
-        seed: of the copies, and of the turn of the components.
-        workers: decoding threads.
-        device: where to compute.
-        reporter: receives progress.
-
-    Raises:
-        InputError: fewer than two images, one that cannot be read, or another kind of backbone.
-    """
-    return Whitening.of(
-        checkpoint, manifest, inner_bands=inner_bands, seed=seed, workers=workers, device=device,
-        reporter=reporter,
-    ).fitted()  # fmt: skip
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whitening:
-    """What a last layer is fitted to.
+    """Fits a last layer that gives the whitened principal components of its input.
+
+    In closed form, to images and one altered copy of each (augmentation ``strong``): what edits
+    change and what sets images of one identity apart counts less, see ``whitened_projection``.
+    The head becomes a plain distance.
 
     Attributes:
-        checkpoint: whose last layer and head are replaced.
+        checkpoint: its last layer is to be replaced; its head is the plain distance.
         layer: name of that layer.
         widths: columns of each level of its inputs.
         manifest: the images.
@@ -269,7 +237,22 @@ class Whitening:
         device: str = "auto",
         reporter: Reporter = SILENT,
     ) -> Whitening:
-        """Compute the inputs; see ``whiten``."""
+        """Compute what the last layer is given for all images.
+
+        Args:
+            checkpoint: its backbone ends in a linear layer with a bias.
+            manifest: images of the domain, more than there are features. Where each has an
+                identity of its own, only their edits count less.
+            inner_bands: let the backbone show so many bands as well, see ``TwoLevelBackbone``;
+                ``None`` keeps what it shows.
+            seed: of the copies, and of the turn of the components.
+            workers: decoding threads.
+            device: where to compute.
+            reporter: receives progress.
+
+        Raises:
+            InputError: fewer than two images, one that cannot be read, or another kind of backbone.
+        """
         if len(manifest.records) < 2:
             raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
         codec = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device)).codec
@@ -277,6 +260,11 @@ class Whitening:
             checkpoint = _with_bands(checkpoint, inner_bands)
         network = checkpoint.build(source="checkpoint").to(codec.device)
         layer = _last_layer(network)
+        network.measure_distance()
+        state = checkpoint.network_state
+        head = {f"head.{key}": value for key, value in network.head.state_dict().items()}
+        head = {key: value.cpu().to(state[key]) for key, value in head.items()}
+        checkpoint = dataclasses.replace(checkpoint, network_state=state | head)
 
         def pool(task_name: str, transform: Transform | None = None) -> torch.Tensor:
             return _inputs_of(
@@ -297,9 +285,15 @@ class Whitening:
         )
 
     def fitted(self, *, without: str | None = None) -> Checkpoint:
-        """Return the checkpoint with the last layer of all images, or of all but one data set."""
+        """Return the checkpoint with the last layer of all images, or of all but one data set.
+
+        Raises:
+            InputError: fewer than two images are left.
+        """
         records = self.manifest.records
         rows = [row for row, r in enumerate(records) if without is None or r.ds_name != without]
+        if len(rows) < 2:
+            raise InputError(f"{len(rows)} TRAIN images without data set {without} are too few")
         numbers: dict[tuple[str, str], int] = {}
         pooled, checkpoint = self.pooled[rows], self.checkpoint
         projection = whitened_projection(
@@ -311,16 +305,12 @@ class Whitening:
             identities=[numbers.setdefault(records[r].identity, len(numbers)) for r in rows],
             floor=_WHITEN_FLOOR,
         )
-        head = SiameseNetwork(checkpoint.network)
-        head.measure_distance()
         replaced = {
             f"{self.layer}.weight": projection,
             f"{self.layer}.bias": -(projection @ pooled.mean(dim=0).double()),
-            "head.weight": head.head.weight,
-            "head.bias": head.head.bias,
         }
         state = checkpoint.network_state
-        state = state | {k: value.detach().cpu().to(state[k]) for k, value in replaced.items()}
+        state = state | {k: value.to(state[k]) for k, value in replaced.items()}
         training = {
             **{key: value for key, value in checkpoint.training.items() if key != "recentred"},
             "whitened": {
@@ -351,14 +341,14 @@ def _strangers_thresholds(
     threshold that 1 % of the negative pairs of known kinds pass, half of theirs may.
     """
     scored = []
-    val = manifest.select("VAL")
-    for name in dict.fromkeys(record.ds_name for record in val.records):
+    names = dict.fromkeys(record.ds_name for record in manifest.select("VAL").records)
+    for name in names:
         detector = LCMemDetector(
             whitening.fitted(without=name), name="checkpoint", device=resolve_device(device)
         )
-        own = tuple(record for record in val.records if record.ds_name == name)
+        own = tuple(record for record in manifest.records if record.ds_name == name)
         part, _ = score_split(
-            detector, dataclasses.replace(val, records=own), "VAL", workers=workers,
+            detector, dataclasses.replace(manifest, records=own), "VAL", workers=workers,
             reporter=reporter,
         )  # fmt: skip
         if part is not None:
