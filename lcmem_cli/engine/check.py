@@ -26,7 +26,7 @@ from lcmem_cli.engine.config import (
 )
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
 from lcmem_cli.engine.detectors.backbones import cached_weights
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
@@ -324,7 +324,7 @@ class _Check:
             self.absent("codec", f"codec {spec.name}", "pass a copy of its folder with --codec")
             return
         with self.guard("codec", "pass the folder of the codec that it needs with --codec"):
-            codec = LCMemDetector(loaded, name=str(path)).codec
+            codec = load_codec_of(loaded, source=str(path))
             self.add("codec", "fine", codec.spec.describe())
 
     def absent(self, group: str, what: str, remedy: str) -> None:

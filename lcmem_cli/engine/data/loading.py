@@ -19,7 +19,8 @@ from lcmem_cli.engine.data.images import (
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.errors import MissingExtraError
+from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -97,6 +98,33 @@ def iter_images(
             yield _collate(part, [next(outcomes) for _ in part], size)
     finally:
         outcomes.close()
+
+
+def iter_readable(
+    paths: Sequence[Path],
+    size: int,
+    *,
+    task_name: str,
+    workers: int,
+    batch_size: int,
+    transform: Transform | None = None,
+    reporter: Reporter = SILENT,
+) -> Iterator[torch.Tensor]:
+    """Load images as ``iter_images`` does where each of them is needed, with progress.
+
+    Yields:
+        ``[n, 3, size, size]`` float32 in [0, 1].
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    batches = iter_images(paths, size, workers=workers, batch_size=batch_size, transform=transform)
+    with reporter.task(task_name, len(paths), unit="image") as task:
+        for batch in batches:
+            for position, reason in batch.unreadable:
+                raise InputError(f"{paths[position]}: {reason}")
+            yield batch.images
+            task.advance(len(batch.images))
 
 
 def _in_order(

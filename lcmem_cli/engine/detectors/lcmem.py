@@ -63,28 +63,10 @@ class LCMemDetector(HeadDetector):
             WeightsUnavailableError: its weights are not on this machine.
         """
         if self._codec is None:
-            self._codec = self._load_codec()
+            self._codec = load_codec_of(
+                self.checkpoint, source=self.name, codec=self._codec_name, device=self.device
+            )
         return self._codec
-
-    def _load_codec(self) -> Codec:
-        spec = self.checkpoint.codec
-        options: dict[str, Any] = {"input_range": spec.input_range, "device": self.device}
-        model = self.checkpoint.codec_model()
-        if model is not None and self._codec_name is None:
-            return Codec(model, name=spec.name, revision=spec.revision, **options)
-        name = self._codec_name or spec.name
-        codec = load_codec(name, revision=spec.revision if name == spec.name else None, **options)
-        if spec.weights_hash and codec.spec.weights_hash != spec.weights_hash:
-            raise InputError(
-                f"{self.name} was trained on latents of another codec: it needs {spec.describe()}, "
-                f"this is {codec.spec.describe()}; pass the right one with --codec"
-            )
-        if codec.spec.latent_channels != self.checkpoint.network.in_channels:
-            raise InputError(
-                f"{self.name} takes latents of {self.checkpoint.network.in_channels} channels, "
-                f"codec {name} makes {codec.spec.latent_channels}"
-            )
-        return codec
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
@@ -155,6 +137,45 @@ def approximate_search(detector: Detector) -> ApproximateLCMem:
             "approximate search; leave it out"
         )
     return detector.approximate()
+
+
+def load_codec_of(
+    checkpoint: Checkpoint,
+    *,
+    source: str,
+    codec: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Codec:
+    """Load the codec that a checkpoint's network was trained with.
+
+    Args:
+        checkpoint: what needs it.
+        source: its name in messages.
+        codec: folder or hub id that replaces the recorded codec's name.
+        device: torch device.
+
+    Raises:
+        InputError: the codec that was found is another one.
+        WeightsUnavailableError: its weights are not on this machine.
+    """
+    spec = checkpoint.codec
+    options: dict[str, Any] = {"input_range": spec.input_range, "device": device}
+    model = checkpoint.codec_model()
+    if model is not None and codec is None:
+        return Codec(model, name=spec.name, revision=spec.revision, **options)
+    name = codec or spec.name
+    found = load_codec(name, revision=spec.revision if name == spec.name else None, **options)
+    if spec.weights_hash and found.spec.weights_hash != spec.weights_hash:
+        raise InputError(
+            f"{source} was trained on latents of another codec: it needs {spec.describe()}, "
+            f"this is {found.spec.describe()}; pass the right one with --codec"
+        )
+    if found.spec.latent_channels != checkpoint.network.in_channels:
+        raise InputError(
+            f"{source} takes latents of {checkpoint.network.in_channels} channels, "
+            f"codec {name} makes {found.spec.latent_channels}"
+        )
+    return found
 
 
 def load_lcmem(

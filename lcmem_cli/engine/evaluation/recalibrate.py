@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.loading import Transform, iter_images
+from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
-from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.judge import fit_thresholds, judge, score_split
@@ -25,7 +22,6 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.models.whitening import whitened_projection
@@ -36,8 +32,6 @@ _BATCH = 32
 _ALTERED = "strong"
 _WHITEN_FLOOR = 0.02
 """As ``whitened_projection``'s ``floor``; lower than a training's start, which stays in motion."""
-_SATURATED = 1e-6
-"""Distance from 0 and 1 below which a feature's value before the sigmoid is not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,25 +169,16 @@ def recentre(
     Raises:
         InputError: no image, one that cannot be read, or another kind of backbone.
     """
-    unscaled = dataclasses.replace(checkpoint.network, feature_rms=None)
-    detector = LCMemDetector(
-        dataclasses.replace(checkpoint, network=unscaled),
-        name="checkpoint",
-        device=resolve_device(device),
-    )
-    key = f"{_last_layer(detector.network)}.bias"
     if not manifest.records:
         raise InputError("there is no TRAIN image to recentre on")
-    embedded = embed_files(detector, manifest.paths(), workers=workers, reporter=reporter)
-    for bad in embedded.unreadable:
-        raise InputError(f"{bad.path}: {bad.reason}")
-    features = torch.from_numpy(np.asarray(embedded.features, dtype=np.float64))
-    mean = torch.logit(features, eps=_SATURATED).mean(dim=0)
-    bias = checkpoint.network_state[key]
-    state = {**checkpoint.network_state, key: (bias - mean).to(bias.dtype)}
+    last = _LastLayer(checkpoint, device=device)
+    mean = last.inputs(manifest, workers=workers, reporter=reporter).double().mean(dim=0)
+    weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
+    centred = -(weight.double() @ mean).to(bias)
+    state = {**checkpoint.network_state, f"{last.name}.bias": centred}
     training = {
         **checkpoint.training,
-        "recentred": {"data_digest": manifest.digest, "num_images": len(features)},
+        "recentred": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
     return dataclasses.replace(
         checkpoint, network_state=state, thresholds=(), training=training
@@ -255,32 +240,28 @@ class Whitening:
         """
         if len(manifest.records) < 2:
             raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
-        codec = LCMemDetector(checkpoint, name="checkpoint", device=resolve_device(device)).codec
         if inner_bands is not None:
             checkpoint = _with_bands(checkpoint, inner_bands)
-        network = checkpoint.build(source="checkpoint").to(codec.device)
-        layer = _last_layer(network)
+        last = _LastLayer(checkpoint, device=device)
+        network = last.network
         network.measure_distance()
         state = checkpoint.network_state
         head = {f"head.{key}": value for key, value in network.head.state_dict().items()}
         head = {key: value.cpu().to(state[key]) for key, value in head.items()}
-        checkpoint = dataclasses.replace(checkpoint, network_state=state | head)
-
-        def pool(task_name: str, transform: Transform | None = None) -> torch.Tensor:
-            return _inputs_of(
-                network, layer, codec, manifest.paths(), checkpoint.image_size,
-                transform=transform, workers=workers, task_name=task_name, reporter=reporter,
-            )  # fmt: skip
-
-        pooled = pool("features")
-        drawn = Augmentation.from_preset(_ALTERED).drawn(len(pooled), seed)
+        pooled = last.inputs(manifest, workers=workers, reporter=reporter)
+        altered = last.inputs(
+            manifest,
+            transform=Augmentation.from_preset(_ALTERED).drawn(len(pooled), seed),
+            workers=workers,
+            reporter=reporter,
+        )
         return Whitening(
-            checkpoint=checkpoint,
-            layer=layer,
+            checkpoint=dataclasses.replace(checkpoint, network_state=state | head),
+            layer=last.name,
             widths=tuple(getattr(network.backbone, "widths", [pooled.shape[1]])),
             manifest=manifest,
             pooled=pooled,
-            changes=pool("features of altered copies", drawn) - pooled,
+            changes=altered - pooled,
             seed=seed,
         )
 
@@ -371,6 +352,61 @@ def _with_bands(checkpoint: Checkpoint, inner_bands: int) -> Checkpoint:
     return dataclasses.replace(checkpoint, network=spec, network_state=state)
 
 
+class _LastLayer:
+    """The linear layer that a checkpoint's backbone ends in.
+
+    Args:
+        checkpoint: whose it is.
+        device: where to compute.
+
+    Attributes:
+        network: the checkpoint's, as it was trained.
+        name: of the layer among the network's modules.
+
+    Raises:
+        InputError: the backbone ends in another way.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str) -> None:
+        where = resolve_device(device)
+        self.network = checkpoint.build().to(where)
+        self.name = _last_layer(self.network)
+        self._codec = load_codec_of(checkpoint, source="checkpoint", device=where)
+        self._image_size = checkpoint.image_size
+
+    @torch.inference_mode()
+    def inputs(
+        self,
+        manifest: Manifest,
+        *,
+        transform: Transform | None = None,
+        workers: int,
+        reporter: Reporter,
+    ) -> torch.Tensor:
+        """Return what the layer is given for each image, ``[N, d]`` float32 on the CPU.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        seen: list[torch.Tensor] = []
+        hook = self.network.get_submodule(self.name).register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].float().cpu())
+        )
+        batches = iter_readable(
+            manifest.paths(),
+            self._image_size,
+            task_name="features" if transform is None else "features of altered copies",
+            workers=resolve_workers(workers),
+            batch_size=_BATCH,
+            transform=transform,
+            reporter=reporter,
+        )
+        for images in batches:
+            self.network(self._codec.encode(images))
+        hook.remove()
+        return torch.cat(seen)
+
+
 def _last_layer(network: SiameseNetwork) -> str:
     """Return the name of the linear layer that the backbone ends in.
 
@@ -386,34 +422,3 @@ def _last_layer(network: SiameseNetwork) -> str:
         )
     name: str = next(name for name, module in network.named_modules() if module is last)
     return name
-
-
-@torch.inference_mode()
-def _inputs_of(
-    network: SiameseNetwork,
-    layer: str,
-    codec: Codec,
-    paths: Sequence[Path],
-    size: int,
-    *,
-    transform: Transform | None,
-    workers: int,
-    task_name: str,
-    reporter: Reporter,
-) -> torch.Tensor:
-    """Return what a layer is given for each image, ``[N, d]`` float32 on the CPU."""
-    seen: list[torch.Tensor] = []
-    hook = network.get_submodule(layer).register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].float().cpu())
-    )
-    batches = iter_images(
-        paths, size, workers=resolve_workers(workers), batch_size=_BATCH, transform=transform
-    )
-    with reporter.task(task_name, len(paths), unit="image") as task:
-        for batch in batches:
-            for position, reason in batch.unreadable:
-                raise InputError(f"{paths[position]}: {reason}")
-            network(codec.encode(batch.images))
-            task.advance(len(batch.images))
-    hook.remove()
-    return torch.cat(seen)

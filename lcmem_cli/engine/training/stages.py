@@ -220,7 +220,7 @@ def finetune(
         UnreadableLimitError: more unreadable images than tolerated.
         TrainingDivergedError: the loss became NaN.
     """
-    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+    from lcmem_cli.engine.detectors.lcmem import load_codec_of
 
     device = resolve_device(config.runtime.device)
     ranks = _ranks(config.runtime.device)
@@ -228,7 +228,7 @@ def finetune(
     check_trackers(config.runtime)
     start_file = locate_checkpoint(checkpoint)
     start = load_checkpoint(start_file)
-    encoder = LCMemDetector(start, name=str(checkpoint), codec=codec, device=device).codec
+    encoder = load_codec_of(start, source=str(checkpoint), codec=codec, device=device)
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
     size = config.image.size or start.image_size

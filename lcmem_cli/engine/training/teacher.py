@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcmem_cli.engine.data.augment import NONE, Augmentation
-from lcmem_cli.engine.data.loading import Transform, iter_images
+from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
@@ -135,19 +135,16 @@ class Member:
         device = next(self.model.parameters()).device
         features, widths = self._features()
         transform = None if transform is None else _counting_all(transform, ranks)
-        batches = iter_images(
-            mine, self.image_size, workers=workers, batch_size=_BATCH, transform=transform
-        )
+        batches = iter_readable(
+            mine, self.image_size, task_name=f"features of {self.backbone}", workers=workers,
+            batch_size=_BATCH, transform=transform, reporter=reporter,
+        )  # fmt: skip
         parts: list[torch.Tensor] = []
-        with reporter.task(f"features of {self.backbone}", len(mine), unit="image") as task:
-            for batch in batches:
-                for position, reason in batch.unreadable:
-                    raise InputError(f"{mine[position]}: {reason}")
-                pixels = normalise_pixels(self.model, batch.images.to(device))
-                if device.type == "cpu":
-                    pixels = pixels.contiguous(memory_format=torch.channels_last)
-                parts.append(features(pixels).float().cpu())
-                task.advance(len(batch.images))
+        for images in batches:
+            pixels = normalise_pixels(self.model, images.to(device))
+            if device.type == "cpu":
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            parts.append(features(pixels).float().cpu())
         gathered = ranks.gather(torch.cat(parts).numpy() if parts else None)
         known = [part for part in gathered if part is not None]
         whole: NDArray[np.float32] = np.empty((len(paths), known[0].shape[1]), dtype=np.float32)
