@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,10 +25,12 @@ from lcmem_cli.cli.app import app
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
+from lcmem_cli.engine.evaluation import audit_null
 from lcmem_cli.engine.evaluation.audit import audit
 from lcmem_cli.engine.evaluation.audit_files import read_audit
 from lcmem_cli.engine.evaluation.audit_null import same_picture, search, smallest_rate
-from lcmem_cli.engine.evaluation.calibration import clopper_pearson
+from lcmem_cli.engine.evaluation.audit_result import FlagRule, chance_of, verdict
+from lcmem_cli.engine.evaluation.calibration import clopper_pearson, conformal_threshold
 from lcmem_cli.engine.evaluation.indexing import add_to_index
 from lcmem_cli.engine.evaluation.set_metrics import (
     MIN_CELL_SIZE,
@@ -226,6 +229,10 @@ def test_same_picture_tells_resaved_from_merely_alike(tmp_path):
     Image.new("RGB", (30, 20), (90, 9, 9)).save(tmp_path / "f.png")
     assert same_picture(tmp_path / "a.png", tmp_path / "b.jpg")
     assert not same_picture(tmp_path / "a.png", tmp_path / "c.png")
+    small = picture(1).resize((48, 48))
+    small.save(tmp_path / "small.png")
+    small.save(tmp_path / "small.jpg", quality=75)
+    assert same_picture(tmp_path / "small.png", tmp_path / "small.jpg")
     assert same_picture(tmp_path / "d.png", tmp_path / "e.png")
     assert not same_picture(tmp_path / "e.png", tmp_path / "f.png")
     assert not same_picture(tmp_path / "a.png", tmp_path / "d.png")
@@ -294,12 +301,17 @@ def test_leave_one_out_compares_with_other_identities(tmp_path):
     assert "those of other identities" in result.statement
 
 
-def test_leave_one_out_reaches_past_a_large_identity(tmp_path):
+def test_leave_one_out_reaches_past_a_large_identity(tmp_path, monkeypatch):
     train = identity_folder(tmp_path / "train", identities=2, each=40)
     generated = save_all(tmp_path / "generated", [100])
     result = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
     assert result.null.num_scores == 80
     assert result.metrics.null_scores.largest < 0.9
+    # However few neighbours are asked for before an identity is searched by itself.
+    monkeypatch.setattr(audit_null, "_MOST_NEIGHBOURS", 8)
+    monkeypatch.setattr(audit_null, "_BANK_ROWS", 7)
+    again = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
+    assert dataclasses.replace(again, times=result.times) == result
 
 
 def test_split_searches_null_and_generated_in_the_same_bank(tmp_path):
@@ -325,6 +337,32 @@ def test_split_searches_null_and_generated_in_the_same_bank(tmp_path):
         generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), top_k=50, seed=3
     )
     assert again.matches == result.matches
+
+
+def test_split_takes_at_most_half_of_the_images(tmp_path):
+    train = identity_folder(tmp_path / "train", identities=1, each=30)
+    for number in range(12):
+        save_all(train / f"single{number:02d}", [500 + number])
+    generated = save_all(tmp_path / "generated", [100])
+    for seed in range(3):
+        result = audit(
+            generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), seed=seed
+        )
+        assert 10 <= result.null.num_not_searched <= 12  # none of the thirty
+
+
+def test_more_than_chance_is_said_as_rarely_as_stated():
+    rng, num_null, num_queries, rate = np.random.default_rng(0), 100, 1000, 0.01
+    said = 0
+    for _ in range(2000):
+        null, best = rng.random(num_null), rng.random(num_queries)
+        flagged = int((best > conformal_threshold(null, rate)).sum())
+        said += "this is more" in verdict(
+            flagged, 0, FlagRule(kind="fpr", rate=rate, threshold=0.5), num_queries, num_null
+        )
+    assert said <= binom.ppf(0.999, 2000, 0.025)
+    assert chance_of(1, 1, 0.05, 99) == pytest.approx(0.05)
+    assert chance_of(0, 9, 0.05, 99) == 1
 
 
 def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path):
@@ -447,6 +485,7 @@ def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_pa
     [
         ({"fpr": 0}, "--fpr must lie in"),
         ({"fpr": 1.5}, "--fpr must lie in"),
+        ({"fpr": 1e-309}, "no data can support it"),
         ({"null": "split"}, "--null has no effect with --held-out"),
         ({"null": "other", "held_out": None}, "--null must be split or leave-one-out"),
         ({"basedir": "."}, "--basedir has no effect"),
@@ -538,6 +577,26 @@ def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path):
         logits = getattr(result.metrics.generated_ratio, name)
         assert logits == pytest.approx(getattr(plain.metrics.generated_ratio, name), abs=1e-5)
     assert "best-match score, as logit" in (tmp_path / "report.html").read_text()
+
+
+def test_ratios_of_what_is_no_distance_are_left_out(sets, tmp_path):
+    class Scale(SmallCorrelation):
+        fingerprint, measures_distance = "8" * 64, False
+
+    result = run(sets, detector=Scale(), output=tmp_path)
+    assert result.metrics.generated_ratio is result.metrics.null_ratio is None
+    assert result.metrics.share_small_ratio is None
+    assert "First to second neighbour" not in (tmp_path / "report.html").read_text()
+    assert not load_detector("joint").measures_distance
+
+
+def test_the_page_says_what_the_real_images_are(sets, tmp_path):
+    run(sets, output=tmp_path / "a")
+    run(sets, output=tmp_path / "b", held_out=None)
+    never, others = "that the generator never saw", "each among those of other identities"
+    pages = [(tmp_path / name / "report.html").read_text() for name in "ab"]
+    assert never in pages[0] and others not in pages[0]
+    assert never not in pages[1] and others in pages[1]
 
 
 def test_an_audit_never_writes_beside_the_images(sets, tmp_path):

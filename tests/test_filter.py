@@ -140,7 +140,23 @@ def test_bad_input_is_refused(audited):
         filter_audit(audited / "audit", audited / "out", reject_over=0.1, reject_p=0.1)
     with pytest.raises(InputError, match="finite"):
         filter_audit(audited / "audit", audited / "out", reject_over=float("nan"))
+    with pytest.raises(InputError, match=r"--reject-p must lie in \[0, 1\], not 5"):
+        filter_audit(audited / "audit", audited / "out", reject_p=5)
     assert not (audited / "out").exists()
+
+
+def test_files_that_an_earlier_rule_kept_are_not_left_among_the_kept(audited):
+    filter_audit(audited / "audit", audited / "out", reject_over=2.0, transfer="copy")
+    before = state(audited / "out")
+    with pytest.raises(InputError, match="not among the images that are kept now"):
+        filter_audit(audited / "audit", audited / "out", reject_p=1.0, transfer="copy")
+    assert state(audited / "out") == before
+    assert (
+        filter_audit(
+            audited / "audit", audited / "out", reject_over=2.0, transfer="copy"
+        ).num_transferred
+        == 4
+    )
 
 
 def test_damaged_or_foreign_audits_are_refused(audited):
@@ -152,6 +168,15 @@ def test_damaged_or_foreign_audits_are_refused(audited):
     table.write_bytes(lines)
     path.write_text(json.dumps(json.loads(text) | {"schema": 99}))
     with pytest.raises(InputError, match="schema 99"):
+        filter_audit(audited / "audit", audited / "out")
+    document = json.loads(text)
+    for damaged in (document | {"flagged": [{}]}, document | {"generated": {}}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CorruptFileError, match=r"audit\.json was damaged"):
+            filter_audit(audited / "audit", audited / "out")
+    path.write_text(text)
+    table.write_bytes(lines.replace(b",0.", b",abc", 1))
+    with pytest.raises(CorruptFileError, match=r"the row of .* is damaged"):
         filter_audit(audited / "audit", audited / "out")
     for damaged in (text[:50], "[]"):
         path.write_text(damaged)

@@ -202,6 +202,17 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
         whitening.fitted(without="all")
     with pytest.raises(InputError, match="reads no earlier stage"):
         Whitening.of(checkpoint, manifest, inner_bands=3)
+    lines = ["path,id,Split,ds_name"]
+    for record in load_manifest(image_folder).records:
+        single = record.path == manifest.records[0].path
+        kind = "rare" if single else "common"
+        lines.append(f"{record.path},{record.id},{record.split},{kind}")
+    (image_folder / "rare.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="without data set common only 1 TRAIN images are left"):
+        recalibrate(
+            tmp_path / "start.safetensors", image_folder / "rare.csv", whitened=True,
+            output=tmp_path / "out.safetensors",
+        )  # fmt: skip
     for options, reason in (
         (("--whiten", "--recentre"), "leave --recentre out"),
         (("--bands", 3), "--bands has no effect without --whiten"),

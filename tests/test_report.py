@@ -122,6 +122,15 @@ def test_the_plot_shows_shares_and_the_threshold_in_place():
     assert max(numbers(plot.null_path)) == plot.width - plot.right
 
 
+def test_ticks_that_lie_close_have_labels_of_their_own():
+    scores = 1 - np.linspace(0, 3e-7, 5)
+    plot = draw_distribution(
+        Distribution(generated=scores, null=scores, threshold=None, label="score")
+    )
+    labels = [label for _, label in plot.x_ticks]
+    assert len(set(labels)) == len(labels) > 2
+
+
 @pytest.mark.parametrize("values", [[], [0.3], [1e-12, 2e-12], [-40, 40], [5, 5, 5]])
 def test_the_plot_can_be_drawn_for_any_scores(values):
     scores = np.array(values, dtype=float)

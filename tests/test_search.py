@@ -83,6 +83,10 @@ def test_approximate_search_reports_its_recall_and_scores_exactly():
     assert recall >= 0.9
     np.testing.assert_array_equal(found.rows[:, 0], np.arange(20))
     np.testing.assert_allclose(found.scores[:, 0], 0, atol=1e-6)
+    exact = search.weighted_l1_top_k(a, b, w, 1500)  # more than the cells that are searched hold
+    found, _ = search.approximate_top_k(a, b, w, 1500, probes=1)
+    np.testing.assert_array_equal(found.rows, exact.rows)
+    np.testing.assert_array_equal(found.scores, exact.scores)
 
 
 @pytest.mark.parametrize("k", [0, -1])

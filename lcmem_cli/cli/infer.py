@@ -73,7 +73,8 @@ def infer(
         max_unreadable=max_unreadable,
         reporter=render.reporter(),
     )
-    if save is not None:
+    drawn = save is not None and result.pairs[0].score is not None
+    if save is not None and drawn:
         save_picture(result.pairs[0], save, threshold=result.threshold)
 
     def human() -> None:
@@ -99,7 +100,7 @@ def infer(
         for bad in result.unreadable:
             render.line(f"unreadable {bad.path}: {bad.reason}")
         if save is not None:
-            render.line(f"picture    {save}")
+            render.line(f"picture    {save if drawn else 'none: an image cannot be read'}")
 
     render.emit(result, as_json=as_json, human=human)
 

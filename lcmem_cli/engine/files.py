@@ -23,6 +23,11 @@ _LITTLE_SPACE = 1 << 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_temporary(name: str) -> bool:
+    """Return whether a file's name is one of ``atomic_path``, left by a killed process."""
+    return name.startswith(_TEMPORARY) and name.endswith(".tmp")
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path in the target's folder and rename it to the target on success.

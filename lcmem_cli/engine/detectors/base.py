@@ -40,6 +40,8 @@ class Detector(abc.ABC):
         feature_dtype: of a feature row that ``embed_batch`` returns.
         gives_probability: whether its scores lie in [0, 1] and crowd at both ends, so that they are
             drawn and compared as logits.
+        measures_distance: whether what a score is below that of an image with itself (as logit, for
+            probabilities) is a distance, so that ratios of two of them mean something.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -49,6 +51,7 @@ class Detector(abc.ABC):
     num_features: int
     feature_dtype: type[np.generic] = np.float32
     gives_probability: bool = False
+    measures_distance: bool = True
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod

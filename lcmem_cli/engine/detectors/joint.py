@@ -35,6 +35,7 @@ network reaches."""
 RISE = 0.01
 """Slope of the plateau between both lines: the better of two matches stays the better one."""
 _HIGHEST_CORRELATION = 1 - 1e-9
+_BLOCK_ROWS = 2048
 
 
 class JointDetector(Detector):
@@ -49,6 +50,7 @@ class JointDetector(Detector):
     """
 
     gives_probability = True
+    measures_distance = False  # where correlation is the larger, its scale is Fisher's
 
     def __init__(self, network: HeadDetector, *, name: str = "joint") -> None:
         self.network = network
@@ -70,13 +72,18 @@ class JointDetector(Detector):
 
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return scores ``[n]`` of row i of ``a`` with row i of ``b``."""
-        (network_a, picture_a), (network_b, picture_b) = self._parts(a), self._parts(b)
-        correlation = np.einsum(
-            "nd,nd->n", picture_a.astype(np.float64), picture_b.astype(np.float64)
-        )
-        return np.maximum(
-            self.network.score_features(network_a, network_b), correlation_scores(correlation)
-        )
+        scores = np.empty(len(a))
+        for start in range(0, len(a), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            network_a, picture_a = self._parts(a[rows])
+            network_b, picture_b = self._parts(b[rows])
+            correlation = np.einsum(
+                "nd,nd->n", picture_a.astype(np.float64), picture_b.astype(np.float64)
+            )
+            scores[rows] = np.maximum(
+                self.network.score_features(network_a, network_b), correlation_scores(correlation)
+            )
+        return scores
 
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return scores ``[n, m]`` of every row of ``a`` with every row of ``b``."""
@@ -94,9 +101,11 @@ class JointDetector(Detector):
         by_network = self.network.top_k(network_q, network_b, k)
         by_picture = top_k_blocked(_correlations, picture_q, picture_b, k)
         rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
-        scores = np.stack(
-            [self.score_features(queries, bank[column]) for column in rows.T], axis=1
-        ).reshape(rows.shape)
+        scores = np.empty(rows.shape)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            for column in range(rows.shape[1]):
+                scores[part, column] = self.score_features(queries[part], bank[rows[part, column]])
         order = np.lexsort((rows, -scores), axis=1)
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         repeated = np.zeros(rows.shape, dtype=np.bool_)

@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +23,7 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
-from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit_files import write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
     Null,
@@ -68,11 +67,10 @@ from lcmem_cli.engine.evaluation.set_metrics import (
     num_cells,
     score_distances,
 )
-from lcmem_cli.engine.evaluation.study import MAX_CACHED_FEATURES
+from lcmem_cli.engine.evaluation.study import check_unreadable, feature_cache
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.report.html import Distribution
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.search import TopK
 
@@ -200,9 +198,7 @@ def audit(
     with contextlib.ExitStack() as stack:
         if folder is not None and ranks.is_main:
             stack.enter_context(folder_lock(folder))
-        cache = None
-        if detector.num_features <= MAX_CACHED_FEATURES:
-            cache = FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
+        cache = feature_cache(detector)
         sets = {
             what: embed_set(
                 listing,
@@ -215,7 +211,9 @@ def audit(
             )
             for what, listing in listings.items()
         }
-        _check_unreadable(sets.values(), max_unreadable)
+        check_unreadable(
+            [item for part in sets.values() for item in part.summary.unreadable], max_unreadable
+        )
         study = _Study(
             detector=detector,
             queries=sets["generated"],
@@ -281,17 +279,6 @@ def _check_arguments(
         raise InputError(f"--top-k must be at least 1, not {top_k}")
     if fail_over is not None and not 0 <= fail_over < 1:
         raise InputError(f"--fail-over is a share of the images, in [0, 1), not {fail_over:g}")
-
-
-def _check_unreadable(sets: Iterable[ImageSet], limit: int | None) -> None:
-    unreadable = [item for part in sets for item in part.summary.unreadable]
-    if limit is None or len(unreadable) <= limit:
-        return
-    lines = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:10])
-    more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-    raise UnreadableLimitError(
-        f"{len(unreadable)} images could not be read, --max-unreadable allows {limit}{lines}{more}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -375,10 +362,12 @@ class _Study:
         exposed = Counter(int(found.rows[row, 0]) for row in queries.rows[image_flags])
         interval = clopper_pearson(num_flagged, num_queries)
         summary = self._null_summary(null)
-        shows, does_not_show = what_it_shows(rule, summary)
+        shows, does_not_show = what_it_shows(
+            summary, approximate=isinstance(self.detector, ApproximateLCMem)
+        )
         return AuditResult(
             statement=statement(num_flagged, num_queries, rule, null.kind, interval),
-            verdict=verdict(num_flagged, num_exact, rule, num_queries, interval),
+            verdict=verdict(num_flagged, num_exact, rule, num_queries, len(null.rows)),
             shows=shows,
             does_not_show=does_not_show,
             warnings=tuple(self._warnings(null, summary, rule)),
@@ -443,7 +432,8 @@ class _Study:
     def _set_metrics(self, null: Null, found: _Found) -> SetMetrics:
         rows = self.queries.rows
         best, null_best = found.best[rows], null.scores[:, 0]
-        null_features = null.images.features[null.rows]
+        whole = len(null.rows) == null.images.num_distinct
+        null_features = null.images.features if whole else null.images.features[null.rows]
         auth = null_auth = copying = None
         if len(null.bank) >= 2:
             auth = authentic_percentage(best, self._neighbours(null.bank, found.rows[rows, 0]))
@@ -490,8 +480,9 @@ class _Study:
         return scores[inverse]
 
     def _ratios(self, features: FloatArray, scores: Scores) -> Scores:
-        """Return first-to-second-neighbour ratios ``[n]``; none where there is no second."""
-        if scores.shape[1] < 2 or np.isnan(scores[:, 1]).any():
+        """Return first-to-second-neighbour ratios ``[n]``; none without two distances."""
+        unknown = scores.shape[1] < 2 or np.isnan(scores[:, 1]).any()
+        if unknown or not self.detector.measures_distance:
             return np.zeros(0)
         identical = self._linear(self.detector.score_features(features, features))
         distances = score_distances(self._linear(scores[:, :2]), identical[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,27 @@ def read_audit(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
             columns = tuple(reader.fieldnames or ())
     except (OSError, csv.Error) as error:
         raise CorruptFileError(f"{table}: cannot be read ({error}); run the audit again") from error
-    if columns != COLUMNS or len(rows) != document["num_queries"]:
+    expected = document.get("num_queries")
+    if columns != COLUMNS or len(rows) != expected:
         raise CorruptFileError(
-            f"{table}: does not belong to {path} ({len(rows)} images, {document['num_queries']} "
-            "expected); run the audit again"
+            f"{table}: does not belong to {path} ({len(rows)} images, {expected} expected); run "
+            "the audit again"
         )
+    for row in rows:
+        if row["flagged"] not in ("true", "false") or not _are_numbers(
+            row["score"], row["p_value"]
+        ):
+            raise CorruptFileError(
+                f"{table}: the row of {row['query']!r} is damaged; run the audit again"
+            )
     return document, rows
+
+
+def _are_numbers(*cells: str | None) -> bool:
+    try:
+        return all(math.isfinite(float(cell or "")) for cell in cells)
+    except ValueError:
+        return False
 
 
 def _cells(match: Match) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from lcmem_cli.engine.evaluation.metrics import largest_count
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
 
 AUDIT_SCHEMA = 1
 AUDIT_FORMAT = "lcmem-audit"
+_UNLIKELY = 0.025
+"""Chance of so many flagged images up to which their number is more than chance."""
 
 NullKind = Literal["held-out", "split", "leave-one-out"]
 
@@ -266,12 +269,26 @@ def statement(
     )
 
 
+def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float:
+    """Return the chance that an audit flags so many images of which none copies anything.
+
+    The threshold is itself an order statistic of the null, so the number flagged is beta-binomial
+    (Wilks 1942, doi 10.1214/aoms/1177731537): wider than binomial where the null is small.
+
+    Args:
+        count: flagged images or more.
+        num_queries: generated images.
+        rate: false positives per image.
+        num_null: scores of the null.
+    """
+    from scipy.stats import betabinom
+
+    above = largest_count(rate, num_null + 1)
+    return float(betabinom.sf(count - 1, num_queries, above, num_null + 1 - above))
+
+
 def verdict(
-    num_flagged: int,
-    num_exact: int,
-    rule: FlagRule,
-    num_queries: int,
-    interval: tuple[float, float],
+    num_flagged: int, num_exact: int, rule: FlagRule, num_queries: int, num_null: int
 ) -> str:
     """Return how the finding compares with chance."""
     sentences = []
@@ -288,7 +305,7 @@ def verdict(
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
         )
-    elif interval[0] > rule.rate:
+    elif chance_of(others, num_queries - num_exact, rule.rate, num_null) <= _UNLIKELY:
         sentences.append(f"Chance alone would flag about {expected:.3g}: this is more.")
     else:
         sentences.append(
@@ -319,14 +336,20 @@ def meaning_of_rate(kind: NullKind, rate: float, num_not_searched: int) -> str:
     )
 
 
-def what_it_shows(rule: FlagRule, null: NullSummary) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def what_it_shows(
+    null: NullSummary, *, approximate: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the finding supports and what it does not, in sentences."""
+    compared = (
+        "with the training images that an approximate search proposed."
+        if approximate
+        else "with every training image searched, without approximation."
+    )
     shows = (
         null.meaning,
         "A flagged image is closer to its training image, as this detector sees them, than nearly "
         f"all of {null.num_scores:,} real images are to any training image.",
-        "Every generated image was compared with every training image searched, without "
-        "approximation.",
+        f"Every generated image was compared {compared}",
     )
     does_not = (
         "That a flagged image was copied: two pictures may be alike for other reasons. Look at "

@@ -24,6 +24,8 @@ from lcmem_cli.engine.evaluation.metrics import (
 )
 from lcmem_cli.engine.results import Threshold
 
+_SMALLEST_RATE = 1e-12
+
 
 def fit_threshold(
     scores: ArrayLike,
@@ -220,3 +222,5 @@ def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[f
 def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
         raise InputError(f"a rate must lie in (0, 1), not {rate}; for example 0.01")
+    if rate < _SMALLEST_RATE:
+        raise InputError(f"a rate of {rate:g} is below {_SMALLEST_RATE:g}: no data can support it")

@@ -14,7 +14,7 @@ from typing import Literal
 from lcmem_cli.engine.data.manifest import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit_files import read_audit, write_csv
-from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file
+from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, sha256_file
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 
@@ -74,7 +74,8 @@ def filter_audit(
         reporter: told the progress.
 
     Raises:
-        InputError: no audit there, both limits, or a file in the way.
+        InputError: no audit there, both limits, a limit out of range, or a file in the way.
+        CorruptFileError: the audit's files were damaged or edited.
         LcmemError: kept files that no longer exist (the lists are written).
     """
     if reject_over is not None and reject_p is not None:
@@ -82,15 +83,23 @@ def filter_audit(
     for name, limit in (("--reject-over", reject_over), ("--reject-p", reject_p)):
         if limit is not None and not math.isfinite(limit):
             raise InputError(f"{name} must be a finite number, not {limit}")
+    if reject_p is not None and not 0 <= reject_p <= 1:
+        raise InputError(f"--reject-p must lie in [0, 1], not {reject_p:g}; for example 0.01")
     document, rows = read_audit(audit_folder)
-    folder = Path(document["generated"]["folder"])
+    try:
+        folder = Path(document["generated"]["folder"])
+        exact = {match["query"] for match in document["flagged"] if match["exact"]}
+        unreadable = tuple(Unreadable(**item) for item in document["generated"]["unreadable"])
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{audit_folder}: its audit.json was damaged or edited ({error!r}); run the audit again"
+        ) from error
     outside = paths_outside([row["query"] for row in rows], folder)
     if outside:
         raise CorruptFileError(
             f"{audit_folder}: lists {len(outside):,} file(s) outside of the audited folder "
             f"{folder}, the first is {outside[0]!r}: it was edited; run the audit again"
         )
-    exact = {match["query"] for match in document["flagged"] if match["exact"]}
     kept: list[list[str]] = []
     rejected: list[list[str]] = []
     for row in rows:
@@ -103,8 +112,10 @@ def filter_audit(
         path = str(folder / row["query"])
         line = [path, *(row[name] for name in ("query", *COLUMNS[2:]))]
         (rejected if reject else kept).append(line)
-    unreadable = tuple(Unreadable(**item) for item in document["generated"]["unreadable"])
+    targets = target_names([line[1] for line in kept])
     with folder_lock(output):
+        if transfer != "none":
+            _refuse_others(output / KEPT_FOLDER, targets)
         write_csv(output / KEEP_NAME, COLUMNS, kept)
         write_csv(output / REJECT_NAME, COLUMNS, rejected)
         write_csv(
@@ -114,7 +125,7 @@ def filter_audit(
         )
         count = 0
         if transfer != "none":
-            count = _transfer(kept, output / KEPT_FOLDER, transfer, reporter)
+            count = _transfer(kept, targets, output / KEPT_FOLDER, transfer, reporter)
     return FilterResult(
         rule=_rule(reject_over, reject_p),
         num_kept=len(kept),
@@ -146,10 +157,26 @@ def target_names(names: Sequence[str]) -> list[PurePosixPath]:
     return targets
 
 
+def _refuse_others(folder: Path, targets: Sequence[PurePosixPath]) -> None:
+    """Refuse a folder of kept files that holds one which is not to be kept."""
+    wanted = {folder / name for name in targets}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            if path not in wanted and not is_temporary(name):
+                raise InputError(
+                    f"{path}: not among the images that are kept now, perhaps from an earlier run "
+                    f"with another rule; remove {folder} or choose another output folder"
+                )
+
+
 def _transfer(
-    kept: Sequence[Sequence[str]], folder: Path, transfer: Transfer, reporter: Reporter
+    kept: Sequence[Sequence[str]],
+    targets: Sequence[PurePosixPath],
+    folder: Path,
+    transfer: Transfer,
+    reporter: Reporter,
 ) -> int:
-    targets = target_names([line[1] for line in kept])
     missing = []
     with reporter.task("kept files", len(kept), unit="files") as task:
         for line, name in zip(kept, targets, strict=True):

@@ -16,6 +16,7 @@ from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.distributed import resolve_workers
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError, nearest
+from lcmem_cli.engine.evaluation.study import score_listed
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
@@ -117,27 +118,21 @@ def score_pairs(
             "\n".join(f"{item.path}: {item.reason}" for item in unreadable[:5])
             + (f"\n… {len(unreadable)} in all" if len(unreadable) > 5 else "")
         )
-    usable = [i for i, (a, b) in enumerate(pairs) if not {number[a], number[b]} & set(bad)]
-    scores: dict[int, float] = {}
-    if usable:
-        first = features[[number[pairs[i][0]] for i in usable]]
-        second = features[[number[pairs[i][1]] for i in usable]]
-        scores = dict(zip(usable, detector.score_features(first, second).tolist(), strict=True))
+    rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+    rows[np.isin(rows, list(bad))] = -1
+    scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
 
-    def verdict(score: float | None) -> bool | None:
-        if score is None or chosen is None:
-            return None
-        return chosen.decide(score, detector.fingerprint)
+    def scored(a: Path, b: Path, score: float) -> PairScore:
+        known = None if math.isnan(score) else score
+        match = None
+        if known is not None and chosen is not None:
+            match = chosen.decide(known, detector.fingerprint)
+        return PairScore(path_a=str(a), path_b=str(b), score=known, match=match)
 
     return InferenceResult(
         detector=detector.name,
         fingerprint=detector.fingerprint,
-        pairs=tuple(
-            PairScore(
-                path_a=str(a), path_b=str(b), score=scores.get(i), match=verdict(scores.get(i))
-            )
-            for i, (a, b) in enumerate(pairs)
-        ),
+        pairs=tuple(scored(a, b, score) for (a, b), score in zip(pairs, scores, strict=True)),
         threshold=chosen,
         num_images_embedded=len(files) - len(bad),
         unreadable=unreadable,

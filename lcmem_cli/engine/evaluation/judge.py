@@ -16,6 +16,7 @@ from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.metrics import bootstrap_intervals, pair_metrics, roc_curve
+from lcmem_cli.engine.evaluation.study import score_listed
 from lcmem_cli.engine.models.checkpoint import Checkpoint
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold, Unreadable
@@ -24,6 +25,8 @@ from lcmem_cli.engine.store.latents import LatentStore
 BATCH_SIZE = 32
 OVERALL = "overall"
 MAX_NEGATIVES_PER_DATASET = 20_000
+_MAX_ENUMERATED = 3_000
+"""Images of a data set up to which all of its pairs are listed and negatives chosen among them."""
 FITTED_RATES: tuple[tuple[str, float], ...] = (("fpr", 0.01), ("fpr", 0.001), ("recall", 0.95))
 
 
@@ -85,20 +88,9 @@ def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
     parts: list[tuple[NDArray[np.int64], ...]] = []
     for number, rows in enumerate(groups.values()):
         members = np.asarray(rows, dtype=np.int64)
-        a, b = np.triu_indices(len(members), 1)
-        same = identity[members[a]] == identity[members[b]]
-        negatives = np.flatnonzero(~same)
-        if len(negatives) > MAX_NEGATIVES_PER_DATASET:
-            negatives = np.sort(rng.choice(negatives, MAX_NEGATIVES_PER_DATASET, replace=False))
-        chosen = np.concatenate([np.flatnonzero(same), negatives])
-        parts.append(
-            (
-                members[a[chosen]],
-                members[b[chosen]],
-                same[chosen].astype(np.int64),
-                np.full(len(chosen), number, dtype=np.int64),
-            )
-        )
+        draw = _all_pairs if len(members) <= _MAX_ENUMERATED else _drawn_pairs
+        a, b, same = draw(identity[members], rng)
+        parts.append((members[a], members[b], same, np.full(len(a), number, dtype=np.int64)))
     first, second, labels, dataset = (np.concatenate(column) for column in zip(*parts, strict=True))
     return WithinPairs(
         first=first,
@@ -108,6 +100,41 @@ def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
         identity=identity,
         names=tuple(groups),
     )
+
+
+Drawn = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def _all_pairs(identity: NDArray[np.int64], rng: np.random.Generator) -> Drawn:
+    """Return first and second rows and labels, chosen among all pairs."""
+    a, b = np.triu_indices(len(identity), 1)
+    same = identity[a] == identity[b]
+    negatives = np.flatnonzero(~same)
+    if len(negatives) > MAX_NEGATIVES_PER_DATASET:
+        negatives = np.sort(rng.choice(negatives, MAX_NEGATIVES_PER_DATASET, replace=False))
+    chosen = np.concatenate([np.flatnonzero(same), negatives])
+    return a[chosen], b[chosen], same[chosen].astype(np.int64)
+
+
+def _drawn_pairs(identity: NDArray[np.int64], rng: np.random.Generator) -> Drawn:
+    """Return the same without a list of all pairs, which would not fit into memory."""
+    order = np.argsort(identity, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(identity[order])) + 1)
+    positives = [
+        np.stack([group[i] for i in np.triu_indices(len(group), 1)], axis=1) for group in groups
+    ]
+    negatives: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+    possible = (len(identity) ** 2 - sum(len(group) ** 2 for group in groups)) // 2
+    while len(negatives) < min(possible, MAX_NEGATIVES_PER_DATASET):
+        drawn = np.sort(rng.integers(len(identity), size=(MAX_NEGATIVES_PER_DATASET, 2)), axis=1)
+        drawn = drawn[identity[drawn[:, 0]] != identity[drawn[:, 1]]]
+        negatives = np.unique(np.concatenate([negatives, drawn]), axis=0)
+    if len(negatives) > MAX_NEGATIVES_PER_DATASET:
+        kept = rng.choice(len(negatives), MAX_NEGATIVES_PER_DATASET, replace=False)
+        negatives = negatives[np.sort(kept)]
+    pairs = np.concatenate([*positives, negatives])
+    labels = (np.arange(len(pairs)) < len(pairs) - len(negatives)).astype(np.int64)
+    return pairs[:, 0], pairs[:, 1], labels
 
 
 def judge(
@@ -182,7 +209,7 @@ def score_split(
     order = sorted(gathered)
     pairs = within_pairs([source.records[row] for row in order])
     matrix = np.stack([gathered[row] for row in order])
-    scores = detector.score_features(matrix[pairs.first], matrix[pairs.second])
+    scores = score_listed(detector, matrix, pairs.first, pairs.second)
     return (scores, pairs), unreadable
 
 
@@ -260,6 +287,9 @@ def _measure(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     auc: dict[str, dict[str, Any]] = {}
     roc: dict[str, Any] = {}
+    strata = np.zeros(pairs.identity.max() + 1, dtype=np.int64)
+    strata[pairs.identity[pairs.first]] = pairs.dataset
+    strata[pairs.identity[pairs.second]] = pairs.dataset
     for number, name in [*enumerate(pairs.names), (-1, OVERALL)]:
         chosen = pairs.dataset == number if number >= 0 else np.ones(len(scores), dtype=bool)
         labels = pairs.labels[chosen]
@@ -274,6 +304,7 @@ def _measure(
             labels,
             pairs.identity[pairs.first[chosen]],
             pairs.identity[pairs.second[chosen]],
+            strata=strata,
             replicates=200,
         )["auc"]
         low, high = interval or (None, None)

@@ -168,7 +168,7 @@ def bootstrap_intervals(
 
     Pairs that share an identity are not independent, so identities are drawn with replacement
     (within their data set) and a pair counts as often as its identity was drawn; a pair of two
-    identities counts as often as the product of both.
+    identities counts as often as the product of both. Identities without a pair are not drawn.
 
     Args:
         scores: ``[n]``.
@@ -196,8 +196,9 @@ def bootstrap_intervals(
     first, second = np.asarray(identities_a), np.asarray(identities_b)
     if first.shape != values.shape or second.shape != values.shape:
         raise InputError("each pair needs the identities of its two images")
-    num_identities = int(max(first.max(), second.max())) + 1
-    groups = np.zeros(num_identities, dtype=np.int64) if strata is None else np.asarray(strata)
+    present, numbers = np.unique(np.stack([first, second]), return_inverse=True)
+    first, second = numbers.reshape(2, -1)
+    groups = np.zeros(len(present), np.int64) if strata is None else np.asarray(strata)[present]
 
     order = np.argsort(-values, kind="stable")
     values, positive = values[order], positive[order]

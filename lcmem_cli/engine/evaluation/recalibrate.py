@@ -30,6 +30,8 @@ from lcmem_cli.engine.results import Result, Threshold, Unreadable
 
 _BATCH = 32
 _ALTERED = "strong"
+_FEWEST = 2
+"""Images that a last layer can be fitted to."""
 _WHITEN_FLOOR = 0.02
 """As ``whitened_projection``'s ``floor``; lower than a training's start, which stays in motion."""
 
@@ -110,6 +112,7 @@ def recalibrate(
         loaded = recentre(loaded, train, workers=workers, device=device, reporter=reporter)
     whitening = None
     if whitened:
+        _check_remainder(manifest)
         whitening = Whitening.of(
             loaded, train, inner_bands=inner_bands, seed=seed, workers=workers, device=device,
             reporter=reporter,
@@ -238,7 +241,7 @@ class Whitening:
         Raises:
             InputError: fewer than two images, one that cannot be read, or another kind of backbone.
         """
-        if len(manifest.records) < 2:
+        if len(manifest.records) < _FEWEST:
             raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
         if inner_bands is not None:
             checkpoint = _with_bands(checkpoint, inner_bands)
@@ -273,7 +276,7 @@ class Whitening:
         """
         records = self.manifest.records
         rows = [row for row, r in enumerate(records) if without is None or r.ds_name != without]
-        if len(rows) < 2:
+        if len(rows) < _FEWEST:
             raise InputError(f"{len(rows)} TRAIN images without data set {without} are too few")
         numbers: dict[tuple[str, str], int] = {}
         pooled, checkpoint = self.pooled[rows], self.checkpoint
@@ -305,6 +308,19 @@ class Whitening:
         return dataclasses.replace(
             checkpoint, network_state=state, thresholds=(), training=training
         ).with_fingerprint()
+
+
+def _check_remainder(manifest: Manifest) -> None:
+    """Refuse, before any work, a list of which too little is left without one of its data sets."""
+    names = [record.ds_name for record in manifest.select("TRAIN").records]
+    for name in dict.fromkeys(record.ds_name for record in manifest.select("VAL").records):
+        rest = len(names) - names.count(name)
+        if 0 < rest < _FEWEST:
+            raise InputError(
+                f"without data set {name} only {rest} TRAIN images are left, too few for a last "
+                "layer that its thresholds could be fitted with; list that data set alone, or more "
+                "images of the others"
+            )
 
 
 def _strangers_thresholds(

@@ -31,7 +31,7 @@ from lcmem_cli.engine.data.perturb import (
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_perturbed
 from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, MissingExtraError
 from lcmem_cli.engine.evaluation.audit_files import write_csv
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.study import (
@@ -874,7 +874,7 @@ def _plot_grid(folder: Path, study: _Study) -> None:
     for path in study.paths(range(study.num_judged)):
         try:
             image = to_tensor(load_image(path), study.input_size)
-        except UnreadableImageError:
+        except (UnreadableImageError, MissingExtraError):
             continue
         break
     if image is None:

@@ -341,8 +341,9 @@ def check_unreadable(unreadable: Sequence[Unreadable], limit: int | None) -> Non
         return
     shown = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:_SHOWN_UNREADABLE])
     more = len(unreadable) - _SHOWN_UNREADABLE
+    images = "1 image" if len(unreadable) == 1 else f"{len(unreadable):,} images"
     raise UnreadableLimitError(
-        f"{len(unreadable)} image(s) could not be read, --max-unreadable allows {limit}:{shown}"
+        f"{images} could not be read, --max-unreadable allows {limit}:{shown}"
         + (f"\n  and {more} more" if more > 0 else "")
     )
 

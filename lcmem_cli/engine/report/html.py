@@ -229,7 +229,7 @@ def draw_distribution(distribution: Distribution) -> Plot:
         bars=bars,
         generated_path=outline(shares[0]),
         null_path=outline(shares[1]),
-        x_ticks=tuple((x(tick), f"{tick:g}") for tick in _ticks(low, high, 8)),
+        x_ticks=tuple((x(tick), label) for tick, label in _labelled(_ticks(low, high, 8))),
         y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
         threshold_x=None if distribution.threshold is None else x(distribution.threshold),
         label=distribution.label,
@@ -244,6 +244,15 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _labelled(ticks: list[float]) -> list[tuple[float, str]]:
+    """Return ticks with labels of as many digits as tell neighbours apart."""
+    digits = 6
+    if len(ticks) > 1:
+        largest = max(abs(tick) for tick in ticks)
+        digits = max(digits, 1 + math.ceil(math.log10(largest / (ticks[1] - ticks[0]))))
+    return [(tick, f"{tick:.{digits}g}") for tick in ticks]
 
 
 def _source_hash(text: str) -> str:

@@ -120,7 +120,7 @@ class Index:
             if meta["format"] != FORMAT_VERSION:
                 raise InputError(f"{folder}: index format {meta['format']} is not known")
             return cls(folder, meta)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{folder}: no index there; make one with: lcmem index build"
             ) from None

@@ -129,9 +129,10 @@ def weighted_l1_top_k(
     k = min(k, len(bank))
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
+    queries, _, weight = _checked(queries, bank[:0], weight)
     for first in range(0, len(bank), block_rows):
-        q, block, w = _checked(queries, bank[first : first + block_rows], weight)
-        _search_block(q, block, w, first, scores, rows)
+        _, block, _ = _checked(queries[:0], bank[first : first + block_rows], weight)
+        _search_block(queries, block, weight, first, scores, rows)
     return TopK(scores, rows)
 
 
@@ -270,10 +271,11 @@ def approximate_top_k(
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     for number, near in enumerate(found):
         near = np.sort(near[near >= 0])
+        if len(near) < k:  # the cells searched hold too few rows
+            near = np.arange(len(bank))
         exact = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
         best = _best(exact, near[None].astype(np.int64), k)
-        scores[number, : best.scores.shape[1]] = best.scores[0]
-        rows[number, : best.rows.shape[1]] = best.rows[0]
+        scores[number], rows[number] = best.scores[0], best.rows[0]
     sample = _spread(recall_sample, len(queries))
     truth = weighted_l1_top_k(queries[sample], bank, weight, 1)
     recall = float((truth.rows[:, 0] == rows[sample, 0]).mean()) if len(sample) else 1.0

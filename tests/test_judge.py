@@ -1,0 +1,48 @@
+"""Pairs within data sets, on which thresholds are fitted and networks are judged."""
+
+import numpy as np
+import pytest
+
+from lcmem_cli.engine.data.manifest import Record
+from lcmem_cli.engine.evaluation import judge
+from lcmem_cli.engine.evaluation.judge import within_pairs
+
+
+def chosen(pairs, label):
+    ends = zip(pairs.first.tolist(), pairs.second.tolist(), pairs.labels.tolist(), strict=True)
+    return [tuple(sorted((a, b))) for a, b, known in ends if known == label]
+
+
+@pytest.mark.parametrize("limit", [10_000, 40])
+def test_pairs_of_a_large_data_set_are_drawn_as_those_of_a_small_one(monkeypatch, limit):
+    monkeypatch.setattr(judge, "MAX_NEGATIVES_PER_DATASET", limit)
+    rng = np.random.default_rng(0)
+    records = [
+        Record(path=f"{n}.png", id=f"id{rng.integers(8)}", ds_name="ab"[n % 2]) for n in range(60)
+    ]
+    listed = within_pairs(records)
+    monkeypatch.setattr(judge, "_MAX_ENUMERATED", 5)
+    drawn = within_pairs(records)
+    assert sorted(chosen(listed, 1)) == sorted(chosen(drawn, 1))
+    negatives = chosen(drawn, 0)
+    assert len(set(negatives)) == len(negatives) == len(chosen(listed, 0))
+    assert all(records[a].identity != records[b].identity for a, b in negatives)
+    assert all(records[a].ds_name == records[b].ds_name for a, b in negatives)
+    if limit > 1000:  # all there are
+        assert set(negatives) == set(chosen(listed, 0))
+    assert chosen(within_pairs(records), 0) == negatives
+
+
+def test_intervals_of_a_data_set_do_not_depend_on_the_others():
+    rng = np.random.default_rng(0)
+    records = [Record(path=f"{n}.png", id=f"id{n // 3}", ds_name="own") for n in range(30)]
+    others = [Record(path=f"{n}.jpg", id=f"id{n // 2}", ds_name="other") for n in range(20)]
+    value = {record.path: rng.normal(size=4) + rng.normal(size=4) for record in records + others}
+
+    def interval(listed):
+        pairs = within_pairs(listed)
+        rows = np.array([value[record.path] for record in listed])
+        scores = -np.abs(rows[pairs.first] - rows[pairs.second]).sum(axis=1) + pairs.labels
+        return judge._measure(scores, pairs)[0]["own"]
+
+    assert interval(records) == interval(records + others) == interval(others + records)
