@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lcmem_cli.engine.config import CodecConfig
+from lcmem_cli.engine.config import CodecConfig, load_config
+from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.training import autoencoder
 from lcmem_cli.engine.training.autoencoder import build_autoencoder
 
 
@@ -61,3 +63,24 @@ def test_the_first_latents_are_the_pixels_of_each_block(levels, channels, latent
 def test_too_few_channels_are_refused(channels, latent_channels, groups, message):
     with pytest.raises(InputError, match=message):
         build_autoencoder(config(channels, latent_channels, groups))
+
+
+def test_a_codec_is_trained_in_one_process(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "current_ranks", lambda _: Ranks(rank=1, size=2))
+    resolved = load_config("mini/codec", CodecConfig)
+    with pytest.raises(InputError, match="start it without torchrun"):
+        autoencoder.train_codec_on(resolved, image_folder, basedir=None, output=tmp_path / "codec")
+
+
+def test_a_state_of_another_run_is_not_continued(image_folder, tmp_path):
+    settings = [
+        "schedule.steps=1", "schedule.crop_size=16", "image.size=32", "schedule.batch_size=2",
+        "runtime.device=cpu",
+    ]  # fmt: skip
+    options = {"basedir": None, "output": tmp_path / "codec"}
+    first = load_config("mini/codec", CodecConfig, overrides=settings)
+    autoencoder.train_codec_on(first, image_folder, **options)
+    (tmp_path / "codec" / "run.json").unlink()
+    other = load_config("mini/codec", CodecConfig, overrides=[*settings, "runtime.seed=5"])
+    with pytest.raises(InputError, match="is of another run"):
+        autoencoder.train_codec_on(other, image_folder, **options)

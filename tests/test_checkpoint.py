@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import struct
 
@@ -7,13 +8,14 @@ import torch
 from conftest import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame
 from torchvision.models import convnext_tiny
 
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.models import checkpoint as ckpt
+from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.convert import convert_reference, rename
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
@@ -21,6 +23,8 @@ from lcmem_cli.engine.models.siamese import (
     normalise,
     optimise_for_inference,
 )
+from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.training import stages
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +195,8 @@ def test_any_header_is_refused_without_a_traceback(tmp_path_factory, value):
 
 def test_sample_normalisation_is_as_stated():
     latents = torch.randn(2, 3, 8, 8) * 7 + 4
-    latents[1, 2] = 5.0  # a constant channel
+    latents[1, 2] = 3.3  # a constant channel; its mean in float32 is not 3.3
+    assert latents[1, 2].mean() != 3.3
     done = normalise(latents, "sample")
     np.testing.assert_allclose(done.mean(dim=(2, 3)), 0, atol=1e-6)
     expected = torch.full((2, 3), 0.5)
@@ -233,3 +238,55 @@ def test_folding_for_inference_changes_no_feature(
         assert folded is network and not norms
     else:
         assert len(left) == num_left < len(norms)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fingerprint", 5), ("achieved_fpr", "x"), ("num_negatives", "many"), ("value", [1]),
+        ("kind", ["a"]), ("rate", None), ("more", 1),
+    ],
+)  # fmt: skip
+def test_thresholds_of_another_type_are_refused(tmp_path, field, value):
+    path = tmp_path / "c.safetensors"
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=3, num_features=4, input_size=32, normalisation="none"
+    )
+    saved = ckpt.save_checkpoint(path, random_checkpoint(spec, load_codec("none"), image_size=32))
+    threshold = Threshold(
+        value=0.5, kind="fpr", rate=0.01, fingerprint=saved.fingerprint, fitted_on="x",
+        num_positives=1, num_negatives=200, achieved_fpr=0.01, achieved_recall=None,
+    )  # fmt: skip
+    ckpt.save_checkpoint(path, dataclasses.replace(saved, thresholds=(threshold,)))
+    assert ckpt.load_checkpoint(path).thresholds == (threshold,)
+    header = ckpt.read_header(path)
+    header["thresholds"][0][field] = value
+    save_file(load_file(path), path, metadata={"lcmem": json.dumps(header)})
+    with pytest.raises(LcmemError):
+        ckpt.load_checkpoint(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=3, num_features=4, input_size=32, normalisation="none"
+    )
+    made = random_checkpoint(spec, load_codec("none"), image_size=32)
+    deep: dict = {}
+    for _ in range(80):
+        deep = {"in": deep}
+    for wrong in ({"image_size": 80_000}, {"training": deep}):
+        with pytest.raises(CheckpointError, match="not written"):
+            ckpt.save_checkpoint(tmp_path / "c.safetensors", dataclasses.replace(made, **wrong))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_line_of_ancestors_is_cut():
+    training: dict = {"epoch": 0}
+    for number in range(1, 60):
+        before = {"fingerprint": str(number), "training": training}
+        training = {"epoch": number, "started_from": before}
+        training = stages._history(training, 8)
+    seen = 0
+    while "started_from" in training:
+        training, seen = training["started_from"]["training"], seen + 1
+    assert seen == 8

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcmem_cli.engine import config as cfg
-from lcmem_cli.engine.errors import ConfigError, InputError
+from lcmem_cli.engine.errors import ConfigError, InputError, nearest
 
 
 @pytest.mark.parametrize("name", sorted(cfg.shipped_configs()))
@@ -85,6 +85,12 @@ def test_command_line_wins_over_file_over_default(tmp_path):
 def test_a_config_of_another_kind_is_refused():
     with pytest.raises(ConfigError, match="the file says 'finetune'"):
         cfg.load_config("finetune", cfg.Stage1Config)
+
+
+def test_a_long_list_of_names_is_cut():
+    said = nearest("?", [f"name{number:04d}" for number in range(2000)])
+    assert len(said) < 500 and "2,000 in all" in said
+    assert nearest("?", ["b", "a"]) == "valid: a, b"
 
 
 def test_an_unknown_name_lists_the_nearest():

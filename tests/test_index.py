@@ -5,6 +5,7 @@ import pytest
 from conftest import Listener, draw_identity
 
 from lcmem_cli import Index, load_detector
+from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import (
     CorruptFileError,
     FingerprintMismatchError,
@@ -12,6 +13,7 @@ from lcmem_cli.engine.errors import (
     UnreadableLimitError,
 )
 from lcmem_cli.engine.evaluation import indexing
+from lcmem_cli.engine.evaluation.audit_sets import list_set
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
 
 
@@ -148,15 +150,15 @@ def test_features_of_another_kind_and_an_empty_index_are_refused(tmp_path, detec
     index = Index.create(tmp_path, detector="ncc", fingerprint=detector.fingerprint)
     with pytest.raises(InputError, match="empty"):
         index.search(detector, np.zeros((1, 4), np.float32), 1)
-    index.append([("a", "a", "0")], ["0"], np.zeros((1, 4), np.float32))
+    index.append([("a", "a", "0", None)], ["0"], np.zeros((1, 4), np.float32))
     with pytest.raises(InputError, match="4 numbers"):
-        index.append([("b", "b", "1")], ["1"], np.zeros((1, 5), np.float32))
+        index.append([("b", "b", "1", None)], ["1"], np.zeros((1, 5), np.float32))
 
 
 def test_names_need_not_be_text(tmp_path, detector):
     name = b"caf\xe9'\n\".png".decode("utf-8", "surrogateescape")
     index = Index.create(tmp_path, detector="ncc", fingerprint=detector.fingerprint)
-    index.append([(name, "a", "0")], ["0"], np.zeros((1, 4), np.float32))
+    index.append([(name, "a", "0", None)], ["0"], np.zeros((1, 4), np.float32))
     assert Index.open(tmp_path).entries[0].path == name
 
 
@@ -184,3 +186,15 @@ def test_an_approximate_query_finds_the_image_itself(run_cli, image_folder, tmp_
         "best match found for 100.0%"
         in run_cli("index", "query", index, asked, "--approximate").stdout
     )
+
+
+def test_equal_ids_of_two_data_sets_stay_two_identities(image_folder, tmp_path, detector):
+    lines = ["path,id,Split,ds_name"]
+    for record in load_manifest(image_folder).records:
+        lines.append(f"{record.path},7,TRAIN,{'ab'[record.id > 'id05']}")
+    filelist = image_folder / "two.csv"
+    filelist.write_text("\n".join(lines))
+    add_to_index(filelist, tmp_path / "index", detector)
+    listed, indexed = (list_set(s, what="training") for s in (filelist, tmp_path / "index"))
+    assert [r.identity for r in indexed.records] == [r.identity for r in listed.records]
+    assert len({r.identity for r in indexed.records}) == 2

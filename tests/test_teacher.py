@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import normalize as torchvision_normalise
 
@@ -104,6 +104,27 @@ def test_a_saved_teacher_is_read_back(teacher, image_folder, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="not a teacher"):
         Teacher.load(tmp_path / "bad.safetensors")
+    for _ in range(6):  # a run that uses a teacher is known by the bytes of its file
+        fitted.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (
+            tmp_path / "teacher.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None, "[]", "[" * 5000, '{"backbones": []}',
+        '{"backbones": ["resnet10t"], "inner_stride": null, "inner_bands": "x"}',
+        '{"backbones": "resnet10t", "inner_stride": null, "inner_bands": null}',
+    ],
+)  # fmt: skip
+def test_a_teacher_with_another_header_is_refused(header, tmp_path):
+    tensors = {"mean": torch.zeros(2), "projection": torch.zeros(3, 2), "start": torch.zeros(3, 2)}
+    metadata = {} if header is None else {"teacher": header}
+    save_file(tensors, tmp_path / "t.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match="not a teacher"):
+        Teacher.load(tmp_path / "t.safetensors")
 
 
 def test_weights_of_another_model_are_refused(weights):
@@ -187,7 +208,7 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "--set=optimiser.freeze_statistics=true", "--set=schedule.epochs=1",
         "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
     ]  # fmt: skip
-    run_cli(
+    stage1 = (
         "train-stage1", "--latents", tmp_path / "latents", "--filelist", image_folder,
         "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
@@ -197,12 +218,14 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
         "--set=network.align_altered=strong",
         f'--set=retention.panel={{resnet10t="{weights}"}}', *common,
     )  # fmt: skip
-    run_cli(
+    run_cli(*stage1)
+    tuned_by = (
         "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,
         "-o", tmp_path / "tuned", "--set=image.size=48", "--set=sampling.passes_per_epoch=2",
         "--set=augmentation.working_size=64", "--set=schedule.keep=last",
         "--set=schedule.patience=0", *common, "--set=schedule.epochs=2",
     )  # fmt: skip
+    run_cli(*tuned_by)
     for stage in ("stage1", "tuned"):
         history = json.loads((tmp_path / stage / "training.json").read_text())["history"]
         assert history[0]["train_retention"] > 0
@@ -219,7 +242,22 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
     key = "backbone.trunk.layer1.0.bn1.running_mean"
     assert torch.equal(first.network_state[key], tuned.network_state[key])
     assert not torch.equal(first.network_state["head.weight"], tuned.network_state["head.weight"])
-    (tmp_path / "stage1" / "teacher.safetensors").unlink()
+    teacher = tmp_path / "stage1" / "teacher.safetensors"
+    known = teacher.read_bytes()
+    run_cli(*stage1, "--resume")  # finished: nothing is made anew that the next stage is known by
+    assert teacher.read_bytes() == known
+    run_cli(*tuned_by, "--resume")
+    tensors = load_file(teacher)
+    tensors["projection"] = tensors["projection"][:5].contiguous()
+    header = {"backbones": ["resnet10t"] * 2, "inner_stride": 16, "inner_bands": 2}
+    narrow = tmp_path / "narrow.safetensors"
+    save_file(tensors, narrow, metadata={"teacher": json.dumps(header)})
+    refused = run_cli(
+        "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,
+        "-o", tmp_path / "other", *common, f"--set=retention.teacher={narrow}", exit_code=2,
+    )  # fmt: skip
+    assert "a teacher of networks with 5 features, not 16" in refused.stderr
+    teacher.unlink()
     refused = run_cli(
         "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,
         "-o", tmp_path / "again", *common, exit_code=2,

@@ -94,7 +94,11 @@ def train_stage1(
         resolved,
         output=output,
         store=None if latents is None else LatentStore.open(latents),
-        manifest=None if filelist is None else load_manifest(filelist, basedir=basedir),
+        manifest=(
+            None
+            if filelist is None
+            else load_manifest(filelist, basedir=basedir, max_missing=max_unreadable)
+        ),
         resume=resume,
         max_unreadable=max_unreadable,
         reporter=render.reporter(),
@@ -128,7 +132,7 @@ def finetune(
     result = run(
         resolved,
         checkpoint=checkpoint,
-        manifest=load_manifest(filelist, basedir=basedir),
+        manifest=load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
         output=output,
         codec=codec,
         resume=resume,

@@ -48,10 +48,11 @@ from lcmem_cli.engine.training.stages import (
     check_store,
     embeddable_codec,
     finetune_network,
+    load_teacher,
     stage1_network,
     teacher_file,
 )
-from lcmem_cli.engine.training.teacher import Teacher, load_pretrained
+from lcmem_cli.engine.training.teacher import load_pretrained
 from lcmem_cli.engine.training.trackers import check_trackers
 
 Level = Literal["problem", "warning", "fine"]
@@ -434,13 +435,13 @@ class _Check:
             )  # fmt: skip
         if path is None or start is None:
             return 0
-        if config.retention.weight:
-            with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
-                Teacher.load(teacher_file(config, path))
         with self.guard("network", "leave image.size unset to use the checkpoint's"):
             built = finetune_network(config, start, source=str(path))
             count = sum(value.numel() for value in built.parameters())
             self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
+            if config.retention.weight:
+                with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
+                    load_teacher(teacher_file(config, path), built)
             return count
         return 0
 
@@ -452,8 +453,10 @@ class _Check:
                 counts[split] = sum(record.split == split for record in manifest.records)
         with self.guard("inputs", "change the config, or the splits of the filelist"):
             autoencoder.check_inputs(config, counts["TRAIN"], counts["VAL"])
-        model = autoencoder.build_autoencoder(config)
-        return sum(value.numel() for value in model.parameters())
+        with self.guard("network", "change the section [model]"):
+            model = autoencoder.build_autoencoder(config)
+            return sum(value.numel() for value in model.parameters())
+        return 0
 
     def fit(
         self,

@@ -93,6 +93,9 @@ class MissingExtraError(InputError):
         )
 
 
+_MOST_NAMES = 30
+
+
 def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     """Return a sentence that names the valid choices nearest to a mistyped name.
 
@@ -102,10 +105,12 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
         limit: the most names to list.
 
     Returns:
-        For example ``"did you mean 'ncc'?"``, or the full list if nothing is near.
+        For example ``"did you mean 'ncc'?"``, or the list, cut where it is long, if nothing is
+        near.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    return "valid: " + ", ".join(names)
+    more = f", … ({len(names):,} in all)" if len(names) > _MOST_NAMES else ""
+    return "valid: " + ", ".join(names[:_MOST_NAMES]) + more

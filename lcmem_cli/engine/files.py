@@ -186,8 +186,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         for pattern in (f"{_TEMPORARY}*.tmp", f"*/{_TEMPORARY}*.tmp"):
             for left in folder.glob(pattern):
-                with contextlib.suppress(OSError):
-                    left.unlink()
+                own = left.parent == folder or not (left.parent / LOCK_NAME).exists()
+                if own:  # the writer of another folder may be at work
+                    with contextlib.suppress(OSError):
+                        left.unlink()
         yield
     finally:
         lock.release()

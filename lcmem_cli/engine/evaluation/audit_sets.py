@@ -142,7 +142,7 @@ def list_set(
             what=what,
             source=str(source.folder),
             folder=Path("/"),
-            records=[Record(path=entry.path, id=entry.id) for entry in entries],
+            records=[Record(path=e.path, id=e.id, ds_name=e.ds_name) for e in entries],
             files=[Path(entry.path) for entry in entries],
             index=source,
         )

@@ -166,13 +166,14 @@ def _add(
         )
         found = zip(embedded.rows, embedded.content_hashes, strict=True)
         made = dict(zip(missing, found, strict=True))
-        images: list[tuple[str, str, str]] = []
+        images: list[tuple[str, str, str, str | None]] = []
         fresh: dict[str, int] = {}
         for number in part:
             row, content = made.get(number, (-1, contents[number]))
             if content is None or (row < 0 and content not in index):
                 continue
-            images.append((str(paths[number]), manifest.records[number].id, content))
+            record = manifest.records[number]
+            images.append((str(paths[number]), record.id, content, record.ds_name))
             if content not in index:
                 fresh.setdefault(content, int(row))
         if ranks.is_main and images:

@@ -163,6 +163,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     Args:
         path: target, by convention ``*.safetensors``.
         checkpoint: what to write; its fingerprint is computed here.
+
+    Raises:
+        CheckpointError: ``load_checkpoint`` would refuse it.
     """
     from safetensors.torch import save_file
 
@@ -181,8 +184,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,
     }
+    text = json.dumps(header, sort_keys=True)
+    try:
+        _check_header(json.loads(text))
+        if _is_deeper_than(header, MAX_HEADER_DEPTH) or len(text) > MAX_HEADER_BYTES // 4:
+            raise ValueError("what it tells of its training is too long")
+    except ValueError as error:  # before the work is lost in a file that cannot be read
+        raise CheckpointError(f"{path}: not written: {error}") from error
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+        save_file(tensors, temporary, metadata={HEADER_KEY: text})
     return checkpoint
 
 
@@ -287,8 +297,8 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not of the type that it must have")
     if header["stage"] not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}")
-    for threshold in header["thresholds"]:
-        Threshold.from_dict(threshold)
+    thresholds = json.dumps(header["thresholds"]).encode()
+    TypeAdapter(list[Threshold]).validate_json(thresholds, strict=True)
     network, codec = header["network"], header["codec"]
     for name, value, highest in (
         ("image_size", header["image_size"], MAX_SIDE),

@@ -21,6 +21,7 @@ Normalisation = Literal["sample", "dataset", "none", "imagenet"]
 
 STD_FLOOR_SAMPLE = 1e-8
 STD_FLOOR_DATASET = 1e-12
+_ROUNDING = 1e-6
 TARGET_STD = 0.5
 _LEVEL_FLOOR = 0.01
 """Keeps the slope of the square root and of the logarithm finite where a channel is silent."""
@@ -98,7 +99,11 @@ def normalise(
         centred = latents - latents.mean(dim=(2, 3), keepdim=True)
         count = latents.shape[2] * latents.shape[3]
         variance = centred.square().sum(dim=(2, 3), keepdim=True) / max(count - 1, 1)
-        return centred / variance.sqrt().clamp_min(STD_FLOOR_SAMPLE) * TARGET_STD
+        std = variance.sqrt()
+        # The mean of one value is not always that value: what is left is rounding.
+        constant = std <= _ROUNDING * latents.abs().amax(dim=(2, 3), keepdim=True)
+        normal = centred / std.clamp_min(STD_FLOOR_SAMPLE) * TARGET_STD
+        return torch.where(constant, torch.zeros_like(normal), normal)
     if how == "imagenet":
         mean = latents.new_tensor(IMAGENET_MEAN)
         std = latents.new_tensor(IMAGENET_STD)
@@ -153,6 +158,8 @@ class SiameseNetwork(nn.Module):
     def features(self, inputs: torch.Tensor) -> torch.Tensor:
         """Embed what the backbone takes, ``[B, C, h, w]``, normalised and perhaps mirrored."""
         before: torch.Tensor = self.backbone(inputs)
+        if before.dtype in (torch.bfloat16, torch.float16):  # their sigmoid is 1 from 6 or so on
+            before = before.float()
         if self.spec.feature_rms is not None:
             before = F.normalize(before, dim=1) * (
                 self.spec.feature_rms * self.spec.num_features**0.5

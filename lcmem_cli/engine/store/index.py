@@ -48,6 +48,7 @@ class Entry(NamedTuple):
     id: str
     content_hash: str
     row: int
+    ds_name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,14 +167,14 @@ class Index:
 
     def append(
         self,
-        images: Sequence[tuple[str, str, str]],
+        images: Sequence[tuple[str, str, str, str | None]],
         new_hashes: Sequence[str],
         features: NDArray[Any],
     ) -> None:
         """Add images as one segment; the caller holds the folder's lock.
 
         Args:
-            images: ``(path, id, content hash)`` of each; the contents are known or new.
+            images: ``(path, id, content hash, data set)`` of each; the contents are known or new.
             new_hashes: contents that are not in the index yet.
             features: ``[len(new_hashes), d]``.
 
@@ -207,8 +208,8 @@ class Index:
             "sha256": hashlib.sha256(data).hexdigest(),
             "hashes": list(new_hashes),
             "entries": [
-                [path, identity, content, new_rows.get(content, self._row_of.get(content))]
-                for path, identity, content in images
+                [path, identity, content, new_rows.get(content, self._row_of.get(content)), ds_name]
+                for path, identity, content, ds_name in images
             ],
         }
         write_json(  # last, so that a listed segment is complete

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.distributed import resolve_device, resolve_workers
+from lcmem_cli.engine.distributed import current_ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, TrainingDivergedError
 from lcmem_cli.engine.files import naming_target, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
@@ -177,8 +177,11 @@ def train_codec_on(
     """Train a codec on the TRAIN images of a list; see ``train_codec``.
 
     Raises:
+        InputError: started as several processes.
         UnreadableLimitError: more unreadable images than tolerated.
     """
+    if current_ranks(config.runtime.device).size > 1:
+        raise InputError("train-codec runs in one process: start it without torchrun")
     manifest, unreadable = readable_part(
         load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
         config.runtime.num_workers,
@@ -389,6 +392,10 @@ class _CodecTrainer:
             return
         try:
             payload = read_state(path, self.device)
+            if payload["run_digest"] != self.run_digest:
+                raise InputError(
+                    f"{path}: is of another run (config or data); choose another folder"
+                )
             self.model.load_state_dict(payload["model"])
             self.adam.load_state_dict(payload["adam"])
             self.step, self.history = payload["step"], payload["history"]

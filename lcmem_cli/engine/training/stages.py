@@ -23,10 +23,10 @@ from lcmem_cli.engine.config import (
 )
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
-from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, LcmemError
-from lcmem_cli.engine.files import write_json
+from lcmem_cli.engine.files import sha256_file, write_json
 from lcmem_cli.engine.models.checkpoint import (
     MAX_EMBEDDED_CODEC_BYTES,
     Checkpoint,
@@ -69,6 +69,7 @@ from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
 _ALIGN_BATCH = 32
+_MAX_ANCESTORS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,12 +150,17 @@ def train_stage1(
 
     network = stage1_network(config, spec, size, store)
     check_input(network)
+    initial = _state_digest(network)
     teacher, retention = None, None
     if config.network.weights not in ("random", "timm"):
         pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
         other_input = copy_backbone(network, pretrained)
+        # What is fitted below rounds otherwise with other threads, so it does not name the run.
+        initial = _state_digest(network)
         if config.network.align_stem and other_input:
             assert store is not None and manifest is not None
+            files = map(Path, config.retention.panel.values())
+            initial = "/".join([initial, *map(sha256_file, files)])
             teacher, pooled = _fit_teacher(
                 config, pretrained, network, store, manifest,
                 known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
@@ -186,7 +192,7 @@ def train_stage1(
 
     return _run(
         config, "stage1", network.to(device), records, source, finish, output=output,
-        digest=f"{digest}/{_state_digest(network)}", resume=resume, ranks=ranks,
+        digest=f"{digest}/{initial}", resume=resume, ranks=ranks,
         evaluate_on=store if store is not None else manifest, unreadable=unreadable,
         teacher=teacher, retention=retention, reporter=reporter,
     )  # fmt: skip
@@ -236,12 +242,13 @@ def finetune(
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     if config.retention.weight:
         file = teacher_file(config, start_file)
-        teacher = Teacher.load(file).to(device)
+        teacher = load_teacher(file, network).to(device)
         train = manifest.select("TRAIN")
+        check_has_train(train.records)
         workers = resolve_workers(config.runtime.num_workers, ranks.size)
         pooled = teacher.pool(train.paths(), workers=workers, ranks=ranks, reporter=reporter)
         retention = _retention(config.retention, teacher, pooled, train.records)
-        digest = f"{digest}/{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        digest = f"{digest}/{sha256_file(file)}"
 
     def source(rows: list[int]) -> PairSource:
         return _image_source(config, manifest, rows, encoder, size, ranks)
@@ -258,7 +265,10 @@ def finetune(
             thresholds=(),
             training={
                 **_provenance(config, digest, outcome),
-                "started_from": {"fingerprint": start.fingerprint, "training": start.training},
+                "started_from": {
+                    "fingerprint": start.fingerprint,
+                    "training": _history(start.training, _MAX_ANCESTORS),
+                },
             },
         )
 
@@ -267,6 +277,15 @@ def finetune(
         digest=digest, resume=resume, ranks=ranks, evaluate_on=manifest, unreadable=unreadable,
         retention=retention, reporter=reporter,
     )  # fmt: skip
+
+
+def _history(training: dict[str, Any], generations: int) -> dict[str, Any]:
+    """Return how a checkpoint was trained, as far back as some generations of checkpoints."""
+    before = training.get("started_from")
+    if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
+        return training
+    older = {} if generations < 2 else _history(before["training"], generations - 1)
+    return {**training, "started_from": {**before, "training": older}}
 
 
 def check_stage1_inputs(config: Stage1Config, *, has_latents: bool, has_images: bool) -> None:
@@ -354,6 +373,33 @@ def finetune_network(config: FinetuneConfig, start: Checkpoint, *, source: str) 
 def teacher_file(config: FinetuneConfig, checkpoint: Path) -> Path:
     """Return the file of the teacher that holds the features."""
     return Path(config.retention.teacher or checkpoint.parent / TEACHER_NAME)
+
+
+def load_teacher(file: Path, network: SiameseNetwork) -> Teacher:
+    """Load the teacher that holds a network's features.
+
+    Raises:
+        InputError: no such file, or its targets have another width than the network's features.
+        CheckpointError: not a teacher's file.
+    """
+    teacher = Teacher.load(file)
+    width, wanted = teacher.projection.shape[0], network.spec.num_features
+    if width != wanted:
+        raise InputError(
+            f"{file}: a teacher of networks with {width} features, not {wanted}; name the one that "
+            "stage 1 wrote with --set retention.teacher=FILE"
+        )
+    return teacher
+
+
+def check_has_train(images: Sequence[Record] | Sequence[int]) -> None:
+    """Refuse a list without an image to train on.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not len(images):
+        raise InputError("no image has the split TRAIN, so there is nothing to train on")
 
 
 def _run(
@@ -505,10 +551,18 @@ def _fit_teacher(
     reporter: Reporter,
 ) -> tuple[Teacher, torch.Tensor]:
     """Fit a pretrained network's ends to latents; return its teacher and the TRAIN features."""
+    rows = store.select("TRAIN")
+    check_has_train(rows)
+    outside = paths_outside([store.records[row].path for row in rows], manifest.basedir)
+    if outside:
+        raise InputError(
+            f"{store.folder}: its images lie outside of {manifest.basedir}, the first is "
+            f"{outside[0]!r}; pass the --basedir that the latents were made with"
+        )
     seed, count = config.runtime.seed, config.network.align_stem
     workers = resolve_workers(config.runtime.num_workers, ranks.size)
     explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
-    paths = [manifest.basedir / store.records[row].path for row in store.select("TRAIN")]
+    paths = [manifest.basedir / store.records[row].path for row in rows]
     device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():
         teacher = Teacher.load(known).to(device)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -44,7 +45,17 @@ TEACHER_NAME = "teacher.safetensors"
 MIN_DATASET = 60
 """Images that a data set needs for its own standard deviations."""
 _BATCH = 32
-_MEAN, _PROJECTION, _START = "mean", "projection", "start"
+_MEAN, _PROJECTION, _START, _HEADER = "mean", "projection", "start", "teacher"
+
+
+class _Header(pydantic.BaseModel):
+    """What a teacher's file says about its tensors."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    backbones: list[str] = pydantic.Field(min_length=1)
+    inner_stride: int | None
+    inner_bands: int | None
 
 
 def load_pretrained(backbone: str, path: Path) -> nn.Module:
@@ -305,13 +316,14 @@ class Teacher:
             _PROJECTION: self.projection.contiguous(),
             _START: self.start.contiguous(),
         }
-        metadata = {
-            "backbones": json.dumps([member.backbone for member in self.members]),
-            "inner_stride": json.dumps(self.members[0].inner_stride),
-            "inner_bands": json.dumps(self.members[0].inner_bands),
+        header = {
+            "backbones": [member.backbone for member in self.members],
+            "inner_stride": self.members[0].inner_stride,
+            "inner_bands": self.members[0].inner_bands,
         }
+        # One key: safetensors writes several in any order, and a run is known by the file's hash.
         with atomic_path(path) as temporary:
-            save_file(tensors, str(temporary), metadata=metadata)
+            save_file(tensors, str(temporary), metadata={_HEADER: json.dumps(header)})
 
     @staticmethod
     def load(path: Path) -> Teacher:
@@ -332,21 +344,21 @@ class Teacher:
             )
         try:
             with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
+                header = _Header.model_validate_json((file.metadata() or {})[_HEADER])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            names = [resolve_backbone(name) for name in json.loads(metadata["backbones"])]
-            inner_stride = json.loads(metadata.get("inner_stride", "null"))
-            inner_bands = json.loads(metadata.get("inner_bands", "null"))
             mean, projection, start = (tensors.pop(k) for k in (_MEAN, _PROJECTION, _START))
+            if projection.ndim != 2 or mean.shape != projection.shape[1:]:
+                raise ValueError("mean and projection do not fit")
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a teacher's file: {error}") from error
+        names = [resolve_backbone(name) for name in header.backbones]
         members = []
         for number, name in enumerate(names):
             model: nn.Module = timm.create_model(name, pretrained=False)
             prefix = f"{number}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_strictly(model, state, source=f"{path}, {name}")
-            members.append(Member.of(name, model, inner_stride, inner_bands))
+            members.append(Member.of(name, model, header.inner_stride, header.inner_bands))
         return Teacher(tuple(members), mean, projection, start)
 
 
