@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 
 def main() -> None:
     """Run the command line."""
     from lcmem_cli.cli import interrupts
 
     interrupts.install()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not fit a terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from lcmem_cli.cli.app import app
 
     app(prog_name="lcmem")

@@ -85,7 +85,7 @@ def test_planted_copies_are_flagged_beside_their_originals(sets):
     assert false <= binom.ppf(0.9999, 30, 0.05)
     assert result.num_flagged == 5 + false
     assert result.confidence_interval == clopper_pearson(result.num_flagged, 35)
-    assert result.statement.startswith(f"{result.num_flagged} of 35 generated images match ")
+    assert result.statement.startswith(f"{result.num_flagged} of 35 generated images (")
     assert "at a false-positive rate of 5 % per image" in result.statement
     assert [item.count for item in result.most_copied][:5] == [1] * 5
     assert result.metrics.copying is not None
@@ -239,6 +239,48 @@ def test_same_picture_tells_resaved_from_merely_alike(tmp_path):
     assert not same_picture(tmp_path / "a.png", tmp_path / "missing.png")
 
 
+def test_generated_images_among_the_held_out_do_not_hide_themselves(sets, tmp_path):
+    with pytest.raises(InputError, match="every held-out image is among the generated ones"):
+        run(sets, held_out=sets / "generated")
+    shutil.copytree(sets / "held-out", tmp_path / "mixed")
+    for path in (sets / "generated").iterdir():
+        shutil.copy(path, tmp_path / "mixed" / f"again-{path.name}")
+    mixed, clean = run(sets, held_out=tmp_path / "mixed"), run(sets)
+    assert mixed.flagged == clean.flagged
+    assert mixed.null.num_scores == clean.null.num_scores
+    assert any("taken out of the null: 35 held-out images" in w for w in mixed.warnings)
+    assert not any("among the generated" in w.lower() for w in clean.warnings)
+
+
+def test_what_makes_a_finding_worth_little_is_said(sets, tmp_path):
+    def warned(result, text):
+        return any(text in warning for warning in result.warnings)
+
+    for number in range(4):
+        folder = tmp_path / "people" / f"p{number}"
+        save_all(folder, range(10 * number, 10 * number + 10))
+    own = "counts as an identity of its own"
+    assert warned(run(sets, held_out=None), own) and not warned(run(sets), own)
+    people = audit(sets / "generated", tmp_path / "people", fpr=0.05, detector=SmallCorrelation())
+    assert not warned(people, own)
+    (tmp_path / "noise").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / f"{number}.png")
+    noise = audit(
+        tmp_path / "noise", sets / "train", held_out=sets / "held-out", fpr=0.05,
+        detector=SmallCorrelation(),
+    )  # fmt: skip
+    assert warned(noise, "of another kind than the real images")
+    assert not warned(run(sets), "of another kind than the real images")
+    itself = audit(
+        sets / "train", sets / "train", held_out=sets / "held-out", fpr=0.05,
+        detector=SmallCorrelation(),
+    )  # fmt: skip
+    assert warned(itself, "are the same images")
+
+
 def test_unreadable_images_are_named_and_limited(sets, tmp_path):
     shutil.copytree(sets, tmp_path / "sets")
     (tmp_path / "sets" / "generated" / "broken.png").write_bytes(b"not an image")
@@ -378,7 +420,7 @@ def test_one_generated_and_one_training_image(tmp_path):
     save_all(tmp_path / "generated", [2])
     save_all(tmp_path / "held-out", range(100, 130))
     result = run(tmp_path, output=tmp_path / "out")
-    assert " of 1 generated image match" in result.statement
+    assert " of 1 generated image (" in result.statement
     assert result.num_queries == 1 and len(result.matches) == 1
     assert result.metrics.auth_pct is None and result.metrics.generated_ratio is None
     assert result.metrics.share_small_ratio is None
@@ -624,7 +666,8 @@ def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tm
     ]  # fmt: skip
     failed = command(*arguments, "0.1")
     assert failed.exit_code == 3, failed.output
-    assert "generated images match a training image" in failed.stdout
+    assert "match a training image more closely than held-out" in failed.stdout
+    assert "Detector ncc, flagged: score over 0." in failed.stdout
     assert "Gate failed: more than 10 % of the images are flagged." in failed.stdout
     passed = command(*arguments, "0.9")
     assert passed.exit_code == 0, passed.output

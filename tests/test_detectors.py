@@ -654,3 +654,35 @@ def test_onnx_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
     onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
     with pytest.raises(CheckpointError, match="must be inside the file"):
         load_detector(f"onnx:{path}")
+
+
+def test_one_image_is_embedded_and_a_list_of_tensors_is_refused(tmp_path):
+    detector = load_detector("ncc", input_size=16)
+    image = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    image.save(tmp_path / "a.png")
+    several = detector.embed([image])
+    for one in (image, tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(detector.embed(one), several)
+    with pytest.raises(InputError, match="not a list of Tensor"):
+        detector.embed([torch.zeros(3, 8, 8)])
+
+
+def test_infer_scores_with_any_detector(run_cli, image_folder, tmp_path):
+    pair = (image_folder / "id03" / "0.png", image_folder / "id03" / "1.png")
+    scored = json.loads(run_cli("infer", *pair, "--detector", "ncc", "--json").stdout)
+    assert scored["detector"] == "ncc" and scored["threshold"] is None
+    assert scored["pairs"][0]["score"] == pytest.approx(load_detector("ncc").score(*pair))
+    both = ("--detector", "ncc", "--checkpoint", "embedded")
+    assert "does not go with" in run_cli("infer", *pair, *both, exit_code=2).stderr
+    hint = run_cli("infer", *pair, "--detector", "my.safetensors", exit_code=2).stderr
+    assert "lcmem:my.safetensors" in hint
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    done = run_cli(
+        "infer", pair[0], bad, "--detector", "ncc", "--max-unreadable", 1,
+        "--save", tmp_path / "pair.png",
+    )  # fmt: skip
+    assert "none: an image cannot be read" in done.stdout and "unreadable" in done.stdout
+    assert not (tmp_path / "pair.png").exists()
+    wrong = run_cli("infer", *pair, "--detector", "ncc", "--save", tmp_path / "p.jpg", exit_code=2)
+    assert "ends in .png" in wrong.stderr

@@ -141,6 +141,9 @@ def _show(result: AuditResult, output: Path) -> None:
 
     render.line(result.statement)
     render.line(result.verdict)
+    over = result.rule.threshold
+    limit = "" if over is None else f", flagged: score over {over:.4f}"
+    render.line(f"Detector {result.detector}{limit}.")
     if result.num_flagged:
         render.line(
             f"Exposed: {counted(result.num_exposed_images, 'training image')} of "

@@ -39,6 +39,6 @@ def demo(
         render.line(f"  flagged besides: {', '.join(others) if others else 'none'}")
         render.line()
         render.line(f"Look at   {result.report}")
-        render.line("Next      lcmem audit YOUR_GENERATED --against YOUR_TRAINING -o audit")
+        render.line("Next      lcmem audit GENERATED --against TRAINING --held-out REAL -o audit")
 
     render.emit(result, as_json=as_json, human=human)

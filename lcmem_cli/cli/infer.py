@@ -27,6 +27,10 @@ def infer(
         typer.Option("--pairs", help="CSV with path_a,path_b, instead of two images."),
     ] = None,
     checkpoint: CheckpointOption = None,
+    detector: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--detector", help="Another detector than a checkpoint's, such as joint."),
+    ] = None,
     codec: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
@@ -51,7 +55,11 @@ def infer(
     if save is not None and pairs is not None:
         raise typer.BadParameter("--save draws two images; it does not go with --pairs")
 
+    if detector is not None and (checkpoint or codec):
+        raise typer.BadParameter("--detector does not go with --checkpoint or --codec")
+
     from lcmem_cli.engine.detectors.base import Detector
+    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
     from lcmem_cli.engine.evaluation.inference import (
         read_pairs,
         save_picture,
@@ -61,11 +69,17 @@ def infer(
     from lcmem_cli.engine.models.codec import PIXELS
 
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
-    detector = Detector.load(checkpoint, codec=codec, device=device.value)
-    if detector.checkpoint.codec.name != PIXELS:  # pixels need nothing of diffusers
-        startup.lighten_diffusers()
+    chosen: Detector
+    if detector is None:
+        chosen = Detector.load(checkpoint, codec=codec, device=device.value)
+    else:
+        from lcmem_cli.engine.detectors.registry import load_detector
+
+        chosen = load_detector(detector, device=device.value)
+    if isinstance(chosen, LCMemDetector) and chosen.checkpoint.codec.name != PIXELS:
+        startup.lighten_diffusers()  # pixels need nothing of it
     result = score_pairs(
-        detector,
+        chosen,
         wanted,
         threshold=threshold,
         batch_size=batch_size,
@@ -88,7 +102,8 @@ def infer(
             ]
             render.table(["image a", "image b", "score", "verdict"], rows)
         if result.threshold is None:
-            render.line("threshold  none: this checkpoint has no fitted one (lcmem calibrate)")
+            way = "lcmem calibrate" if detector is None else "lcmem benchmark"
+            render.line(f"threshold  none: {result.detector} has no fitted one ({way} fits some)")
         else:
             t = result.threshold
             render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")

@@ -71,7 +71,7 @@ ApproximateOption = Annotated[
     typer.Option(
         "--approximate",
         help="Find candidates with faiss and score them exactly: faster on millions of images, "
-        "but a match can be missed. Needs the extra [search].",
+        "but a match can be missed. Needs the extra search.",
     ),
 ]
 MaxUnreadableOption = Annotated[

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import io
 import json
+import os
 import sys
 import time
 import warnings
@@ -62,7 +63,7 @@ def error(message: str) -> None:
     if settings.log_format is LogFormat.JSON:
         _log_line("error", "error", message=message)
     else:
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
         typer.echo(_printable(message), err=True)
 
 
@@ -135,6 +136,11 @@ def reporter() -> Reporter:
     if settings.quiet:
         return _WarningsOnly()
     return _RichReporter() if sys.stderr.isatty() else _PlainReporter()
+
+
+def _color() -> bool | None:
+    """Return False where the user wants none (no-color.org), else leave it to the stream."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def _printable(text: str) -> str:
@@ -216,7 +222,7 @@ class _WarningsOnly(Reporter):
     """Warnings are part of the truth of a result, so ``--quiet`` keeps them."""
 
     def warn(self, message: str) -> None:
-        typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False, err=True)
+        typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False, err=True, color=_color())
         typer.echo(_printable(message), err=True)
 
 

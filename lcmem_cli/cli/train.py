@@ -46,8 +46,9 @@ def train_codec(
     from lcmem_cli.engine.config import CodecConfig, load_config
     from lcmem_cli.engine.training.autoencoder import train_codec_on
 
+    resolved = load_config(config or "mini/codec", CodecConfig, overrides=overrides or [])
     result = train_codec_on(
-        load_config(config or "mini/codec", CodecConfig, overrides=overrides or []),
+        resolved,
         filelist,
         basedir=basedir,
         output=output,
@@ -63,7 +64,10 @@ def train_codec(
             f"VAL error  {result.val_mean_absolute_error:.4f} mean absolute, "
             f"{result.val_psnr:.1f} dB PSNR"
         )
-        render.line(f"next       lcmem latents --codec {result.codec.name} --filelist {filelist}")
+        render.line(
+            f"next       lcmem latents --codec {result.codec.name} --filelist {filelist} "
+            f"--size {resolved.image.size} -o latents"
+        )
 
     render.emit(result, as_json=as_json, human=human)
 

@@ -401,6 +401,12 @@ class _Check:
         self, config: Stage1Config, spec: CodecSpec, store: LatentStore | None
     ) -> int:
         random = config.network.model_copy(update={"weights": "random"})
+        if store is None and config.network.normalisation == "dataset":
+            self.add(
+                "network", "warning", "not tried: its normalisation is by statistics of latents",
+                "pass --latents too",
+            )  # fmt: skip
+            return 0
         size = config.image.size if store is None else store.image_size
         with self.guard("network", "choose another image.size or network.backbone"):
             built = stage1_network(config.model_copy(update={"network": random}), spec, size, store)

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -462,7 +462,7 @@ def load_config(name: str, kind: type[ConfigT], *, overrides: Sequence[str] = ()
     path = find_config(name)
     config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
     if not isinstance(config, kind):
-        wanted = kind.model_fields["kind"].annotation
+        wanted = " or ".join(get_args(kind.model_fields["kind"].annotation))
         raise ConfigError(
             str(path), [f"kind: this command needs {wanted}, the file says '{config.kind}'"]
         )

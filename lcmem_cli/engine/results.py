@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from lcmem_cli.engine.errors import FingerprintMismatchError, InputError
+from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
 from lcmem_cli.engine.files import jsonable
 
 SCHEMA_VERSION = 1
+_SHOWN_UNREADABLE = 10
 
 
 class Result:
@@ -97,3 +99,20 @@ class Threshold:
             return cls(**values)
         except TypeError as error:
             raise InputError(f"not a threshold: {error}") from error
+
+
+def check_unreadable(unreadable: Sequence[Unreadable], limit: int | None) -> None:
+    """Fail when more images than allowed could not be read.
+
+    Raises:
+        UnreadableLimitError: naming the first of them.
+    """
+    if limit is None or len(unreadable) <= limit:
+        return
+    shown = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:_SHOWN_UNREADABLE])
+    more = len(unreadable) - _SHOWN_UNREADABLE
+    images = "1 image" if len(unreadable) == 1 else f"{len(unreadable):,} images"
+    raise UnreadableLimitError(
+        f"{images} could not be read, --max-unreadable allows {limit}:{shown}"
+        + (f"\n  and {more} more" if more > 0 else "")
+    )

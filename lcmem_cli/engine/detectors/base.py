@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from lcmem_cli.engine.data.images import load_image, to_tensor, upright_rgb
 from lcmem_cli.engine.errors import InputError
@@ -17,13 +18,13 @@ from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 
-    Images = Sequence[Image.Image | str | Path] | torch.Tensor
+    Images = Sequence[Image.Image | str | Path] | Image.Image | str | Path | torch.Tensor
 
 FloatArray = NDArray[np.floating[Any]]
+
+_BLOCK_BYTES = 32 << 20
 
 
 class Detector(abc.ABC):
@@ -91,7 +92,7 @@ class Detector(abc.ABC):
         """Embed images.
 
         Args:
-            images: a list of PIL images (of any mode) or paths, or a float tensor
+            images: a list of PIL images (of any mode) or paths, one of them, or a float tensor
                 ``[n, 3, H, W]`` in [0, 1].
             batch_size: images per network call; the result does not depend on it.
 
@@ -102,6 +103,8 @@ class Detector(abc.ABC):
             InputError: the tensor has another shape, type or range.
             UnreadableImageError: a path cannot be decoded.
         """
+        if isinstance(images, (str, Path, Image.Image)):
+            images = [images]
         num_images = len(images)
         rows = []
         for start in range(0, num_images, batch_size):
@@ -143,6 +146,11 @@ class Detector(abc.ABC):
     def _tensor(self, image: Image.Image | str | Path) -> torch.Tensor:
         if isinstance(image, (str, Path)):
             return to_tensor(load_image(Path(image)), self.input_size)
+        if not isinstance(image, Image.Image):
+            raise InputError(
+                f"expected PIL images, paths, or one tensor [n, 3, H, W], not a list of "
+                f"{type(image).__name__}"
+            )
         return to_tensor(upright_rgb(image), self.input_size)
 
 
@@ -188,3 +196,37 @@ def check_batch(batch: torch.Tensor) -> torch.Tensor:
     if not (-1e-4 <= low and high <= 1 + 1e-4):  # also false for NaN
         raise InputError(f"image values must lie in [0, 1], not [{low:.4g}, {high:.4g}]")
     return batch.clamp(0, 1)
+
+
+def score_listed(
+    detector: Detector,
+    features: NDArray[Any],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    others: NDArray[Any] | None = None,
+) -> NDArray[np.float64]:
+    """Score pairs of feature rows, some megabytes at a time.
+
+    Args:
+        detector: what scores.
+        features: ``[d, k]``, perhaps a memory map.
+        first: ``[n]`` feature row of each first image, or -1 where it is unreadable.
+        second: ``[n]`` the same for the second image.
+        others: ``[e, k]`` features of the second images, where they are not the same.
+
+    Returns:
+        ``[n]``; NaN where an image is unreadable.
+    """
+    others = features if others is None else others
+    scores = np.full(len(first), np.nan)
+    usable = np.flatnonzero((first >= 0) & (second >= 0))
+    block = _rows_per_block(features)
+    for start in range(0, len(usable), block):
+        part = usable[start : start + block]
+        scores[part] = detector.score_features(features[first[part]], others[second[part]])
+    return scores
+
+
+def _rows_per_block(features: NDArray[Any]) -> int:
+    row_bytes = max(1, features.shape[1] * features.itemsize)
+    return int(np.clip(_BLOCK_BYTES // row_bytes, 16, 2048))

@@ -159,6 +159,8 @@ def check_name(name: str) -> tuple[DetectorKind, str, dict[str, Any]]:
     """
     parsed = parse_name(name)
     known = detectors()
+    if parsed.kind not in known and name.endswith(".safetensors"):
+        raise InputError(f"unknown detector '{name}'; for a checkpoint write 'lcmem:{name}'")
     if parsed.kind not in known:
         raise InputError(
             f"unknown detector '{parsed.kind}'; {nearest(parsed.kind, known)} "

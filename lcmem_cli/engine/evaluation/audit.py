@@ -67,14 +67,16 @@ from lcmem_cli.engine.evaluation.set_metrics import (
     num_cells,
     score_distances,
 )
-from lcmem_cli.engine.evaluation.study import check_unreadable, feature_cache
+from lcmem_cli.engine.evaluation.study import feature_cache
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.report.html import Distribution
 from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import check_unreadable
 from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.search import TopK
 
 MOST_COPIED = 12
+_MOSTLY = 0.5
 DEFAULT_DETECTOR = "joint"
 
 Source = str | Path | Index
@@ -297,7 +299,9 @@ class _Study:
         """Return the real images that generated ones are compared with."""
         if kind == "held-out":
             assert self.held_out is not None
-            return held_out_null(self.detector, self.training, self.held_out, self.ranks)
+            return held_out_null(
+                self.detector, self.training, self.held_out, self.queries, self.ranks
+            )
         if kind == "split":
             return split_null(
                 self.detector, self.training, rate=self.rate, seed=self.seed, ranks=self.ranks
@@ -370,7 +374,7 @@ class _Study:
             verdict=verdict(num_flagged, num_exact, rule, num_queries, len(null.rows)),
             shows=shows,
             does_not_show=does_not_show,
-            warnings=tuple(self._warnings(null, summary, rule)),
+            warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows])),
             detector=self.detector.name,
             fingerprint=self.detector.fingerprint,
             rule=rule,
@@ -507,7 +511,9 @@ class _Study:
             meaning=meaning_of_rate(null.kind, self.rate, not_searched),
         )
 
-    def _warnings(self, null: Null, summary: NullSummary, rule: FlagRule) -> list[str]:
+    def _warnings(
+        self, null: Null, summary: NullSummary, rule: FlagRule, best: Scores
+    ) -> list[str]:
         """Return what weakens the finding, one sentence each."""
         found = []
         num_queries, num_null = len(self.queries.rows), len(null.rows)
@@ -530,6 +536,31 @@ class _Study:
             found.append(
                 f"{repeated:,} of the generated images repeat others; the interval treats them as "
                 "independent."
+            )
+        if self.queries.summary.folder == self.training.summary.folder and set(
+            self.queries.names
+        ) == set(self.training.names):
+            found.append(
+                "Generated and training set are the same images, so each is found identical."
+            )
+        if null.num_mixed_up:
+            found.append(
+                f"Among the generated images too, and so taken out of the null: "
+                f"{counted(null.num_mixed_up, 'held-out image')}. Were sets mixed up?"
+            )
+        alone = len(np.unique(self.training.groups)) == self.training.num_distinct
+        if null.kind == "leave-one-out" and alone:
+            found.append(
+                "Every training image counts as an identity of its own. Where several show the "
+                "same, they match each other closely and copies may be missed: put the images of "
+                "each identity into a folder of its own, or give --held-out."
+            )
+        below = float(np.mean(best < null.scores[:, 0].min()))
+        if below > _MOSTLY:
+            found.append(
+                f"{below:.0%} of the generated images match the training set less closely than any "
+                "real image does: they are of another kind than the real images, and then the "
+                "rate says little."
             )
         if null.removed:
             found.append(

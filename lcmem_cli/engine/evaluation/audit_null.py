@@ -59,6 +59,7 @@ class Null:
         scores: ``[m, 2]`` best and second-best score in the bank; the second is NaN where there is
             none.
         removed: images that are also in the training set.
+        num_mixed_up: images taken out because they are among the generated ones.
     """
 
     kind: NullKind
@@ -68,6 +69,7 @@ class Null:
     matches: NDArray[np.int64]
     scores: NDArray[np.float64]
     removed: tuple[SharedPicture, ...]
+    num_mixed_up: int = 0
 
     @property
     def num_identities(self) -> int:
@@ -102,16 +104,35 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
     return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
 
 
-def held_out_null(detector: Detector, training: ImageSet, held_out: ImageSet, ranks: Ranks) -> Null:
+def held_out_null(
+    detector: Detector,
+    training: ImageSet,
+    held_out: ImageSet,
+    generated: ImageSet,
+    ranks: Ranks,
+) -> Null:
     """Search held-out real images in the training set.
 
     Images whose content is in the training set, or that show the picture of their best match saved
-    anew, are taken out: they would raise the null and hide copies.
+    anew, are taken out: they would raise the null and hide copies. So are images that are among
+    the generated ones, each of which would be compared with itself.
+
+    Raises:
+        InputError: all of them are.
     """
     known = {digest: row for row, digest in enumerate(training.hashes)}
     exact = {row: known[digest] for row, digest in enumerate(held_out.hashes) if digest in known}
-    rows = np.array([r for r in range(held_out.num_distinct) if r not in exact], dtype=np.int64)
-    features = held_out.features if not exact else held_out.features[rows]
+    mixed_up = set(held_out.hashes) & set(generated.hashes) - known.keys()
+    if mixed_up.issuperset(held_out.hashes):
+        raise InputError(
+            f"{held_out.summary.source}: every held-out image is among the generated ones; give "
+            "real images that the generator never saw"
+        )
+    taken_out = known.keys() | mixed_up
+    listed = [row for row, digest in enumerate(held_out.hashes) if digest not in taken_out]
+    rows = np.array(listed, dtype=np.int64)
+    whole = len(rows) == held_out.num_distinct
+    features = held_out.features if whole else held_out.features[rows]
     found = search(detector, features, training.features, 2, ranks)
     null = Null(
         kind="held-out",
@@ -123,6 +144,7 @@ def held_out_null(detector: Detector, training: ImageSet, held_out: ImageSet, ra
         removed=tuple(
             _shared(held_out, row, training, match, "exact") for row, match in exact.items()
         ),
+        num_mixed_up=len(mixed_up),
     )
     return without_same_pictures(null, training, ranks)
 

@@ -264,8 +264,8 @@ def statement(
     share = percent(num_flagged / num_queries)
     low, high = (percent(bound) for bound in interval)
     return (
-        f"{num_flagged:,} of {counted(num_queries, 'generated image')} {verb} a training image "
-        f"more closely than {compared}, {rate} ({share}; 95 % CI {low} to {high})."
+        f"{num_flagged:,} of {counted(num_queries, 'generated image')} ({share}; 95 % CI {low} to "
+        f"{high}) {verb} a training image more closely than {compared}, {rate}."
     )
 
 

@@ -23,7 +23,7 @@ from lcmem_cli.engine.data.pairs import (
     identity_numbers,
     reference_pairs,
 )
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
@@ -46,7 +46,6 @@ from lcmem_cli.engine.evaluation.study import (
     ResultsFolder,
     Skipped,
     check_names,
-    check_unreadable,
     content_digest,
     feature_cache,
     find_detectors,
@@ -55,13 +54,12 @@ from lcmem_cli.engine.evaluation.study import (
     open_results,
     pack_unreadable,
     score_dense,
-    score_listed,
     unpack_unreadable,
 )
 from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
 JSON_NAME = "benchmark_results.json"

@@ -13,13 +13,12 @@ import numpy as np
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.data.loading import iter_images
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.distributed import resolve_workers
-from lcmem_cli.engine.errors import InputError, UnreadableLimitError, nearest
-from lcmem_cli.engine.evaluation.study import score_listed
+from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
 MAX_PAIRS_BYTES = 1 << 30
 PAIR_COLUMNS = ("path_a", "path_b")
@@ -90,6 +89,11 @@ def score_pairs(
         UnreadableLimitError: more unreadable images than tolerated.
     """
     chosen = choose_threshold(detector, threshold)
+    if threshold is None and chosen is not None and chosen.kind != "fpr":
+        reporter.warn(
+            f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
+            f"{chosen.name}, at which unlike images pass as often as it says below"
+        )
     batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
     number: dict[Path, int] = {}
     for pair in pairs:
@@ -113,11 +117,7 @@ def score_pairs(
                 features[batch.indices] = rows
             task.advance(len(batch.indices) + len(batch.unreadable))
     unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
-    if len(unreadable) > max_unreadable:
-        raise UnreadableLimitError(
-            "\n".join(f"{item.path}: {item.reason}" for item in unreadable[:5])
-            + (f"\n… {len(unreadable)} in all" if len(unreadable) > 5 else "")
-        )
+    check_unreadable(unreadable, max_unreadable)
     rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
     rows[np.isin(rows, list(bad))] = -1
     scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
@@ -193,9 +193,14 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
         pair: a scored pair of readable images.
         target: ``.png`` file.
         threshold: for the line of text.
+
+    Raises:
+        InputError: another kind of file.
     """
     from PIL import Image, ImageDraw
 
+    if target.suffix.lower() != ".png":
+        raise InputError(f"{target}: expected a file name that ends in .png")
     a, b = (load_pixels(Path(p), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
     width = 3 * _PICTURE_SIDE + 4 * _GAP

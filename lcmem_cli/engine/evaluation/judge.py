@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.detectors.base import score_listed
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.metrics import bootstrap_intervals, pair_metrics, roc_curve
-from lcmem_cli.engine.evaluation.study import score_listed
 from lcmem_cli.engine.models.checkpoint import Checkpoint
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold, Unreadable

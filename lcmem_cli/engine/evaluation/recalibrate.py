@@ -15,7 +15,13 @@ from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.judge import fit_thresholds, judge, score_split
+from lcmem_cli.engine.evaluation.calibration import required_negatives
+from lcmem_cli.engine.evaluation.judge import (
+    FITTED_RATES,
+    fit_thresholds,
+    judge,
+    score_split,
+)
 from lcmem_cli.engine.models.checkpoint import (
     Checkpoint,
     halve,
@@ -132,6 +138,7 @@ def recalibrate(
             f"{filelist}: VAL has too few pairs for a threshold: it needs identities with two or "
             "more images, and at least 100 pairs of different identities within a data set"
         )
+    _warn_of_missing(judged.thresholds, reporter)
     thresholds = judged.thresholds
     if whitening is not None and len({record.ds_name for record in train.records}) > 1:
         thresholds = _strangers_thresholds(
@@ -308,6 +315,17 @@ class Whitening:
         return dataclasses.replace(
             checkpoint, network_state=state, thresholds=(), training=training
         ).with_fingerprint()
+
+
+def _warn_of_missing(thresholds: tuple[Threshold, ...], reporter: Reporter) -> None:
+    """Say which thresholds VAL has too few pairs for."""
+    fitted = {(threshold.kind, threshold.rate) for threshold in thresholds}
+    for kind, rate in FITTED_RATES:
+        if kind == "fpr" and (kind, rate) not in fitted:
+            reporter.warn(
+                f"no threshold fpr{rate:g}: it needs {required_negatives(rate):,} negative VAL "
+                f"pairs within data sets, there are {thresholds[0].num_negatives:,}"
+            )
 
 
 def _check_remainder(manifest: Manifest) -> None:

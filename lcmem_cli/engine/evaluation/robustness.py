@@ -28,7 +28,7 @@ from lcmem_cli.engine.data.perturb import (
     Setting,
     perturb,
 )
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_perturbed
 from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device
 from lcmem_cli.engine.errors import InputError, MissingExtraError
@@ -40,7 +40,6 @@ from lcmem_cli.engine.evaluation.study import (
     ResultsFolder,
     Skipped,
     check_names,
-    check_unreadable,
     content_digest,
     feature_cache,
     find_detectors,
@@ -48,14 +47,13 @@ from lcmem_cli.engine.evaluation.study import (
     named_unreadable,
     open_results,
     pack_unreadable,
-    score_listed,
     unpack_unreadable,
 )
 from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
 from lcmem_cli.engine.report.plots import plot_strengths, plot_transforms
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 
 JSON_NAME = "robustness_results.json"

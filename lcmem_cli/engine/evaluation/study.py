@@ -24,7 +24,6 @@ from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import (
     InputError,
     MissingExtraError,
-    UnreadableLimitError,
     WeightsUnavailableError,
 )
 from lcmem_cli.engine.files import (
@@ -45,9 +44,7 @@ INPUTS_NAME = "inputs.json"
 THRESHOLDS_NAME = "thresholds.json"
 STAGES_NAME = "stages"
 MAX_CACHED_FEATURES = 16_384
-_BLOCK_BYTES = 32 << 20
 _TILE = 64
-_SHOWN_UNREADABLE = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,23 +328,6 @@ def content_digest(records: Sequence[Record], basedir: Path, *, workers: int = -
         return sha256_bytes(b"\0\0".join(pool.map(line, records)))
 
 
-def check_unreadable(unreadable: Sequence[Unreadable], limit: int | None) -> None:
-    """Fail when more images than allowed could not be read.
-
-    Raises:
-        UnreadableLimitError: naming the first of them.
-    """
-    if limit is None or len(unreadable) <= limit:
-        return
-    shown = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:_SHOWN_UNREADABLE])
-    more = len(unreadable) - _SHOWN_UNREADABLE
-    images = "1 image" if len(unreadable) == 1 else f"{len(unreadable):,} images"
-    raise UnreadableLimitError(
-        f"{images} could not be read, --max-unreadable allows {limit}:{shown}"
-        + (f"\n  and {more} more" if more > 0 else "")
-    )
-
-
 def pack_unreadable(unreadable: Sequence[Unreadable]) -> NDArray[np.uint8]:
     """Return a list of unreadable images as bytes, to be kept beside arrays."""
     text = json.dumps([dataclasses.asdict(item) for item in unreadable])
@@ -379,35 +359,6 @@ def named_unreadable(
         for record in records
         if (path := str(basedir / record.path)) in reasons
     ]
-
-
-def score_listed(
-    detector: Detector,
-    features: NDArray[Any],
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-    others: NDArray[Any] | None = None,
-) -> NDArray[np.float64]:
-    """Score pairs of feature rows, some megabytes at a time.
-
-    Args:
-        detector: what scores.
-        features: ``[d, k]``, perhaps a memory map.
-        first: ``[n]`` feature row of each first image, or -1 where it is unreadable.
-        second: ``[n]`` the same for the second image.
-        others: ``[e, k]`` features of the second images, where they are not the same.
-
-    Returns:
-        ``[n]``; NaN where an image is unreadable.
-    """
-    others = features if others is None else others
-    scores = np.full(len(first), np.nan)
-    usable = np.flatnonzero((first >= 0) & (second >= 0))
-    block = _rows_per_block(features)
-    for start in range(0, len(usable), block):
-        part = usable[start : start + block]
-        scores[part] = detector.score_features(features[first[part]], others[second[part]])
-    return scores
 
 
 def score_dense(
@@ -461,11 +412,6 @@ def _is_readable(path: Path) -> bool:
     except (UnreadableImageError, MissingExtraError):
         return False
     return True
-
-
-def _rows_per_block(features: NDArray[Any]) -> int:
-    row_bytes = max(1, features.shape[1] * features.itemsize)
-    return int(np.clip(_BLOCK_BYTES // row_bytes, 16, 2048))
 
 
 def _read_inputs(path: Path) -> dict[str, Any]:

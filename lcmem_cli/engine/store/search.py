@@ -260,6 +260,7 @@ def approximate_top_k(
     num_lists = num_lists or max(1, min(int(4 * len(bank) ** 0.5), len(bank) // 40))
     quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
     index = faiss.IndexIVFFlat(quantiser, bank.shape[1], num_lists, faiss.METRIC_L1)
+    index.cp.min_points_per_centroid = 1  # it remarks on small banks past any reporter
     training_rows = _spread(64 * num_lists, len(bank))
     index.train(np.asarray(bank[training_rows], dtype=np.float32) * scale)
     for start in range(0, len(bank), BLOCK_ROWS):
