@@ -55,6 +55,17 @@ def test_all_problems_are_reported_at_once():
         ({"kind": "stage1", "augmentation": {"preset": "strong"}}, "no effect"),
         ({"kind": "stage1", "codec": {"name": "none"}}, "imagenet"),
         ({"kind": "stage1", "network": {"align_stem": 5}}, "pretrained"),
+        ({"kind": "stage1", "network": {"align_stem": 5, "weights": "timm"}}, "to be a file"),
+        (
+            {
+                "kind": "stage1",
+                "codec": {"name": "none"},
+                "network": {"align_stem": 5, "weights": "w.pth", "normalisation": "imagenet"},
+            },
+            "align_stem: has no effect",
+        ),
+        ({"kind": "codec", "runtime": {"compile": True}}, "no effect on train-codec"),
+        ({"kind": "finetune", "retention": {"teacher": "t"}}, "needs retention.weight"),
         ({"kind": "finetune", "schedule": {"keep": "last"}}, "patience"),
         ({"kind": "finetune", "retention": {"instance_weight": 1.0}}, "needs retention.weight"),
         ({"kind": "stage1", "retention": {"panel": {"a": "b"}}}, "needs retention.weight"),

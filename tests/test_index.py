@@ -167,6 +167,9 @@ def test_index_commands(run_cli, image_folder, tmp_path):
     arguments = ["index", "build", image_folder, "-o", index, "--detector", "phash", "--json"]
     assert json.loads(run_cli(*arguments).stdout)["num_images"] == 72
     assert "known already 72" in run_cli("index", "add", index, image_folder).stdout
+    assert "known already 72" in run_cli(*arguments[:-1]).stdout
+    part = ("index", "build", image_folder / "id03", "-o", index, "--detector", "phash")
+    assert "69 image(s) that are not listed now" in run_cli(*part, exit_code=2).stderr
     assert "phash" in run_cli("index", "info", index).stdout
     asked = image_folder / "id03" / "2.png"
     found = json.loads(run_cli("index", "query", index, asked, "--json").stdout)

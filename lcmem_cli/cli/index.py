@@ -42,8 +42,11 @@ def build(
     max_unreadable: MaxUnreadableOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an index, or continue one that was interrupted."""
-    _add(index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json)
+    """Make an index, or continue one of the same images that was interrupted."""
+    _add(
+        index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json,
+        only_listed=True,
+    )  # fmt: skip
 
 
 @index_app.command("add")
@@ -61,7 +64,10 @@ def add(
     from lcmem_cli.engine.store.index import Index
 
     detector = Index.open(index).detector
-    _add(index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json)
+    _add(
+        index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json,
+        only_listed=False,
+    )  # fmt: skip
 
 
 @index_app.command("info")
@@ -137,6 +143,8 @@ def _add(
     device: Device,
     max_unreadable: int,
     as_json: bool,
+    *,
+    only_listed: bool,
 ) -> None:
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.distributed import current_ranks
@@ -151,6 +159,7 @@ def _add(
         batch_size=batch_size,
         workers=workers,
         max_unreadable=max_unreadable,
+        only_listed=only_listed,
         ranks=ranks,
         reporter=render.reporter(),
     )

@@ -553,8 +553,9 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             problems.append('model.layers_per_block: start = "pixels" needs 0')
         if get("runtime", "trackers"):
             problems.append("runtime.trackers: has no effect on train-codec; see its history.csv")
-        if get("runtime", "checkpointing"):
-            problems.append("runtime.checkpointing: has no effect on train-codec")
+        for key in ("checkpointing", "compile"):
+            if get("runtime", key):
+                problems.append(f"runtime.{key}: has no effect on train-codec")
     if values.get("kind") == "stage1":
         pixels = get("codec", "name") == "none"
         if pixels != (get("network", "normalisation") == "imagenet"):
@@ -566,8 +567,13 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
                 "augmentation.preset: has no effect on stored latents; use finetune, or "
                 'codec.name = "none"'
             )
-        if get("network", "align_stem", 0) and get("network", "weights", "random") == "random":
+        weights = get("network", "weights", "random")
+        if get("network", "align_stem", 0) and weights == "random":
             problems.append("network.align_stem: needs pretrained network.weights to align to")
+        if get("network", "align_stem", 0) and weights == "timm":
+            problems.append("network.align_stem: needs network.weights to be a file")
+        if get("network", "align_stem", 0) and pixels:
+            problems.append('network.align_stem: has no effect with codec.name = "none"')
         altered = get("network", "align_altered", "none") != "none"
         if altered and not get("network", "align_stem", 0):
             problems.append("network.align_altered: needs network.align_stem")
@@ -579,6 +585,8 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             problems.append("retention.teacher: has no effect in stage 1, which makes the teacher")
         if get("retention", "weight", 0) and not get("network", "align_stem", 0):
             problems.append("retention.weight: needs network.align_stem, which makes the teacher")
+    elif get("retention", "teacher") is not None and not get("retention", "weight", 0):
+        problems.append("retention.teacher: needs retention.weight above 0")
     elif get("retention", "panel"):
         problems.append("retention.panel: has no effect in finetune; the teacher holds its panel")
     if get("retention", "panel") and not get("retention", "weight", 0):

@@ -73,6 +73,7 @@ def add_to_index(
     batch_size: int = 32,
     workers: int = -1,
     max_unreadable: int = 0,
+    only_listed: bool = False,
     ranks: Ranks | None = None,
     reporter: Reporter = SILENT,
 ) -> IndexingResult:
@@ -90,10 +91,12 @@ def add_to_index(
         batch_size: images per network call.
         workers: decoding threads.
         max_unreadable: tolerated unreadable images.
+        only_listed: refuse an index that holds images which the source does not list.
         ranks: processes that share the embedding.
         reporter: receives progress.
 
     Raises:
+        InputError: the index holds other images, which ``only_listed`` refuses.
         FingerprintMismatchError: the index is another detector's.
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are added.
         FolderBusyError: another process adds to the index.
@@ -110,6 +113,7 @@ def add_to_index(
             manifest,
             folder,
             detector,
+            only_listed=only_listed,
             batch_size=batch_size,
             workers=workers,
             max_unreadable=max_unreadable,
@@ -123,6 +127,7 @@ def _add(
     folder: Path,
     detector: Detector,
     *,
+    only_listed: bool,
     batch_size: int,
     workers: int,
     max_unreadable: int,
@@ -134,6 +139,12 @@ def _add(
     index.check(detector.fingerprint)
     contents, _ = hash_files(paths, max(1, resolve_workers(workers, ranks.size)), ranks)
     known_paths = {entry.path for entry in index.entries}
+    others = known_paths.difference(map(str, paths)) if only_listed else set()
+    if others:
+        raise InputError(
+            f"{folder}: holds {len(others):,} image(s) that are not listed now, the first is "
+            f"{min(others)}; choose another folder, or add to this one with: lcmem index add"
+        )
     known = {(entry.path, entry.content_hash) for entry in index.entries}
     is_new = [
         (str(path), content) not in known for path, content in zip(paths, contents, strict=True)
