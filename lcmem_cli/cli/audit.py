@@ -204,7 +204,7 @@ def _figures(result: AuditResult) -> list[list[str]]:
 
     metrics = result.metrics
     copying = None if metrics.copying is None else metrics.copying.value
-    return [
+    rows = [
         [
             "median best-match score",
             number(median(metrics.generated_scores)),
@@ -218,3 +218,4 @@ def _figures(result: AuditResult) -> list[list[str]]:
             number(median(metrics.null_ratio), ".3f"),
         ],
     ]
+    return [row for row in rows if row[1:] != ["-", "-"]]

@@ -94,7 +94,7 @@ class Detector(abc.ABC):
         Args:
             images: a list of PIL images (of any mode) or paths, one of them, or a float tensor
                 ``[n, 3, H, W]`` in [0, 1].
-            batch_size: images per network call; the result does not depend on it.
+            batch_size: images per network call; the result changes by rounding at most.
 
         Returns:
             ``[n, num_features]``.

@@ -72,7 +72,7 @@ def embed_files(
     Args:
         detector: what embeds.
         paths: image files, in any number of copies.
-        batch_size: images per network call, see ``Batching``; features do not depend on it.
+        batch_size: images per network call, see ``Batching``; features change by rounding at most.
         workers: decoding threads; -1 from the CPUs.
         cache: features of this detector from earlier runs; filled as the work goes on, so that a
             killed run continues.

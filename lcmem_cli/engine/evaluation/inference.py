@@ -79,7 +79,7 @@ def score_pairs(
         detector: what scores.
         pairs: files; the order within a pair does not matter.
         threshold: name of one of the detector's thresholds (``fpr0.01``); by default its first.
-        batch_size: images per network call, see ``Batching``; scores do not depend on it.
+        batch_size: images per network call, see ``Batching``; scores change by rounding at most.
         workers: decoding threads.
         max_unreadable: tolerated unreadable images.
         reporter: receives progress.

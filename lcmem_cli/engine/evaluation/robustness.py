@@ -350,7 +350,7 @@ def robustness(
         overwrite: replace the results of another study in ``output``.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
         device: where to compute.
-        batch_size: images per network call; scores do not depend on it.
+        batch_size: images per network call; scores change by rounding at most.
         workers: decoding threads; -1 from the CPUs.
         reporter: receives progress and warnings.
 
