@@ -15,6 +15,7 @@ from torchvision.models import convnext_tiny
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.models import checkpoint as ckpt
+from lcmem_cli.engine.models import siamese
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.convert import convert_reference, rename
 from lcmem_cli.engine.models.siamese import (
@@ -290,3 +291,23 @@ def test_a_long_line_of_ancestors_is_cut():
     while "started_from" in training:
         training, seen = training["started_from"]["training"], seen + 1
     assert seen == 8
+
+
+def test_a_file_that_names_a_larger_network_builds_none(tmp_path, monkeypatch):
+    spec = NetworkSpec(
+        backbone="resnet10t", in_channels=3, num_features=4, input_size=32, normalisation="none"
+    )
+    made = random_checkpoint(spec, load_codec("none"), image_size=32)
+    larger = dataclasses.replace(made, network=dataclasses.replace(spec, backbone="resnet50"))
+    devices = []
+
+    def build(wanted):
+        devices.append(torch.get_default_device().type)
+        return SiameseNetwork(wanted)
+
+    monkeypatch.setattr(siamese, "SiameseNetwork", build)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        larger.build()
+    assert devices == ["meta"]
+    made.build()
+    assert devices == ["meta", "meta", "cpu"]

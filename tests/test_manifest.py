@@ -2,11 +2,14 @@
 
 import collections
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lcmem_cli.engine.data import manifest as manifest_module
 from lcmem_cli.engine.data.manifest import (
     Manifest,
     Record,
@@ -174,3 +177,12 @@ def test_the_digest_is_of_the_rows(images):
     digest = Manifest(rows, images, images).digest
     assert Manifest(rows, images / "x", images / "y").digest == digest
     assert Manifest(rows[::-1], images, images).digest != digest
+
+
+def test_a_small_parquet_file_cannot_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "MAX_BYTES", 1_000_000)
+    table = pa.table({"path": ["x" * 10_000 + ".png"] * 1000, "id": ["a"] * 1000})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert (tmp_path / "list.parquet").stat().st_size < 50_000
+    with pytest.raises(ManifestError, match=r"10,0.* bytes unpacked"):
+        load_manifest(tmp_path / "list.parquet", need_split=False)

@@ -455,6 +455,21 @@ def _read_csv(source: Path, magic: bytes) -> _Table:
     return _Table(header=header, rows=rows, lines="line", numbers=numbers)
 
 
+def _unpacked_bytes(column: Any) -> int:
+    """Return the bytes of a column's cells, each copy of a cell counted."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    total = 0
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type) and pa.types.is_string(chunk.type.value_type):
+            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+            total += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+        else:
+            total += chunk.nbytes
+    return total
+
+
 def _read_parquet(source: Path) -> _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -470,7 +485,15 @@ def _read_parquet(source: Path) -> _Table:
                 "a filelist; split it"
             )
         used = [index for name in COLUMNS if (index := _find(header, name)) is not None]
-        table = file.read(columns=[header[index] for index in used])
+        texts = [header[i] for i in used if pa.types.is_string(file.schema_arrow.types[i])]
+        # A cell that is repeated is stored once, and stays so until its copies are counted.
+        table = pq.ParquetFile(source, read_dictionary=texts).read([header[i] for i in used])
+        unpacked = sum(_unpacked_bytes(column) for column in table.columns)
+        if unpacked > MAX_BYTES:
+            raise ManifestError(
+                f"{source}: {unpacked:,} bytes unpacked, more than the limit of {MAX_BYTES:,} for "
+                "a filelist; split it"
+            )
         columns = [
             [_cell_text(value) for value in table.column(header[index]).to_pylist()]
             for index in used

@@ -5,6 +5,7 @@ Method: Dombrowski, Nützel, Kainz, "LCMem", arXiv 2512.14421.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -553,6 +554,10 @@ def build_network(
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape; each is named.
     """
+    # A small file may name a backbone that fills the memory before it is found not to fit.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        shape = SiameseNetwork(spec)
+        check_fit(shape, state, source=source)
     network = SiameseNetwork(spec)
     load_strictly(network, state, source=source)
     return network.eval()
