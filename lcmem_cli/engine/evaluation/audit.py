@@ -77,6 +77,7 @@ from lcmem_cli.engine.store.search import TopK
 
 MOST_COPIED = 12
 _MOSTLY = 0.5
+"""Share of generated images below all real ones from which the two are of different kinds."""
 DEFAULT_DETECTOR = "joint"
 
 Source = str | Path | Index

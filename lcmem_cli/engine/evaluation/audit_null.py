@@ -41,7 +41,9 @@ MAX_LEAVE_ONE_OUT = 10_000
 SAME_PICTURE_CORRELATION = 0.999
 MAX_PICTURE_CHECKS = 1000
 _PICTURE_SIZE = 16
-_FIRST_NEIGHBOURS, _MOST_NEIGHBOURS = 8, 128
+_FIRST_NEIGHBOURS = 8
+_MOST_NEIGHBOURS = 128
+"""Beyond these, an image is searched among those of other identities alone."""
 _BANK_ROWS = 65_536
 _PAIR_BYTES = 32 << 20
 
@@ -205,7 +207,7 @@ def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ran
                 matches[pending[position]] = found.rows[position, best[0]]
             scores[pending[position], : len(best)] = found.scores[position, best]
         pending = pending[~settled]
-        k = count if k < count < 4 * k else 4 * k
+        k = min(count, 4 * k)
     groups = training.groups[sample[pending]]
     for group in np.unique(groups):  # many images of one identity: search among the others
         own = pending[groups == group]
