@@ -295,7 +295,7 @@ def test_a_long_line_of_ancestors_is_cut():
 
 def test_a_file_that_names_a_larger_network_builds_none(tmp_path, monkeypatch):
     spec = NetworkSpec(
-        backbone="resnet10t", in_channels=3, num_features=4, input_size=32, normalisation="none"
+        backbone="resnet10t", in_channels=3, num_features=7, input_size=32, normalisation="none"
     )
     made = random_checkpoint(spec, load_codec("none"), image_size=32)
     larger = dataclasses.replace(made, network=dataclasses.replace(spec, backbone="resnet50"))

@@ -17,6 +17,7 @@ from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normali
 from lcmem_cli.engine.models.whitening import SPREAD
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone
 from lcmem_cli.engine.training.loop import freeze_statistics
+from lcmem_cli.engine.training.stages import load_teacher
 from lcmem_cli.engine.training.teacher import Member, Retention, Teacher, load_pretrained
 
 
@@ -252,11 +253,9 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
     header = {"backbones": ["resnet10t"] * 2, "inner_stride": 16, "inner_bands": 2}
     narrow = tmp_path / "narrow.safetensors"
     save_file(tensors, narrow, metadata={"teacher": json.dumps(header)})
-    refused = run_cli(
-        "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,
-        "-o", tmp_path / "other", *common, f"--set=retention.teacher={narrow}", exit_code=2,
-    )  # fmt: skip
-    assert "a teacher of networks with 5 features, not 16" in refused.stderr
+    network = load_checkpoint(tmp_path / "stage1" / "checkpoint.safetensors").build()
+    with pytest.raises(InputError, match="a teacher of networks with 5 features, not 16"):
+        load_teacher(narrow, network)
     teacher.unlink()
     refused = run_cli(
         "finetune", tmp_path / "stage1" / "checkpoint.safetensors", "--filelist", image_folder,

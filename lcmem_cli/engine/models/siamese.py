@@ -5,9 +5,9 @@ Method: Dombrowski, Nützel, Kainz, "LCMem", arXiv 2512.14421.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -555,12 +555,22 @@ def build_network(
         CheckpointError: a weight is missing, unexpected, or of another shape; each is named.
     """
     # A small file may name a backbone that fills the memory before it is found not to fit.
-    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        shape = SiameseNetwork(spec)
+    shape = _without_memory(spec)
+    if shape is not None:
         check_fit(shape, state, source=source)
     network = SiameseNetwork(spec)
     load_strictly(network, state, source=source)
     return network.eval()
+
+
+@functools.lru_cache(maxsize=16)
+def _without_memory(spec: NetworkSpec) -> SiameseNetwork | None:
+    """Build a network whose tensors have shapes but no values, ``None`` where timm cannot."""
+    try:
+        with torch.device("meta"):
+            return SiameseNetwork(spec)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], *, source: str) -> None:
