@@ -87,9 +87,9 @@ def infer(
         max_unreadable=max_unreadable,
         reporter=render.reporter(),
     )
-    drawn = save is not None and result.pairs[0].score is not None
-    if save is not None and drawn:
-        save_picture(result.pairs[0], save, threshold=result.threshold)
+    picture = None if result.pairs[0].score is None else save
+    if picture is not None:
+        save_picture(result.pairs[0], picture, threshold=result.threshold)
 
     def human() -> None:
         if len(result.pairs) == 1 and result.pairs[0].score is not None:
@@ -115,7 +115,7 @@ def infer(
         for bad in result.unreadable:
             render.line(f"unreadable {bad.path}: {bad.reason}")
         if save is not None:
-            render.line(f"picture    {save if drawn else 'none: an image cannot be read'}")
+            render.line(f"picture    {picture or 'none: an image cannot be read'}")
 
     render.emit(result, as_json=as_json, human=human)
 

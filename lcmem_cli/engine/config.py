@@ -585,10 +585,13 @@ def _cross_checks(values: dict[str, Any]) -> list[str]:
             problems.append("retention.teacher: has no effect in stage 1, which makes the teacher")
         if get("retention", "weight", 0) and not get("network", "align_stem", 0):
             problems.append("retention.weight: needs network.align_stem, which makes the teacher")
-    elif get("retention", "teacher") is not None and not get("retention", "weight", 0):
-        problems.append("retention.teacher: needs retention.weight above 0")
-    elif get("retention", "panel"):
-        problems.append("retention.panel: has no effect in finetune; the teacher holds its panel")
+    else:
+        if get("retention", "teacher") is not None and not get("retention", "weight", 0):
+            problems.append("retention.teacher: needs retention.weight above 0")
+        if get("retention", "panel"):
+            problems.append(
+                "retention.panel: has no effect in finetune; the teacher holds its panel"
+            )
     if get("retention", "panel") and not get("retention", "weight", 0):
         problems.append("retention.panel: needs retention.weight above 0")
     if get("retention", "instance_weight", 0) and not get("retention", "weight", 0):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray, resize_batch
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, resize_batch, score_listed
 from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
@@ -101,11 +101,10 @@ class JointDetector(Detector):
         by_network = self.network.top_k(network_q, network_b, k)
         by_picture = top_k_blocked(_correlations, picture_q, picture_b, k)
         rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
+        each = np.arange(len(rows))
         scores = np.empty(rows.shape)
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            for column in range(rows.shape[1]):
-                scores[part, column] = self.score_features(queries[part], bank[rows[part, column]])
+        for column in range(rows.shape[1]):
+            scores[:, column] = score_listed(self, queries, each, rows[:, column], bank)
         order = np.lexsort((rows, -scores), axis=1)
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         repeated = np.zeros(rows.shape, dtype=np.bool_)

@@ -437,8 +437,7 @@ class _Study:
     def _set_metrics(self, null: Null, found: _Found) -> SetMetrics:
         rows = self.queries.rows
         best, null_best = found.best[rows], null.scores[:, 0]
-        whole = len(null.rows) == null.images.num_distinct
-        null_features = null.images.features if whole else null.images.features[null.rows]
+        null_features = null.images.features_of(null.rows)
         auth = null_auth = copying = None
         if len(null.bank) >= 2:
             auth = authentic_percentage(best, self._neighbours(null.bank, found.rows[rows, 0]))
@@ -467,9 +466,7 @@ class _Study:
 
     def _search(self, queries: FloatArray, bank: NDArray[np.int64], k: int) -> TopK:
         """Search rows of the training set; result rows count within ``bank``."""
-        whole = len(bank) == self.training.num_distinct
-        features = self.training.features if whole else self.training.features[bank]
-        return search(self.detector, queries, features, k, self.ranks)
+        return search(self.detector, queries, self.training.features_of(bank), k, self.ranks)
 
     def _landmarks(self, bank: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """Draw training images; the most alike of them is an image's cell for ``C_T``."""

@@ -133,9 +133,7 @@ def held_out_null(
     taken_out = known.keys() | mixed_up
     listed = [row for row, digest in enumerate(held_out.hashes) if digest not in taken_out]
     rows = np.array(listed, dtype=np.int64)
-    whole = len(rows) == held_out.num_distinct
-    features = held_out.features if whole else held_out.features[rows]
-    found = search(detector, features, training.features, 2, ranks)
+    found = search(detector, held_out.features_of(rows), training.features, 2, ranks)
     null = Null(
         kind="held-out",
         bank=np.arange(training.num_distinct),

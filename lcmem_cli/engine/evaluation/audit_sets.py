@@ -51,6 +51,10 @@ class ImageSet:
         """Number of feature rows."""
         return len(self.hashes)
 
+    def features_of(self, rows: NDArray[np.int64]) -> FloatArray:
+        """Return features of distinct rows in ascending order; no copy where they are all."""
+        return self.features if len(rows) == self.num_distinct else self.features[rows]
+
     @cached_property
     def first_image(self) -> NDArray[np.int64]:
         """``[d]`` first image with each content."""

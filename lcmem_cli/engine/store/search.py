@@ -270,10 +270,11 @@ def approximate_top_k(
     k = min(k, len(bank))
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
-    for number, near in enumerate(found):
-        near = np.sort(near[near >= 0])
-        if len(near) < k:  # the cells searched hold too few rows
-            near = np.arange(len(bank))
+    is_short = (found >= 0).sum(axis=1) < k  # the cells searched hold too few rows
+    if is_short.any():
+        scores[is_short], rows[is_short] = weighted_l1_top_k(queries[is_short], bank, weight, k)
+    for number in np.flatnonzero(~is_short):
+        near = np.sort(found[number][found[number] >= 0])
         exact = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
         best = _best(exact, near[None].astype(np.int64), k)
         scores[number], rows[number] = best.scores[0], best.rows[0]

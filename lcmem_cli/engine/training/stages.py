@@ -150,24 +150,25 @@ def train_stage1(
 
     network = stage1_network(config, spec, size, store)
     check_input(network)
-    initial = _state_digest(network)
-    teacher, retention = None, None
+    pretrained, is_fitted = None, False
     if config.network.weights not in ("random", "timm"):
         pretrained = load_pretrained(config.network.backbone, Path(config.network.weights))
         other_input = copy_backbone(network, pretrained)
-        # What is fitted below rounds otherwise with other threads, so it does not name the run.
-        initial = _state_digest(network)
-        if config.network.align_stem and other_input:
-            assert store is not None and manifest is not None
-            files = map(Path, config.retention.panel.values())
-            initial = "/".join([initial, *map(sha256_file, files)])
-            teacher, pooled = _fit_teacher(
-                config, pretrained, network, store, manifest,
-                known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
-            )  # fmt: skip
-            retention = _retention(
-                config.retention, teacher, pooled, [records[row] for row in store.select("TRAIN")]
-            )
+        is_fitted = bool(config.network.align_stem) and other_input
+    # What is fitted below rounds otherwise with other threads, so it does not name the run.
+    initial = _state_digest(network)
+    teacher, retention = None, None
+    if pretrained is not None and is_fitted:
+        assert store is not None and manifest is not None
+        files = map(Path, config.retention.panel.values())
+        initial = "/".join([initial, *map(sha256_file, files)])
+        teacher, pooled = _fit_teacher(
+            config, pretrained, network, store, manifest,
+            known=output / TEACHER_NAME if resume else None, ranks=ranks, reporter=reporter,
+        )  # fmt: skip
+        retention = _retention(
+            config.retention, teacher, pooled, [records[row] for row in store.select("TRAIN")]
+        )
 
     def source(rows: list[int]) -> PairSource:
         if store is not None:
