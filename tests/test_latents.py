@@ -57,6 +57,49 @@ def test_latents_do_not_depend_on_the_batch_size(encode, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["heavy", "light"])
+def test_a_light_codec_leaves_the_cores_to_the_decoding_threads(
+    encode, tmp_path, monkeypatch, limit
+):
+    """Then latents do not depend on torch's number of threads, whose sums differ by rounding."""
+    monkeypatch.setattr(latents, "_LIGHT_BYTES", limit)
+    seen = []
+    plain = Codec.encode
+
+    def spy(self, images, **options):
+        seen.append((len(images), torch.get_num_threads()))
+        return plain(self, images, **options)
+
+    monkeypatch.setattr(Codec, "encode", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encode(tmp_path / "two", batch_size=5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == ({(1, 1)} if limit else {(5, 2), (2, 2)})
+    encode(tmp_path / "one")
+    rows = range(72)
+    one, two = (LatentStore.open(tmp_path / name).latents(rows) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0 if limit else 1e-4)
+
+
+def test_the_widest_map_of_a_codec(tiny_codec):
+    model = load_codec(str(tiny_codec), device="cpu").model
+    sizes = []
+    for layer in model.encoder.modules():
+        layer.register_forward_hook(
+            lambda _, __, output: sizes.append(4 * output.numel())
+            if isinstance(output, torch.Tensor)
+            else None
+        )
+    codec = Codec(model, name="random")
+    codec.encode(torch.zeros(1, 3, 64, 64))
+    assert codec.activation_bytes(64) == max(sizes)
+    assert load_codec("none").activation_bytes(64) == 0
+
+
 @pytest.mark.parametrize("use_quant_conv", [True, False])
 def test_a_latent_is_the_mean_that_diffusers_computes(tiny_codec, use_quant_conv):
     from diffusers import AutoencoderKL

@@ -142,6 +142,22 @@ def resolve_workers(num_workers: int, processes: int = 1) -> int:
     return max(1, min(16, available_cpus() // max(1, processes)))
 
 
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread alone, here and in threads that are started inside.
+
+    For work that is done in threads of its own; torch's threads would fight with them for the cores.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of giving it back to the system.
 

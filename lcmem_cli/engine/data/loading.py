@@ -31,7 +31,8 @@ class LoadedBatch:
 
     Attributes:
         indices: position of each image in the list of paths, ascending.
-        images: ``[len(indices), 3, size, size]`` float32 in [0, 1]; perhaps of length zero.
+        images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform made of
+            each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
         notes: position and remark of each image whose bit depth had to be guessed.
     """
@@ -72,7 +73,7 @@ def iter_images(
         workers: decoding threads; 0 decodes in the calling thread.
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
-            returns an image of the same shape. It runs in the decoding thread.
+            returns what is to stand in its place. It runs in the decoding thread.
 
     Yields:
         One ``LoadedBatch`` for every ``batch_size`` paths.

@@ -94,12 +94,7 @@ class Codec:
             model.eval().requires_grad_(False).to(device)
             config: Any = model.config
             channels = int(config.latent_channels)
-            blocks = (
-                config.block_out_channels
-                if class_name == "AutoencoderKL"
-                else config.encoder_block_out_channels
-            )
-            factor = 2 ** (len(blocks) - 1)
+            factor = 2 ** (len(_block_widths(model)) - 1)
             digest = _hash_model(model)
         self.encoder = model
         if model is not None and class_name == "AutoencoderKL" and posterior == "mean":
@@ -187,6 +182,13 @@ class Codec:
             latents = self.encoder(images)
         result: torch.Tensor = latents.to(torch.float32).contiguous()
         return result
+
+    def activation_bytes(self, size: int) -> int:
+        """Return the size of the widest map that an image of ``size`` pixels becomes on its way."""
+        if self.model is None:
+            return 0
+        widths = _block_widths(self.model)
+        return max(4 * width * (size >> level) ** 2 for level, width in enumerate(widths))
 
     def encoder_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors that encoding needs (decoder left out), by their diffusers names."""
@@ -348,6 +350,13 @@ def _mean_encoder(model: Any) -> torch.nn.Module:
     encoder: torch.nn.Module = copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "conv_out": mean.requires_grad_(False)}
     return encoder
+
+
+def _block_widths(model: torch.nn.Module) -> list[int]:
+    """Return the channels of an encoder's blocks, each at half the side of the one before."""
+    config: Any = model.config
+    is_kl = type(model).__name__ == "AutoencoderKL"
+    return list(config.block_out_channels if is_kl else config.encoder_block_out_channels)
 
 
 def _hash_model(model: torch.nn.Module) -> str:

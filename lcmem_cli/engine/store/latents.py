@@ -16,7 +16,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import UnreadableImageError, load_image
-from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
+from lcmem_cli.engine.data.loading import LoadedBatch, Transform, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
+from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
 from lcmem_cli.engine.errors import (
     CorruptFileError,
     InputError,
@@ -46,6 +46,7 @@ META_NAME, PLAN_NAME, INDEX_NAME, SHARD_FOLDER = "meta.json", "plan.json", "inde
 SHARD_RECORDS = 256
 SHARD_BYTES = 1 << 26
 STD_FLOOR = 1e-12
+_LIGHT_BYTES = 16 << 20
 _COLUMNS = ("path", "id", "Split", "ds_name")
 
 
@@ -213,7 +214,8 @@ def encode_latents(
     Shards that are there and match their checksum are kept; the others are made anew, and so are
     those that lack an image which can be read by now. A shard's bytes depend neither on the number
     of processes nor on where an earlier run was stopped. While the codec works on a batch, the next
-    is decoded and the last shard is written.
+    is decoded and the last shard is written. A light codec on a CPU works in the decoding threads,
+    each on one image, so that all cores are busy with whatever is to be done.
 
     Args:
         manifest: images to encode.
@@ -221,7 +223,7 @@ def encode_latents(
         output: folder of the store.
         image_size: side in pixels that images are resized to.
         batch_size: images per codec call, see ``Batching``; latents do not depend on it.
-        workers: decoding threads; -1 from the CPUs.
+        workers: decoding threads, which also run a light codec; -1 from the CPUs.
         seed: of posterior samples; each image has its own.
         max_unreadable: tolerated unreadable images.
         package: also write ``<output>.tar.gz``.
@@ -453,19 +455,33 @@ def _encode_shards(
     """
     paths = manifest.paths()
     batching = Batching(batch_size, codec.device, reporter=reporter)
+    encode = functools.partial(_encode, codec, seed=seed)
+    is_light = codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
 
     def load() -> Iterator[tuple[int, LoadedBatch]]:
         # Batches never span shards, so their composition does not depend on what is left to do.
         for number in numbers:
-            part = [paths[row] for row in shards.rows(number)]
-            for batch in iter_images(part, image_size, workers=workers, batch_size=batching.loaded):
+            rows = shards.rows(number)
+            names = [manifest.records[row].path for row in rows]
+            batches = iter_images(
+                [paths[row] for row in rows],
+                image_size,
+                workers=workers,
+                batch_size=batching.loaded,
+                transform=_each(encode, names) if is_light else None,
+            )
+            for batch in batches:
                 yield number, batch
 
     num_encoded = num_notes = 0
     writing: Future[None] | None = None
     nothing = np.zeros((0, codec.spec.latent_channels, *_side(codec, image_size)), np.float32)
     total = sum(len(shards.rows(number)) for number in numbers)
-    with ThreadPoolExecutor(1) as writer, reporter.task("latents", total, unit="image") as task:
+    with (
+        one_torch_thread() if is_light else contextlib.nullcontext(),
+        ThreadPoolExecutor(1) as writer,
+        reporter.task("latents", total, unit="image") as task,
+    ):
         for number, batches in itertools.groupby(_one_ahead(load()), lambda item: item[0]):
             rows = shards.rows(number)
             collected = [nothing]
@@ -478,10 +494,11 @@ def _encode_shards(
                 ]
                 num_notes += len(batch.notes)
                 names = [manifest.records[rows[i]].path for i in batch.indices]
-                if names:
-                    work = functools.partial(_encode, codec, seed=seed)
-                    collected.append(batching.call(work, batch.images, names))
-                    kept += [rows[i] for i in batch.indices]
+                if names and is_light:
+                    collected.append(batch.images.numpy())
+                elif names:
+                    collected.append(batching.call(encode, batch.images, names))
+                kept += [rows[i] for i in batch.indices]
                 task.advance(len(batch.indices) + len(batch.unreadable))
             if writing is not None:
                 writing.result()
@@ -490,6 +507,15 @@ def _encode_shards(
         if writing is not None:
             writing.result()
     return num_encoded, num_notes
+
+
+def _each(encode: Callable[..., NDArray[np.float32]], names: Sequence[str]) -> Transform:
+    """Return what makes one decoded image its latent."""
+
+    def transform(image: torch.Tensor, index: int) -> torch.Tensor:
+        return torch.from_numpy(encode(image[None], [names[index]])[0])
+
+    return transform
 
 
 def _one_ahead(
