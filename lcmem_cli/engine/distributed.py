@@ -146,7 +146,7 @@ def resolve_workers(num_workers: int, processes: int = 1) -> int:
 def one_torch_thread() -> Iterator[None]:
     """Let torch compute in the calling thread alone, here and in threads that are started inside.
 
-    For work that is done in threads of its own; torch's threads would fight with them for the cores.
+    For work that has threads of its own; those of torch would fight with them for the cores.
     """
     import torch
 
