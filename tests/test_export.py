@@ -99,6 +99,20 @@ def test_onnx_computes_what_the_checkpoint_computes(checkpoint, onnx_file):
     assert score_without_lcmem(found, header) == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_means_in_stages_normalise_as_torch_does(affine):
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(2, 6, eps=1e-3, affine=affine)
+    if affine:
+        norm.weight.data, norm.bias.data = torch.rand(2, 6, generator=generator)
+    maps = torch.randn(3, 6, 5, 7, generator=generator) * 2 + 1
+    holder = torch.nn.Sequential(torch.nn.Sequential(norm))
+    expected = holder(maps)
+    export_module._stage_group_norms(holder)
+    assert not isinstance(holder[0][0], torch.nn.GroupNorm)
+    torch.testing.assert_close(holder(maps), expected)
+
+
 @needs_onnxruntime
 def test_an_onnx_file_says_nothing_of_this_machine(onnx_file):
     import onnx
@@ -138,6 +152,7 @@ def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli)
     embedded, exported = Detector.load(device="cpu"), load_detector(f"onnx:{target}", device="cpu")
     assert result["fingerprint"] == embedded.fingerprint
     batch = images(3, embedded.input_size)
+    batch[2, :, 60:] = 0  # a plain background, whose sums are the hardest
     features = exported.embed(batch)
     np.testing.assert_allclose(features, embedded.embed(batch), atol=1e-4)
     expected = embedded.score_matrix(embedded.embed(batch), embedded.embed(batch))
