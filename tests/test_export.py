@@ -157,6 +157,24 @@ def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli)
     np.testing.assert_allclose(features, embedded.embed(batch), atol=1e-4)
     expected = embedded.score_matrix(embedded.embed(batch), embedded.embed(batch))
     np.testing.assert_allclose(exported.score_matrix(features, features), expected, atol=2e-3)
+    joint, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{target}"))
+    np.testing.assert_allclose(fast.embed(batch), joint.embed(batch), atol=1e-4)
+    assert fast.fingerprint != joint.fingerprint and fast.name == f"joint:{target}"
+
+
+@needs_onnxruntime
+def test_the_joint_detector_takes_no_export_but_of_the_embedded_model(onnx_file, tmp_path):
+    with pytest.raises(InputError, match="an export of another model than the embedded one"):
+        load_detector(f"joint:{onnx_file}")
+    with pytest.raises(InputError, match="no such file"):
+        load_detector(f"joint:{tmp_path / 'no.onnx'}")
+    import onnx
+
+    foreign = onnx.load(onnx_file)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(InputError, match="was not made by lcmem export"):
+        load_detector(f"joint:{tmp_path / 'foreign.onnx'}")
 
 
 @needs_onnxruntime

@@ -90,9 +90,9 @@ def test_the_widest_map_of_a_codec(tiny_codec):
     sizes = []
     for layer in model.encoder.modules():
         layer.register_forward_hook(
-            lambda _, __, output: sizes.append(4 * output.numel())
-            if isinstance(output, torch.Tensor)
-            else None
+            lambda _, __, output: (
+                sizes.append(4 * output.numel()) if isinstance(output, torch.Tensor) else None
+            )
         )
     codec = Codec(model, name="random")
     codec.encode(torch.zeros(1, 3, 64, 64))

@@ -192,9 +192,10 @@ class _StagedGroupNorm(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         norm = self.norm
-        groups = maps.unflatten(1, (norm.num_groups, -1))
+        groups = torch.unflatten(maps, 1, (norm.num_groups, -1))
         centred = groups - _staged_mean(groups)
-        alike = (centred * (_staged_mean(centred.square()) + norm.eps).rsqrt()).flatten(1, 2)
+        deviation = (_staged_mean(centred.square()) + norm.eps).sqrt()
+        alike: torch.Tensor = (centred / deviation).flatten(1, 2)
         if norm.weight is None:
             return alike
         return alike * norm.weight[:, None, None] + norm.bias[:, None, None]

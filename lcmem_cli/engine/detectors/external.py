@@ -125,6 +125,20 @@ def load_onnx(path: Path, *, name: str, device: str, options: Mapping[str, Any])
     return ExportedDetector(network, network.header)
 
 
+def load_onnx_export(path: Path, *, name: str, device: str) -> ExportedDetector:
+    """Load an ONNX file that lcmem has exported.
+
+    Raises:
+        InputError: another ONNX file; or see ``load_onnx``.
+        MissingExtraError: see ``load_onnx``.
+        CheckpointError: see ``load_onnx``.
+    """
+    found = load_onnx(path, name=name, device=device, options={})
+    if not isinstance(found, ExportedDetector):
+        raise InputError(f"detector '{name}': {path} was not made by lcmem export")
+    return found
+
+
 class OnnxDetector(NetworkDetector):
     """An ONNX file that takes images and returns feature vectors.
 
@@ -227,6 +241,9 @@ class ExportedDetector(HeadDetector):
         header: from its file. The thresholds in it are taken over: the export was compared with
             the checkpoint that they were fitted for.
 
+    Attributes:
+        exported_from: fingerprint of that checkpoint.
+
     Raises:
         CheckpointError: network and header do not fit together.
     """
@@ -242,6 +259,7 @@ class ExportedDetector(HeadDetector):
         self.network = network
         self.name = network.name
         self.fingerprint = network.fingerprint
+        self.exported_from = header.fingerprint
         self.input_size, self.num_features = sizes
         self.weight = np.array(header.head_weight, dtype=np.float32)
         self.bias = header.head_bias

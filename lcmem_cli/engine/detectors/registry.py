@@ -271,7 +271,25 @@ def _joint(request: Request) -> Detector:
     from lcmem_cli.engine.detectors.joint import JointDetector
     from lcmem_cli.engine.detectors.lcmem import load_lcmem
 
-    return JointDetector(load_lcmem(device=request.device), name=request.name)
+    if not request.target:
+        return JointDetector(load_lcmem(device=request.device), name=request.name)
+    if not request.target.endswith(".onnx"):
+        raise InputError(
+            f"detector 'joint' takes nothing after a colon but an ONNX export of the embedded "
+            f"model, not '{request.target}': to another model's scores it was not fitted"
+        )
+    from lcmem_cli.engine.detectors.external import load_onnx_export
+    from lcmem_cli.engine.models.checkpoint import load_checkpoint
+    from lcmem_cli.engine.models.hub import locate_checkpoint
+
+    network = load_onnx_export(Path(request.target), name=request.name, device=request.device)
+    if network.exported_from != load_checkpoint(locate_checkpoint(None)).fingerprint:
+        raise InputError(
+            f"detector '{request.name}': an export of another model than the embedded one, to "
+            "whose scores the correlation of pictures was fitted; make the file with: "
+            f"lcmem export {request.target}"
+        )
+    return JointDetector(network, name=request.name)
 
 
 def _correlation(request: Request) -> Detector:
@@ -505,6 +523,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         weights="inside the package",
         licence="Apache-2.0",
         build=_joint,
+        target="EXPORT.onnx",
         status=_embedded_status,
     ),
     DetectorKind(
