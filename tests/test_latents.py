@@ -1,9 +1,6 @@
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import types
@@ -280,60 +277,47 @@ def test_the_package_holds_this_stores_files_only(encode, tmp_path):
     assert len(names) == 3 + 2 * result.num_shards and "store/notes.txt" not in names
 
 
-COMMAND = """
-import sys, torch
-torch.set_num_threads(1)
-from lcmem_cli.engine.store import latents
-latents.SHARD_RECORDS = 10
-from lcmem_cli.cli.app import app
-app(sys.argv[1:])
-"""
-
-
 def command(image_folder, tiny_codec, output):
-    arguments = ["--quiet", "latents", "--filelist", image_folder, "--codec", tiny_codec]
-    options = ["-o", output, "--size", 16, "--device", "cpu", "--workers", 1, "--json"]
-    return [str(part) for part in (*arguments, *options)]
+    return [
+        "--quiet", "latents", "--filelist", image_folder, "--codec", tiny_codec, "-o", output,
+        "--size", 16, "--device", "cpu", "--workers", 1, "--json",
+    ]  # fmt: skip
+
+
+SMALL_SHARDS = {"lcmem_cli.engine.store.latents:SHARD_RECORDS": 10}
 
 
 def test_killed_and_started_again_ends_with_the_same_bytes(
-    encode, image_folder, tiny_codec, tmp_path
+    server, encode, image_folder, tiny_codec, tmp_path
 ):
     encode(tmp_path / "whole")
     store = tmp_path / "store"
-    slow = COMMAND.replace(
-        "from lcmem_cli.cli",
-        "from lcmem_cli.engine.models.codec import Codec\nimport time\nencode = Codec.encode\n"
-        "def slow(self, images, **o):\n    time.sleep(0.05)\n    return encode(self, images, **o)\n"
-        "Codec.encode = slow\nfrom lcmem_cli.cli",
+    running = server.start(
+        *command(image_folder, tiny_codec, store),
+        "--batch-size",
+        2,
+        at=("lcmem_cli.engine.store.latents:_encode", 37, "hold"),
+        patches=SMALL_SHARDS,
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *command(image_folder, tiny_codec, store), "--batch-size", "2"]
-    )
-    try:
-        while process.poll() is None and len(list(store.glob("shards/0*.json"))) < 2:
-            time.sleep(0.02)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    running.wait_until_held()
+    deadline = time.monotonic() + 60  # a shard is written while the next is encoded
+    while len(list(store.glob("shards/0*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     left = len(list(store.glob("shards/0*.json")))
     assert 2 <= left < 8 and not (store / "meta.json").exists()
     assert encode(store).num_encoded_now == 72 - 10 * left
     assert contents(store) == contents(tmp_path / "whole")
 
 
-def test_two_processes_make_the_bytes_of_one(encode, image_folder, tiny_codec, tmp_path):
+def test_two_processes_make_the_bytes_of_one(server, encode, image_folder, tiny_codec, tmp_path):
     encode(tmp_path / "one")
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    run = subprocess.run(
-        [sys.executable, *map(str, launch), *command(image_folder, tiny_codec, tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    run = server.run_ranks(
+        2, *command(image_folder, tiny_codec, tmp_path / "two"), patches=SMALL_SHARDS
     )
-    assert run.returncode == 0, run.stderr
+    assert run.code == 0, run.stderr
     result = json.loads(run.stdout)
     assert (result["num_images"], result["num_encoded_now"]) == (72, 72)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

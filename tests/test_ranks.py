@@ -186,7 +186,7 @@ def test_a_training_stopped_on_two_ranks_goes_on_with_one(server, store, tmp_pat
 def test_latents_of_any_number_of_ranks_are_the_same(server, latents, store, tmp_path):
     output = tmp_path / "several"
     place = "lcmem_cli.engine.store.latents:_encode"
-    ranks = server.start_ranks(2, *latents(output), at=(place, 7, "hold"), patches=SMALL_PARTS)
+    ranks = server.start_ranks(2, *latents(output), at=(place, 20, "hold"), patches=SMALL_PARTS)
     for rank in ranks:
         rank.wait_until_held()
     deadline = time.monotonic() + 30  # a shard is written while the next is encoded
