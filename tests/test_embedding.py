@@ -90,6 +90,35 @@ def test_each_content_is_embedded_once_and_nothing_is_dropped_silently(paths: li
         np.testing.assert_array_equal(found.features[found.rows[index]], expected)
 
 
+class Blind(Counting):
+    """Has no features for dark images."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        features = super().forward(batch)
+        return torch.where(features.mean(1, keepdim=True) < 0.3, torch.nan, features)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_an_image_without_finite_features_is_named_and_the_others_are_kept(
+    paths: list[Path], batch_size: int
+) -> None:
+    Image.new("RGB", (9, 9), (20, 20, 20)).save(paths[3])
+    found = embed_files(Blind(), paths, batch_size=batch_size, workers=1)
+    assert found.rows.tolist() == [0, -1, 1, -1, 2, 3, 0, -1, -1]
+    reasons = {item.path: item.reason for item in found.unreadable}
+    assert (
+        "detector 'counting'" in reasons[str(paths[3])] and "not finite" in reasons[str(paths[3])]
+    )
+    expected = embed_files(Counting(), [path for path in paths if path != paths[3]], workers=0)
+    np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
+    with pytest.raises(LcmemError, match="not finite"):
+        Blind().embed([paths[3]])
+    pairs = [(paths[0], paths[2]), (paths[3], paths[4])]
+    scored = score_pairs(Blind(), pairs, batch_size=batch_size, max_unreadable=1)
+    assert [item.path for item in scored.unreadable] == [str(paths[3])]
+    assert scored.pairs[0].score is not None and scored.pairs[1].score is None
+
+
 @pytest.mark.parametrize("make", [Counting, lambda: MSE(16), lambda: PHash(16)])
 def test_the_result_depends_on_neither_batches_nor_workers_nor_memory(
     make: Any, paths: list[Path], monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
@@ -40,6 +40,13 @@ def pixels(path):
 def test_lossless_files_give_their_exact_pixels(tmp_path, name, options):
     two_colours().save(tmp_path / name, **options)
     np.testing.assert_array_equal(pixels(tmp_path / name), np.asarray(two_colours()))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_close(tmp_path):
+    two_colours(32, 16).save(tmp_path / "a.avif", quality=95, subsampling="4:4:4")
+    shown = pixels(tmp_path / "a.avif").astype(int)
+    assert np.abs(shown - np.asarray(two_colours(32, 16))).max() < 12
 
 
 def test_jpeg_is_close(tmp_path):

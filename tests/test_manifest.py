@@ -1,6 +1,7 @@
 """Filelists: what is read, what is refused and with which words, and the split by identity."""
 
 import collections
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -126,6 +127,19 @@ def test_folders_an_identity_each_and_loose_images(images):
         load_manifest(empty)
     with pytest.raises(ManifestError, match="--basedir has no effect"):
         load_manifest(images, basedir=images)
+
+
+def test_dicom_files_without_a_suffix_are_listed(tmp_path):
+    mark = bytes(128) + b"DICM"
+    for name, content in {
+        "a/IM0001": mark, "a/1.2.840.113619.2": mark, "a/README": b"no image", "a/notes.txt": mark,
+        "b/1.dcm": b"", "a/empty.7": b"",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "a" / "pipe")
+    found = load_manifest(tmp_path).records
+    assert [record.path for record in found] == ["a/1.2.840.113619.2", "a/IM0001", "b/1.dcm"]
 
 
 def test_select_and_its_errors(images):

@@ -238,7 +238,16 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     run_cli(*arguments, "--set=schedule.epochs=2", "--resume")
     assert load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint == before
     other = run_cli(*arguments, "--set=schedule.epochs=3", "--resume", exit_code=2)
-    assert "another config" in other.stderr
+    assert "holds a run with another schedule.epochs than given now" in other.stderr
+    record = json.loads((stage1 / "run.json").read_text())
+    for change, words in (
+        ({"data_digest": "0"}, "other data or initial weights"),
+        ({"settings": None}, "another config, data or weights"),  # as older versions wrote it
+    ):
+        changed = {**record, **change, "run_digest": "of another run"}
+        (stage1 / "run.json").write_text(json.dumps(changed))
+        other = run_cli(*arguments, "--set=schedule.epochs=2", "--resume", exit_code=2)
+        assert f"holds a run with {words} than given now" in " ".join(other.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from commands import draw_nothing
 from conftest import draw_identity, save_tiny_codec
 
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.store.latents import LatentStore
@@ -178,6 +179,16 @@ def test_a_training_stopped_on_two_ranks_goes_on_with_one(server, store, tmp_pat
     done = server.run(*command, tmp_path / "out")
     assert done.code == 0, done.stderr
     compare_trainings(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("told", "size", "expected"), [("4", 8, 4), (None, 8, 8), ("", 8, 8), ("0", 2, 2), ("9", 2, 2)]
+)
+def test_cpus_are_shared_with_the_ranks_of_this_machine_only(monkeypatch, told, size, expected):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if told is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert Ranks(0, size).local_size == expected
 
 
 # --- the other commands --------------------------------------------------------------------------

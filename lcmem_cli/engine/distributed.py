@@ -34,6 +34,12 @@ class Ranks:
         self.size = size
 
     @property
+    def local_size(self) -> int:
+        """How many of them share this machine, as the launcher says."""
+        told = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return min(self.size, int(told)) if told.isdigit() and int(told) > 0 else self.size
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0

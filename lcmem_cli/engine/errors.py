@@ -114,3 +114,7 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     more = f", … ({len(names):,} in all)" if len(names) > _MOST_NAMES else ""
     return "valid: " + ", ".join(names[:_MOST_NAMES]) + more
+
+
+class NotFiniteError(LcmemError):
+    """A network returned NaN or infinity, for at least one of the images of a batch."""

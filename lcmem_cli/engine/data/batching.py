@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.errors import LcmemError
+from lcmem_cli.engine.data.loading import LoadedBatch
+from lcmem_cli.engine.errors import LcmemError, NotFiniteError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 AUTO = 0
@@ -65,6 +66,37 @@ class Batching:
                 rows.append(made)
                 start += self.size
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def embed(
+        self, work: Callable[[torch.Tensor], NDArray[Any]], batch: LoadedBatch
+    ) -> tuple[list[int], list[NDArray[Any]], list[tuple[int, str]]]:
+        """Embed a loaded batch; where a network fails for some of its images, name them and go on.
+
+        Args:
+            work: takes images and returns a row of features for each.
+            batch: at least one image.
+
+        Returns:
+            The ``indices`` of the images with features; those, in pieces; and the ``indices`` of
+            the others with the reason.
+
+        Raises:
+            LcmemError: see ``call``.
+        """
+        try:
+            return batch.indices, [self.call(work, batch.images)], []
+        except NotFiniteError:
+            pass
+        indices: list[int] = []
+        pieces: list[NDArray[Any]] = []
+        failed: list[tuple[int, str]] = []
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            try:
+                pieces.append(self.call(work, image[None]))
+                indices.append(index)
+            except NotFiniteError as error:
+                failed.append((index, f"cannot be embedded ({error})"))
+        return indices, pieces, failed
 
     def _halve(self) -> None:
         if torch.cuda.is_available():

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from lcmem_cli.engine.errors import LcmemError, MissingExtraError
 from lcmem_cli.engine.files import sha256_file
@@ -38,10 +38,12 @@ MAX_PIXELS = 2 * 89_478_485
 DEPTH_NOTE = "lcmem_depth"
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 IMAGE_SUFFIXES = DICOM_SUFFIXES | {
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
-    ".webp",
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
 }  # fmt: skip
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # MPO counts as JPEG
+_FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as JPEG
+if features.check("avif"):  # from Pillow 11.3 on
+    _FORMATS.append("AVIF")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,7 +80,7 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file; see the module's text for the rules.
 
     Args:
-        path: JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, or DICOM.
+        path: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PPM, or DICOM.
         max_pixels: a file that declares more is refused before it is decoded. Values above the
             default have no effect, because Pillow refuses those files itself.
 
@@ -101,7 +103,7 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise UnreadableImageError(
-            path, "not an image in a known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, DICOM)"
+            path, f"not an image in a known format ({', '.join(_FORMATS)}, DICOM)"
         ) from None
     except Exception as error:  # decoders raise anything at all on damaged files
         raise UnreadableImageError(path, _reason(error)) from error
@@ -204,8 +206,15 @@ def _check_pixels(path: Path, width: int, height: int, max_pixels: int) -> None:
 def _is_dicom(path: Path) -> bool:
     if _check_regular(path) == 0:
         raise UnreadableImageError(path, "empty file")
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return True
+    return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
+
+
+def begins_as_dicom(path: Path) -> bool:
+    """Return whether a file carries the mark of DICOM, whatever its name is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, begins_as_dicom
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.files import atomic_path, write_csv_rows
 
@@ -331,7 +331,7 @@ def _scan_folder(folder: Path) -> list[Record]:
         for name in files:
             if not _is_listed(name):
                 continue
-            if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
+            if not _is_image(Path(parent, name)):
                 num_others += 1
                 continue
             path = name if relative == os.curdir else f"{relative}{os.sep}{name}"
@@ -342,9 +342,23 @@ def _scan_folder(folder: Path) -> list[Record]:
     if not records:
         others = f" among its {num_others:,} files" if num_others else ""
         raise ManifestError(
-            f"{folder}: no images{others}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{folder}: no images{others}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}, and "
+            "DICOM files without a suffix"
         )
     return sorted(records, key=lambda record: _encode(record.path))
+
+
+def _is_image(path: Path) -> bool:
+    """Tell images by their suffix, and DICOM files, which often have none, by their mark."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    if suffix and not suffix[1:].isdigit():  # the last number of a UID looks like one
+        return False
+    try:
+        return path.is_file() and begins_as_dicom(path)
+    except OSError:
+        return False
 
 
 def _is_listed(name: str) -> bool:

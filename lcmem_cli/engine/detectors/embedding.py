@@ -66,8 +66,9 @@ def embed_files(
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
-    Files that cannot be read are listed, never skipped silently. Memory holds one round of images
-    and the features, which go to a temporary file where they are large.
+    Files that cannot be read, or that the network gives no finite features for, are listed, never
+    skipped silently. Memory holds one round of images and the features, which go to a temporary
+    file where they are large.
 
     Args:
         detector: what embeds.
@@ -81,9 +82,9 @@ def embed_files(
         reporter: receives progress and warnings.
 
     Raises:
-        LcmemError: no room for the features, or a network returns values that are not finite.
+        LcmemError: no room for the features.
     """
-    num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+    num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
     batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
 
     def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
@@ -144,7 +145,7 @@ def embed_perturbed(
     """
     if setting is not None:
         check_setting(setting)
-    num_workers = resolve_workers(workers, (ranks or Ranks()).size)
+    num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
     batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
 
     def edit(image: torch.Tensor, _: int) -> torch.Tensor:
@@ -293,8 +294,10 @@ class _Features:
                     bad.update({mine[i]: reason for i, reason in batch.unreadable})
                     notes += len(batch.notes)
                     if batch.indices:
-                        rows += [mine[i] for i in batch.indices]
-                        values.append(batching.call(self.detector.embed_batch, batch.images))
+                        indices, features, failed = batching.embed(self.detector.embed_batch, batch)
+                        bad.update({mine[i]: reason for i, reason in failed})
+                        rows += [mine[i] for i in indices]
+                        values += features
                     task.advance(len(batch.indices) + len(batch.unreadable))
                 made = (rows, np.concatenate(values) if values else None, bad)
                 for part in self.ranks.gather(made):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.errors import InputError, NotFiniteError
 
 Likeness = Literal["cosine", "correlation", "euclidean"]
 
@@ -123,7 +123,8 @@ class NetworkDetector(VectorDetector):
         """Return float32 features ``[n, num_features]`` of images ``[n, 3, size, size]``.
 
         Raises:
-            LcmemError: the network returned another shape, or values that are not finite.
+            InputError: the network returned another shape.
+            NotFiniteError: it returned values that are not finite.
         """
         if not len(batch):
             return np.zeros((0, self.num_features), dtype=np.float32)
@@ -145,7 +146,7 @@ def check_features(
 
     Raises:
         InputError: the shape is another.
-        LcmemError: values that are not finite.
+        NotFiniteError: values that are not finite.
     """
     if isinstance(output, torch.Tensor):
         output = output.detach().to("cpu", torch.float32).numpy()
@@ -164,5 +165,5 @@ def check_features(
             f"features for each of {num_images} images"
         )
     if not np.isfinite(features).all():
-        raise LcmemError(f"{source}: its output holds values that are not finite")
+        raise NotFiniteError(f"{source}: its output holds values that are not finite")
     return features

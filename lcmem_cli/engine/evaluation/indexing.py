@@ -137,7 +137,7 @@ def _add(
     paths = [path.absolute() for path in manifest.paths()]
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    contents, _ = hash_files(paths, max(1, resolve_workers(workers, ranks.size)), ranks)
+    contents, _ = hash_files(paths, max(1, resolve_workers(workers, ranks.local_size)), ranks)
     known_paths = {entry.path for entry in index.entries}
     others = known_paths.difference(map(str, paths)) if only_listed else set()
     if others:

@@ -111,10 +111,12 @@ def score_pairs(
         ):
             bad.update(batch.unreadable)
             if batch.indices:
-                rows = batching.call(detector.embed_batch, batch.images)
-                if not features.shape[1]:
-                    features = np.zeros((len(files), rows.shape[1]), dtype=rows.dtype)
-                features[batch.indices] = rows
+                indices, pieces, failed = batching.embed(detector.embed_batch, batch)
+                bad.update(failed)
+                if pieces and not features.shape[1]:
+                    features = np.zeros((len(files), pieces[0].shape[1]), dtype=pieces[0].dtype)
+                if pieces:
+                    features[indices] = np.concatenate(pieces)
             task.advance(len(batch.indices) + len(batch.unreadable))
     unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
     check_unreadable(unreadable, max_unreadable)

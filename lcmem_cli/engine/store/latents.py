@@ -260,7 +260,7 @@ def encode_latents(
             codec,
             image_size=image_size,
             batch_size=batch_size,
-            workers=resolve_workers(workers, ranks.size),
+            workers=resolve_workers(workers, ranks.local_size),
             seed=seed,
             reporter=reporter,
         )

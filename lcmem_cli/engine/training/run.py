@@ -49,7 +49,8 @@ def open_training_folder(
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
-    text = json.dumps([resumable_settings(config), data_digest], sort_keys=True)
+    run = {"settings": resumable_settings(config), "data_digest": data_digest}
+    text = json.dumps(list(run.values()), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     lock = folder_lock(output) if ranks.is_main else contextlib.nullcontext()
     with lock:
@@ -63,16 +64,34 @@ def open_training_folder(
                 )
             if known.get("run_digest") != digest:
                 raise InputError(
-                    f"{output}: holds a run with another config, data or initial weights than "
-                    "given now (compare its config.toml); resume with the same, or choose another "
-                    "folder"
+                    f"{output}: holds a run with {_what_differs(known, run)} than given now; "
+                    "resume with the same, or choose another folder"
                 )
         ranks.barrier()
         if ranks.is_main:
             write_run_files(output, config.model_dump(mode="json"))
-            write_json(record, {"run_digest": digest, "data_digest": data_digest})
+            write_json(record, {"run_digest": digest, **run})
         ranks.barrier()
         yield digest
+
+
+def _what_differs(known: dict[str, Any], run: dict[str, Any]) -> str:
+    """Name the settings in which two runs differ, or else what is no setting."""
+    there, now = (_flat(part.get("settings")) for part in (known, run))
+    keys = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
+    if not keys or not there:  # an older lcmem did not write its settings down
+        return "other data or initial weights" if there else "another config, data or weights"
+    return f"another {', '.join(keys)}"
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted keys."""
+    if not isinstance(settings, dict):
+        return {prefix: settings} if prefix else {}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+    return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def finetune(
         teacher = load_teacher(file, network).to(device)
         train = manifest.select("TRAIN")
         check_has_train(train.records)
-        workers = resolve_workers(config.runtime.num_workers, ranks.size)
+        workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
         pooled = teacher.pool(train.paths(), workers=workers, ranks=ranks, reporter=reporter)
         retention = _retention(config.retention, teacher, pooled, train.records)
         digest = f"{digest}/{sha256_file(file)}"
@@ -536,7 +536,7 @@ def _image_source(
         image_size=size,
         augmentation=Augmentation.from_preset(config.augmentation.preset),
         working_size=config.augmentation.working_size,
-        num_workers=resolve_workers(config.runtime.num_workers, ranks.size),
+        num_workers=resolve_workers(config.runtime.num_workers, ranks.local_size),
     )
 
 
@@ -561,7 +561,7 @@ def _fit_teacher(
             f"{outside[0]!r}; pass the --basedir that the latents were made with"
         )
     seed, count = config.runtime.seed, config.network.align_stem
-    workers = resolve_workers(config.runtime.num_workers, ranks.size)
+    workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
     explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     paths = [manifest.basedir / store.records[row].path for row in rows]
     device = resolve_device(config.runtime.device)
