@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Server
+from commands import Server, draw_nothing
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -34,6 +34,12 @@ RunCli = Callable[..., Result]
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """Keep every test away from the user's folders."""
     monkeypatch.setenv("LCMEM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write no real plots, which take most of the time of a small training."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
 
 
 @pytest.fixture

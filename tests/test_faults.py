@@ -14,14 +14,16 @@ import time
 
 import pytest
 import torch
-from commands import draw_nothing
 from conftest import draw_identity
 
 from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import loop
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
+    pytest.mark.usefixtures("no_drawing"),
+]
 
 NETWORK = (
     "--set=network.backbone=test_convnext",
@@ -63,11 +65,6 @@ RESULTS = {
     "index": ("index.json", "features.bin", "segments"),
     "audit": ("matches.csv", "matches.parquet"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
 
 
 class World:

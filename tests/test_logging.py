@@ -11,6 +11,8 @@ import pytest
 from lcmem_cli.cli import render
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 LEVELS = {"info", "warning", "error"}
 
 

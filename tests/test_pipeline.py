@@ -15,6 +15,14 @@ from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import freeze_modules
 from lcmem_cli.engine.store.latents import LatentStore
 
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request):
+    """Draw real plots only where they are looked at."""
+    if not request.node.name.startswith(("test_the_whole_pipeline", "test_train_codec_writes")):
+        request.getfixturevalue("no_drawing")
+
+
 SMALL = [
     "--set=image.size=32",
     "--set=network.backbone=test_resnet",

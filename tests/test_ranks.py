@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import draw_nothing
 from conftest import draw_identity, save_tiny_codec
 
 from lcmem_cli.engine.data.manifest import load_manifest
@@ -19,7 +18,10 @@ from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.store.latents import LatentStore
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
+    pytest.mark.usefixtures("no_drawing"),
+]
 
 SMALL_PARTS = {
     "lcmem_cli.engine.store.latents:SHARD_RECORDS": 7,
@@ -37,11 +39,6 @@ TRAINING = (
     "--set=runtime.device=cpu",
     "--set=runtime.num_workers=1",
 )
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.whitening import SPREAD, whitened_projection
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 
 def make(path, backbone="resnet10t", **changes):
     spec = NetworkSpec(

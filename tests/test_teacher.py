@@ -20,6 +20,8 @@ from lcmem_cli.engine.training.loop import freeze_statistics
 from lcmem_cli.engine.training.stages import load_teacher
 from lcmem_cli.engine.training.teacher import Member, Retention, Teacher, load_pretrained
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

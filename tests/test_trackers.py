@@ -14,6 +14,8 @@ from lcmem_cli.engine.training import trackers
 from lcmem_cli.engine.training.run import open_training_folder
 from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 SMALL = [
     "--set=image.size=32",
     "--set=network.backbone=test_resnet",

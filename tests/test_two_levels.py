@@ -32,6 +32,8 @@ from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLeve
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
 from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 
 def spec_of(backbone="resnet10t", **changes):
     spec = NetworkSpec(
