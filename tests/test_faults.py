@@ -43,7 +43,7 @@ SMALL_PARTS = {
 COMMANDS = ("latents", "train-stage1", "finetune", "benchmark", "robustness", "index", "audit")
 # Where each command is in the middle of its work, with something of it on the disk.
 MIDDLE = {
-    "latents": ("lcmem_cli.engine.store.latents:_encode", 5),
+    "latents": ("lcmem_cli.engine.store.latents:_encode", 17),
     "train-stage1": ("lcmem_cli.engine.training.loop:forward_backward", 4),
     "finetune": ("lcmem_cli.engine.training.loop:forward_backward", 4),
     "benchmark": ("lcmem_cli.engine.evaluation.benchmark:embed_files", 2),
@@ -174,7 +174,10 @@ def test_a_stopped_command_says_so_and_is_continued(world, server, tmp_path, nam
     output = tmp_path / "out"
     place, count = MIDDLE[name]
     command = world.command(name, output)
-    running = server.start(*command, at=(place, count, "hold"), patches=SMALL_PARTS)
+    # Latents are held in a decoding thread, which would be waited for.
+    grace = {"lcmem_cli.cli.interrupts:GRACE_SECONDS": 0.2} if name == "latents" else {}
+    patches = {**SMALL_PARTS, **grace}
+    running = server.start(*command, at=(place, count, "hold"), patches=patches)
     running.wait_until_held()
     if number == signal.SIGINT:
         second = server.run(*command)
