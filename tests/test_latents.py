@@ -97,15 +97,22 @@ def test_the_widest_map_of_a_codec(tiny_codec):
     assert load_codec("none").activation_bytes(64) == 0
 
 
+@pytest.mark.parametrize("sides", [(16, 24), (4, 8), (2, 6)])
+@pytest.mark.parametrize("layers", [0, 1])
 @pytest.mark.parametrize("use_quant_conv", [True, False])
-def test_a_latent_is_the_mean_that_diffusers_computes(tiny_codec, use_quant_conv):
+def test_a_latent_is_the_mean_that_diffusers_computes(tiny_codec, use_quant_conv, layers, sides):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
-    config = AutoencoderKL.load_config(tiny_codec) | {"use_quant_conv": use_quant_conv}
+    changes = {"use_quant_conv": use_quant_conv, "layers_per_block": layers}
+    if not layers:  # the first block keeps its channels, the second has nothing that would add any
+        changes["block_out_channels"] = (8, 8)
+    config = AutoencoderKL.load_config(tiny_codec) | changes
     model = AutoencoderKL.from_config(config).eval()
     codec = Codec(model, name="random")
-    images = torch.rand(3, 3, 16, 24)
+    joined = type(codec.encoder.conv_in).__name__ == "_JoinedStem"
+    assert joined == (layers == 0)
+    images = torch.rand(3, 3, *sides)
     with torch.no_grad():
         expected = model.encode(images * 2 - 1).latent_dist.mean
     assert expected.std() > 0.01

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional as F
 
 from lcmem_cli.engine.errors import CheckpointError, InputError, WeightsUnavailableError
 
@@ -349,7 +351,68 @@ def _mean_encoder(model: Any) -> torch.nn.Module:
     mean.bias.copy_(bias[:count].float())  # type: ignore[union-attr]
     encoder: torch.nn.Module = copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "conv_out": mean.requires_grad_(False)}
+    blocks = list(model.encoder.down_blocks)
+    if _JoinedStem.fits(model.encoder.conv_in, blocks[0]):
+        stem = _JoinedStem(model.encoder.conv_in, blocks[0].downsamplers[0])
+        encoder._modules["conv_in"] = stem.requires_grad_(False)
+        encoder._modules["down_blocks"] = torch.nn.ModuleList(blocks[1:])
     return encoder
+
+
+class _JoinedStem(torch.nn.Module):
+    """The first convolution, and the downsampling that follows on it at once, as one.
+
+    Both are linear, and together they are a convolution of the image with a few channels, a third
+    of the work. But the downsampling pads the maps by a row and a column of zeros, where the joined
+    one sees what the first would make of the padded image: there both run one after the other.
+
+    Args:
+        first: 3 x 3, padded by 1.
+        downsample: of diffusers: 3 x 3, stride 2, padded at the right and the bottom.
+    """
+
+    def __init__(self, first: torch.nn.Conv2d, downsample: Any) -> None:
+        super().__init__()
+        self.first, self.downsample = first, downsample
+        second = downsample.conv
+        convolutions: tuple[Any, Any] = (first, second)
+        weights = [conv.weight.cpu().double() for conv in convolutions]
+        biases = [conv.bias.cpu().double() for conv in convolutions]
+        joined = torch.zeros(second.out_channels, first.in_channels, 5, 5, dtype=torch.float64)
+        for y, x in itertools.product(range(3), repeat=2):
+            part = torch.einsum("om,mihw->oihw", weights[1][:, :, y, x], weights[0])
+            joined[:, :, y : y + 3, x : x + 3] += part
+        bias = biases[1] + weights[1].sum(dim=(2, 3)) @ biases[0]
+        self.joined = torch.nn.Conv2d(
+            first.in_channels, second.out_channels, 5, stride=2, device=first.weight.device
+        )
+        self.joined.weight.copy_(joined.float())
+        self.joined.bias.copy_(bias.float())  # type: ignore[union-attr]
+
+    @staticmethod
+    def fits(first: torch.nn.Conv2d, block: Any) -> bool:
+        """Return whether a block is nothing but the downsampling that this can take in."""
+        if len(block.resnets) or len(getattr(block, "attentions", None) or ()):
+            return False
+        layers = list(block.downsamplers or ())
+        return (
+            len(layers) == 1
+            and (first.kernel_size, first.padding) == ((3, 3), (1, 1))
+            and first.bias is not None
+            and (layers[0].use_conv, layers[0].padding, layers[0].norm) == (True, 0, None)
+            and (layers[0].conv.kernel_size, layers[0].conv.stride) == ((3, 3), (2, 2))
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return maps ``[B, c, H / 2, W / 2]`` of images ``[B, 3, H, W]`` with even sides."""
+        if min(images.shape[-2:]) < 4:
+            maps: torch.Tensor = self.downsample(self.first(images))
+            return maps
+        inner = self.joined(F.pad(images, (1, 2, 1, 2)))
+        row = self.downsample(self.first(images[:, :, -3:])[:, :, 1:])
+        column = self.downsample(self.first(images[..., -3:])[..., 1:])
+        above = torch.cat([inner[:, :, :-1, :-1], column[:, :, :-1]], dim=3)
+        return torch.cat([above, row], dim=2)
 
 
 def _block_widths(model: torch.nn.Module) -> list[int]:
