@@ -37,7 +37,7 @@ class CodecSpec:
         posterior: ``mean`` or ``sample``.
         latent_channels: channels C of a latent.
         downsampling: image side divided by latent side.
-        weights_hash: SHA-256 over config and weights.
+        weights_hash: SHA-256 over class and weights of the encoder.
     """
 
     name: str
