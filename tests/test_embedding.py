@@ -117,6 +117,10 @@ def test_an_image_without_finite_features_is_named_and_the_others_are_kept(
     scored = score_pairs(Blind(), pairs, batch_size=batch_size, max_unreadable=1)
     assert [item.path for item in scored.unreadable] == [str(paths[3])]
     assert scored.pairs[0].score is not None and scored.pairs[1].score is None
+    if batch_size > 1:  # a network that fails for all is no fault of the images
+        Image.new("RGB", (9, 9), (10, 20, 20)).save(paths[4])
+        with pytest.raises(LcmemError, match="detector 'counting': its output holds values"):
+            embed_files(Blind(), [paths[3], paths[4]], batch_size=batch_size)
 
 
 @pytest.mark.parametrize("make", [Counting, lambda: MSE(16), lambda: PHash(16)])

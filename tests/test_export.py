@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import Listener, random_checkpoint
+from diffusers import AutoencoderKL
 
 from lcmem_cli.engine.detectors import export as export_module
 from lcmem_cli.engine.detectors.base import Detector
@@ -106,18 +108,47 @@ def test_onnx_computes_what_the_checkpoint_computes(checkpoint, onnx_file):
     assert score_without_lcmem(found, header) == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 5, 7), (3, 6, 9)])
 @pytest.mark.parametrize("affine", [True, False])
-def test_means_in_stages_normalise_as_torch_does(affine):
+def test_means_in_stages_normalise_as_torch_does(affine, shape):
     generator = torch.Generator().manual_seed(0)
     norm = torch.nn.GroupNorm(2, 6, eps=1e-3, affine=affine)
     if affine:
         norm.weight.data, norm.bias.data = torch.rand(2, 6, generator=generator)
-    maps = torch.randn(3, 6, 5, 7, generator=generator) * 2 + 1
+    maps = torch.randn(shape, generator=generator) * 2 + 1
     holder = torch.nn.Sequential(torch.nn.Sequential(norm))
     expected = holder(maps)
     export_module._stage_group_norms(holder)
     assert not isinstance(holder[0][0], torch.nn.GroupNorm)
     torch.testing.assert_close(holder(maps), expected)
+
+
+@pytest.mark.parametrize("backbone", ["resnetv2_50d_gn", "efficientnet_b3_gn"])
+def test_means_in_stages_leave_norms_that_do_more(backbone):
+    """Those of timm derive from torch's and hold an activation."""
+    torch.manual_seed(0)
+    network = timm.create_model(backbone, pretrained=False).eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(image)
+        export_module._stage_group_norms(network)
+        torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_onnxruntime
+def test_a_codec_with_attention_is_exported(tiny_codec, tmp_path):
+    torch.manual_seed(0)
+    config = AutoencoderKL.load_config(tiny_codec) | {"mid_block_add_attention": True}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "codec")
+    codec = load_codec(str(tmp_path / "codec"))
+    spec = NetworkSpec(
+        backbone="test_resnet", in_channels=4, num_features=8, input_size=16, normalisation="sample"
+    )
+    ckpt.save_checkpoint(
+        tmp_path / "x.safetensors", random_checkpoint(spec, codec, image_size=SIDE)
+    )
+    result = export_checkpoint(tmp_path / "x.safetensors", tmp_path / "x.onnx")
+    assert result.max_difference is not None and result.max_difference <= 1e-4
 
 
 @needs_onnxruntime

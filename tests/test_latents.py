@@ -15,6 +15,7 @@ from lcmem_cli.engine.errors import (
     CorruptFileError,
     FolderBusyError,
     InputError,
+    NotFiniteError,
     UnreadableLimitError,
 )
 from lcmem_cli.engine.files import folder_lock
@@ -80,6 +81,55 @@ def test_a_light_codec_leaves_the_cores_to_the_decoding_threads(
     rows = range(72)
     one, two = (LatentStore.open(tmp_path / name).latents(rows) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=0 if limit else 1e-4)
+
+
+def test_what_was_decoded_ahead_is_not_encoded_after_an_error(encode, tmp_path, monkeypatch):
+    calls = []
+
+    def failing(codec, images, names, *, seed):
+        calls.extend(names)
+        if len(calls) == 3:
+            raise RuntimeError("broken")
+        time.sleep(0.02)
+        return np.zeros((len(images), 4, 8, 8), np.float32)
+
+    monkeypatch.setattr(latents, "_encode", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        encode(tmp_path / "store", batch_size=10)
+    assert len(calls) < 10
+
+
+def test_an_interruption_does_not_wait_for_what_was_decoded_ahead(encode, tmp_path, monkeypatch):
+    calls = []
+    plain = latents._encode
+
+    def slow(codec, images, names, *, seed):
+        calls.extend(names)
+        time.sleep(0.02)
+        return plain(codec, images, names, seed=seed)
+
+    def interrupt(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latents, "_encode", slow)
+    monkeypatch.setattr(latents._Shards, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path / "store", batch_size=10)
+    assert len(calls) < 40
+
+
+def test_an_image_whose_latent_is_not_finite_is_named(encode, tmp_path, monkeypatch):
+    plain = Codec.encode
+    calls = []
+
+    def broken(self, images, **options):
+        calls.append(len(images))
+        made = plain(self, images, **options)
+        return made.fill_(torch.nan) if len(calls) == 5 else made
+
+    monkeypatch.setattr(Codec, "encode", broken)
+    with pytest.raises(NotFiniteError, match=r"id01/1.png: codec .* not finite"):
+        encode(tmp_path / "store")
 
 
 def test_the_widest_map_of_a_codec(tiny_codec):

@@ -133,7 +133,7 @@ def test_dicom_files_without_a_suffix_are_listed(tmp_path):
     mark = bytes(128) + b"DICM"
     for name, content in {
         "a/IM0001": mark, "a/1.2.840.113619.2": mark, "a/README": b"no image", "a/notes.txt": mark,
-        "b/1.dcm": b"", "a/empty.7": b"",
+        "b/1.dcm": b"", "a/empty.7": b"", "DICOMDIR": mark, "a/dicomdir": mark,
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

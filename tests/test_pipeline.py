@@ -251,6 +251,7 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     for change, words in (
         ({"data_digest": "0"}, "other data or initial weights"),
         ({"settings": None}, "another config, data or weights"),  # as older versions wrote it
+        ({"settings": {**record["settings"], "new": {"key": None}}}, "another new.key"),
     ):
         changed = {**record, **change, "run_digest": "of another run"}
         (stage1 / "run.json").write_text(json.dumps(changed))

@@ -63,7 +63,7 @@ BatchSizeOption = Annotated[
 ]
 WorkersOption = Annotated[
     int,
-    typer.Option("--workers", min=-1, help="Decoding workers (-1: from the CPUs one may use)."),
+    typer.Option("--workers", min=-1, help="Decoding threads (-1: from the CPUs one may use)."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 ApproximateOption = Annotated[

@@ -15,6 +15,8 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 
 AUTO = 0
 """The batch size that leaves the choice to ``Batching``."""
+NOT_EMBEDDED = "cannot be embedded"
+"""How the reason begins why an image that can be read has no features."""
 CPU_SIZE = 32
 CUDA_SIZE = 128
 
@@ -41,6 +43,7 @@ class Batching:
             size = CUDA_SIZE if torch.device(device).type == "cuda" else CPU_SIZE
         self.loaded = self.size = size
         self.reporter = reporter
+        self._has_embedded = False
 
     def call(
         self, work: Callable[..., NDArray[Any]], images: torch.Tensor, *beside: Sequence[Any]
@@ -81,21 +84,29 @@ class Batching:
             the others with the reason.
 
         Raises:
+            NotFiniteError: it failed for several images and has not worked for any.
             LcmemError: see ``call``.
         """
         try:
-            return batch.indices, [self.call(work, batch.images)], []
+            whole = self.call(work, batch.images)
+            self._has_embedded = True
+            return batch.indices, [whole], []
         except NotFiniteError:
             pass
         indices: list[int] = []
         pieces: list[NDArray[Any]] = []
         failed: list[tuple[int, str]] = []
+        last: NotFiniteError | None = None
         for index, image in zip(batch.indices, batch.images, strict=True):
             try:
                 pieces.append(self.call(work, image[None]))
                 indices.append(index)
             except NotFiniteError as error:
-                failed.append((index, f"cannot be embedded ({error})"))
+                failed.append((index, f"{NOT_EMBEDDED} ({error})"))
+                last = error
+        self._has_embedded |= bool(indices)
+        if last is not None and len(failed) > 1 and not self._has_embedded:
+            raise last
         return indices, pieces, failed
 
     def _halve(self) -> None:

@@ -42,7 +42,7 @@ IMAGE_SUFFIXES = DICOM_SUFFIXES | {
     ".tiff", ".webp",
 }  # fmt: skip
 _FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as JPEG
-if features.check("avif"):  # from Pillow 11.3 on
+if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
     _FORMATS.append("AVIF")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {

@@ -331,7 +331,7 @@ def _scan_folder(folder: Path) -> list[Record]:
         for name in files:
             if not _is_listed(name):
                 continue
-            if not _is_image(Path(parent, name)):
+            if not _is_image(parent, name):
                 num_others += 1
                 continue
             path = name if relative == os.curdir else f"{relative}{os.sep}{name}"
@@ -348,13 +348,15 @@ def _scan_folder(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: _encode(record.path))
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(parent: str, name: str) -> bool:
     """Tell images by their suffix, and DICOM files, which often have none, by their mark."""
-    suffix = path.suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return True
-    if suffix and not suffix[1:].isdigit():  # the last number of a UID looks like one
+    # The last number of a UID looks like a suffix; a DICOMDIR lists the images beside it.
+    if (suffix and not suffix[1:].isdigit()) or name.upper() == "DICOMDIR":
         return False
+    path = Path(parent, name)
     try:
         return path.is_file() and begins_as_dicom(path)
     except OSError:

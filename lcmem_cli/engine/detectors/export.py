@@ -198,17 +198,20 @@ class _StagedGroupNorm(nn.Module):
         alike: torch.Tensor = (centred / deviation).flatten(1, 2)
         if norm.weight is None:
             return alike
-        return alike * norm.weight[:, None, None] + norm.bias[:, None, None]
+        each = (-1, *[1] * (maps.ndim - 2))  # the attention of a codec brings one axis, not two
+        return alike * norm.weight.view(each) + norm.bias.view(each)
 
 
 def _staged_mean(groups: torch.Tensor) -> torch.Tensor:
-    """Average ``[B, G, C, h, w]`` to ``[B, G, 1, 1, 1]``."""
-    return groups.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
+    """Average ``[B, G, C, ...]`` to ``[B, G, 1, ...]``, axis by axis from the last."""
+    for axis in range(groups.ndim - 1, 1, -1):
+        groups = groups.mean(axis, keepdim=True)
+    return groups
 
 
 def _stage_group_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.GroupNorm):
+        if type(child) is nn.GroupNorm:  # those of timm that derive from it do more
             setattr(module, name, _StagedGroupNorm(child))
         else:
             _stage_group_norms(child)

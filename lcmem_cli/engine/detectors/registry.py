@@ -273,7 +273,7 @@ def _joint(request: Request) -> Detector:
 
     if not request.target:
         return JointDetector(load_lcmem(device=request.device), name=request.name)
-    if not request.target.endswith(".onnx"):
+    if not request.target.lower().endswith(".onnx"):
         raise InputError(
             f"detector 'joint' takes nothing after a colon but an ONNX export of the embedded "
             f"model, not '{request.target}': to another model's scores it was not fitted"

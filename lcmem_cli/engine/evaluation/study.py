@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.batching import NOT_EMBEDDED
 from lcmem_cli.engine.data.images import UnreadableImageError, content_hash, load_image
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
@@ -170,7 +171,9 @@ class ResultsFolder:
         if basedir is None or "unreadable" not in arrays:
             return True
         return not any(
-            _is_readable(basedir / item.path) for item in unpack_unreadable(arrays["unreadable"])
+            _is_readable(basedir / item.path)
+            for item in unpack_unreadable(arrays["unreadable"])
+            if not item.reason.startswith(NOT_EMBEDDED)  # the same network gives the same again
         )
 
     def load(self, *key: str) -> dict[str, NDArray[Any]] | None:

@@ -16,7 +16,8 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_worker
 from lcmem_cli.engine.errors import (
     CorruptFileError,
     InputError,
+    LcmemError,
     MissingExtraError,
+    NotFiniteError,
     UnreadableLimitError,
 )
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
@@ -222,7 +225,8 @@ def encode_latents(
         codec: frozen encoder.
         output: folder of the store.
         image_size: side in pixels that images are resized to.
-        batch_size: images per codec call, see ``Batching``; latents do not depend on it.
+        batch_size: images per codec call, see ``Batching``, or those that are decoded ahead where
+            the codec is light; latents do not depend on it.
         workers: decoding threads, which also run a light codec; -1 from the CPUs.
         seed: of posterior samples; each image has its own.
         max_unreadable: tolerated unreadable images.
@@ -233,6 +237,7 @@ def encode_latents(
     Raises:
         InputError: the folder holds latents of another codec, size or list.
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are kept.
+        NotFiniteError: the codec gives NaN or infinity for an image; names it.
     """
     ranks = ranks or Ranks()
     reporter = reporter if ranks.is_main else SILENT
@@ -456,6 +461,7 @@ def _encode_shards(
     paths = manifest.paths()
     batching = Batching(batch_size, codec.device, reporter=reporter)
     encode = functools.partial(_encode, codec, seed=seed)
+    stop = threading.Event()
     is_light = codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
 
     def load() -> Iterator[tuple[int, LoadedBatch]]:
@@ -468,7 +474,7 @@ def _encode_shards(
                 image_size,
                 workers=workers,
                 batch_size=batching.loaded,
-                transform=_each(encode, names) if is_light else None,
+                transform=_each(encode, names, stop) if is_light else None,
             )
             for batch in batches:
                 yield number, batch
@@ -481,8 +487,9 @@ def _encode_shards(
         one_torch_thread() if is_light else contextlib.nullcontext(),
         ThreadPoolExecutor(1) as writer,
         reporter.task("latents", total, unit="image") as task,
+        contextlib.closing(_one_ahead(load(), stop)) as loaded,
     ):
-        for number, batches in itertools.groupby(_one_ahead(load()), lambda item: item[0]):
+        for number, batches in itertools.groupby(loaded, lambda item: item[0]):
             rows = shards.rows(number)
             collected = [nothing]
             kept: list[int] = []
@@ -509,24 +516,31 @@ def _encode_shards(
     return num_encoded, num_notes
 
 
-def _each(encode: Callable[..., NDArray[np.float32]], names: Sequence[str]) -> Transform:
-    """Return what makes one decoded image its latent."""
+def _each(
+    encode: Callable[..., NDArray[np.float32]], names: Sequence[str], stop: threading.Event
+) -> Transform:
+    """Return what makes one decoded image its latent, unless the work was stopped."""
 
     def transform(image: torch.Tensor, index: int) -> torch.Tensor:
+        if stop.is_set():  # what was decoded ahead is not waited for
+            raise LcmemError("stopped")
         return torch.from_numpy(encode(image[None], [names[index]])[0])
 
     return transform
 
 
 def _one_ahead(
-    items: Iterator[tuple[int, LoadedBatch]],
-) -> Iterator[tuple[int, LoadedBatch]]:
-    """Make the next item in a thread while the caller works on this one."""
+    items: Iterator[tuple[int, LoadedBatch]], stop: threading.Event
+) -> Generator[tuple[int, LoadedBatch], None, None]:
+    """Make the next item in a thread while the caller works on this one; then set ``stop``."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, items, None)
-        while (item := waiting.result()) is not None:
+        try:
             waiting = pool.submit(next, items, None)
-            yield item
+            while (item := waiting.result()) is not None:
+                waiting = pool.submit(next, items, None)
+                yield item
+        finally:
+            stop.set()
 
 
 def _side(codec: Codec, image_size: int) -> tuple[int, int]:
@@ -534,6 +548,17 @@ def _side(codec: Codec, image_size: int) -> tuple[int, int]:
 
 
 def _encode(
+    codec: Codec, images: torch.Tensor, names: Sequence[str], *, seed: int
+) -> NDArray[np.float32]:
+    latents = _latents(codec, images, names, seed=seed)
+    finite = np.isfinite(latents).all(axis=(1, 2, 3))
+    if not finite.all():
+        name = names[int(finite.argmin())]
+        raise NotFiniteError(f"{name}: codec {codec.spec.name} gives values that are not finite")
+    return latents
+
+
+def _latents(
     codec: Codec, images: torch.Tensor, names: Sequence[str], *, seed: int
 ) -> NDArray[np.float32]:
     if codec.spec.posterior == "mean":

@@ -78,17 +78,17 @@ def open_training_folder(
 def _what_differs(known: dict[str, Any], run: dict[str, Any]) -> str:
     """Name the settings in which two runs differ, or else what is no setting."""
     there, now = (_flat(part.get("settings")) for part in (known, run))
-    keys = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
+    keys = sorted(dict(there.items() ^ now.items()))
     if not keys or not there:  # an older lcmem did not write its settings down
         return "other data or initial weights" if there else "another config, data or weights"
     return f"another {', '.join(keys)}"
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested tables by dotted keys."""
+def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Return the values of nested tables as JSON, by dotted keys."""
     if not isinstance(settings, dict):
-        return {prefix: settings} if prefix else {}
-    found: dict[str, Any] = {}
+        return {prefix: json.dumps(settings)} if prefix else {}
+    found: dict[str, str] = {}
     for key, value in settings.items():
         found.update(_flat(value, f"{prefix}.{key}" if prefix else key))
     return found
