@@ -220,6 +220,12 @@ def test_another_making_is_refused_and_named(encode, tmp_path, options, named):
     assert contents(tmp_path / "store") == before
 
 
+def test_a_size_that_is_refused_leaves_nothing_behind(encode, tmp_path):
+    with pytest.raises(InputError, match="not divisible by the codec's downsampling 2"):
+        encode(tmp_path / "store", size=17)
+    assert encode(tmp_path / "store", size=16).image_size == 16
+
+
 def test_another_list_is_refused(encode, image_folder, tmp_path):
     encode(tmp_path / "store")
     draw_identity(0, 9).save(image_folder / "id00" / "9.png")

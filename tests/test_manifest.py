@@ -129,6 +129,13 @@ def test_folders_an_identity_each_and_loose_images(images):
         load_manifest(images, basedir=images)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_images_without_a_suffix_are_listed(tmp_path, kind):
+    Image.new("RGB", (4, 4)).save(tmp_path / "sample", format=kind)
+    (tmp_path / "LICENSE").write_text("none")
+    assert [record.path for record in load_manifest(tmp_path).records] == ["sample"]
+
+
 def test_dicom_files_without_a_suffix_are_listed(tmp_path):
     mark = bytes(128) + b"DICM"
     for name, content in {

@@ -334,9 +334,9 @@ def test_under_torchrun_a_failing_rank_ends_the_job_with_its_error(images, tmp_p
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             str(tmp_path / "run.py"), "--quiet", "latents", "--filelist", str(images),
-            "--codec", str(codec), "--size", "64", "--device", "cpu", "-o", str(tmp_path / "out"),
+            "--codec", str(codec), "--size", "64", "-o", str(tmp_path / "out"),
             "--max-unreadable", "1",
-        ],
+        ],  # --device auto, which without CUDA is no reason to work alone
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode != 0 and run.stdout == ""

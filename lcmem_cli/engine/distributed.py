@@ -100,13 +100,25 @@ def current_ranks(device: str = "auto") -> Ranks:
 
     Args:
         device: ``"cpu"`` forces gloo; otherwise nccl is used where there is CUDA.
+
+    Raises:
+        ProcessLostError: the processes that the launcher started do not form one group.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected <= 1:
         return Ranks()
+    import torch
     from accelerate import PartialState
 
+    # Without CUDA it has to be told, or each process is a group of its own.
+    cpu = device == "cpu" or not torch.cuda.is_available()
     # A process that ends takes the job with it, so nothing is gained by giving up on a slow one.
-    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    if state.num_processes != expected:
+        raise ProcessLostError(
+            f"the launcher started {expected} processes, of which {state.num_processes} formed a "
+            "group; start the job again, with --device cpu if there are no graphics cards"
+        )
     atexit.register(_leave)
     return Ranks(rank=state.process_index, size=state.num_processes)
 

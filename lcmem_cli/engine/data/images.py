@@ -44,6 +44,7 @@ IMAGE_SUFFIXES = DICOM_SUFFIXES | {
 _FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as JPEG
 if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
     _FORMATS.append("AVIF")
+_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -215,8 +216,22 @@ def begins_as_dicom(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
+    return _head(path)[128:] == b"DICM"
+
+
+def begins_as_image(path: Path) -> bool:
+    """Return whether a file begins as an image of a usual format does, whatever its name is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    head = _head(path)
+    return head.startswith(_MARKS) or head[8:12] == b"WEBP" or head[128:] == b"DICM"
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(132)
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, begins_as_dicom
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, begins_as_image
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.files import atomic_path, write_csv_rows
 
@@ -343,13 +343,13 @@ def _scan_folder(folder: Path) -> list[Record]:
         others = f" among its {num_others:,} files" if num_others else ""
         raise ManifestError(
             f"{folder}: no images{others}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}, and "
-            "DICOM files without a suffix"
+            "images without a suffix"
         )
     return sorted(records, key=lambda record: _encode(record.path))
 
 
 def _is_image(parent: str, name: str) -> bool:
-    """Tell images by their suffix, and DICOM files, which often have none, by their mark."""
+    """Tell images by their suffix, and files without one, as of DICOM, by how they begin."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return True
@@ -358,7 +358,7 @@ def _is_image(parent: str, name: str) -> bool:
         return False
     path = Path(parent, name)
     try:
-        return path.is_file() and begins_as_dicom(path)
+        return path.is_file() and begins_as_image(path)
     except OSError:
         return False
 

@@ -135,12 +135,7 @@ class Codec:
         Raises:
             InputError: the sides are not divisible by the downsampling.
         """
-        factor = self.spec.downsampling
-        if images.shape[-2] % factor or images.shape[-1] % factor:
-            raise InputError(
-                f"image side {tuple(images.shape[-2:])} is not divisible by the codec's "
-                f"downsampling {factor}; choose another image size"
-            )
+        self.check_sides(images.shape[-2], images.shape[-1])
         images = images.to(self.device, torch.float32)
         if self.model is None:
             return images
@@ -150,6 +145,19 @@ class Codec:
             return self.forward(images, generator=generator)
         pieces = torch.split(images, together)
         return torch.cat([self.forward(piece, generator=generator) for piece in pieces])
+
+    def check_sides(self, height: int, width: int) -> None:
+        """Check the sides of an image in pixels.
+
+        Raises:
+            InputError: they are not divisible by the downsampling.
+        """
+        factor = self.spec.downsampling
+        if height % factor or width % factor:
+            raise InputError(
+                f"image side {height, width} is not divisible by the codec's downsampling "
+                f"{factor}; choose another image size"
+            )
 
     def _empty(self, images: torch.Tensor) -> torch.Tensor:
         height, width = (side // self.spec.downsampling for side in images.shape[-2:])

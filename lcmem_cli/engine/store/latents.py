@@ -235,10 +235,12 @@ def encode_latents(
         reporter: receives progress.
 
     Raises:
-        InputError: the folder holds latents of another codec, size or list.
+        InputError: the folder holds latents of another codec, size or list, or the codec does not
+            take the size.
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are kept.
         NotFiniteError: the codec gives NaN or infinity for an image; names it.
     """
+    codec.check_sides(image_size, image_size)  # before anything is written
     ranks = ranks or Ranks()
     reporter = reporter if ranks.is_main else SILENT
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
