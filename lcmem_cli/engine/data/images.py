@@ -45,6 +45,7 @@ _FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as
 if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
     _FORMATS.append("AVIF")
 _MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_DICOM_MARK = b"DICM"  # after 128 bytes of anything
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -207,16 +208,7 @@ def _check_pixels(path: Path, width: int, height: int, max_pixels: int) -> None:
 def _is_dicom(path: Path) -> bool:
     if _check_regular(path) == 0:
         raise UnreadableImageError(path, "empty file")
-    return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
-
-
-def begins_as_dicom(path: Path) -> bool:
-    """Return whether a file carries the mark of DICOM, whatever its name is.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return _head(path)[128:] == b"DICM"
+    return path.suffix.lower() in DICOM_SUFFIXES or _head(path)[128:] == _DICOM_MARK
 
 
 def begins_as_image(path: Path) -> bool:
@@ -226,7 +218,7 @@ def begins_as_image(path: Path) -> bool:
         OSError: it cannot be read.
     """
     head = _head(path)
-    return head.startswith(_MARKS) or head[8:12] == b"WEBP" or head[128:] == b"DICM"
+    return head.startswith(_MARKS) or head[8:12] == b"WEBP" or head[128:] == _DICOM_MARK
 
 
 def _head(path: Path) -> bytes:

@@ -83,6 +83,7 @@ def embed_files(
 
     Raises:
         LcmemError: no room for the features.
+        NotFiniteError: the network has no finite features for any image so far.
     """
     num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
     batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)

@@ -113,10 +113,11 @@ def score_pairs(
             if batch.indices:
                 indices, pieces, failed = batching.embed(detector.embed_batch, batch)
                 bad.update(failed)
-                if pieces and not features.shape[1]:
-                    features = np.zeros((len(files), pieces[0].shape[1]), dtype=pieces[0].dtype)
                 if pieces:
-                    features[indices] = np.concatenate(pieces)
+                    made = np.concatenate(pieces)
+                    if not features.shape[1]:
+                        features = np.zeros((len(files), made.shape[1]), dtype=made.dtype)
+                    features[indices] = made
             task.advance(len(batch.indices) + len(batch.unreadable))
     unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
     check_unreadable(unreadable, max_unreadable)
