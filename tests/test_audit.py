@@ -291,8 +291,30 @@ def test_unreadable_images_are_named_and_limited(sets, tmp_path):
     assert (result.generated.num_images, result.generated.num_readable) == (36, 35)
     assert result.num_queries == 35
     assert "broken.png" in (tmp_path / "out" / "report.html").read_text()
+    told = command_line(tmp_path / "sets", tmp_path / "told")
+    assert "unreadable broken.png: not an image" in command(*told[2:]).stdout
     with pytest.raises(UnreadableLimitError, match=r"2 images .* allows 1[\s\S]*broken.png"):
         run(tmp_path / "sets", max_unreadable=1)
+
+
+def test_brightness_that_was_guessed_stands_in_the_audit(sets, tmp_path):
+    shutil.copytree(sets, tmp_path / "sets")
+    file = next(iter(sorted((tmp_path / "sets" / "generated").glob("*.png"))))
+    with Image.open(file) as image:
+        grey = np.asarray(image.convert("L"), dtype=np.uint16)
+    Image.fromarray(grey * 8).save(file)  # 11 bits in a file of 16
+    result = run(tmp_path / "sets")
+    counts = (result.generated.num_guessed, result.training.num_guessed)
+    assert counts == (1, 0)
+    assert any("guessed" in text and "1 generated image" in text for text in result.warnings)
+
+
+def test_features_are_kept_unless_told_otherwise(sets, tmp_path, monkeypatch):
+    for name, options in (("kept", []), ("not", ["--no-cache"])):
+        monkeypatch.setenv("LCMEM_CACHE", str(tmp_path / name))
+        arguments = command_line(sets, tmp_path / f"{name}-out")[2:]
+        assert command(*arguments, *options).exit_code == 0
+    assert any((tmp_path / "kept").rglob("*.safetensors")) and not (tmp_path / "not").exists()
 
 
 def test_too_few_real_images_for_the_rate_says_what_is_needed_and_possible(sets):

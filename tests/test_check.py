@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -226,6 +227,10 @@ def test_a_damaged_shard_is_found(latents):
     shard.write_bytes(data)
     assert shard.name in of(check_run(latents=latents), "problem", "latents")[0]
     assert check_run(latents=latents, num_images=0).num_problems == 0
+    shard.write_bytes(data[:-4])
+    assert shard.name in of(check_run(latents=latents, num_images=0), "problem", "latents")[0]
+    np.save(shard, np.zeros((1, 4, 2, 2), np.float32))
+    assert "it holds (1, 4, 2, 2)" in of(check_run(latents=latents, num_images=0), "problem")[0]
 
 
 def test_weights_that_are_not_on_this_machine(monkeypatch):
@@ -269,6 +274,44 @@ def test_a_codec_config_whose_sides_do_not_fit(filelist):
     rewrite(filelist, lambda rows: [r for r in rows if r[2] != "VAL"])
     empty = check_run(config="mini/codec", filelist=filelist)
     assert of(empty, "problem") == ["training a codec needs TRAIN and VAL images"]
+
+
+def test_remedies_are_about_what_was_found(latents, tmp_path):
+    def problems(**given):
+        return [f for f in check_run(**given).findings if f.level == "problem"]
+
+    (name,) = problems(config="mini/stag1")
+    assert "mini/stage1" in name.what and "lcmem config list" in name.remedy
+    (frozen,) = problems(
+        config="finetune",
+        overrides=["optimiser.frozen=['nosuch']", "retention.weight=0"],
+        checkpoint=embedded_checkpoint(),
+    )
+    assert "nosuch" in frozen.what and "image.size" not in frozen.remedy
+    (backbone,) = problems(
+        config="stage1", overrides=["codec.name=embedded", "network.backbone=resnet1800"]
+    )
+    assert "resnet1800" in backbone.what
+    (latents / "index.parquet").write_bytes(b"damaged")
+    (damaged,) = problems(config="stage1", overrides=SMALL, latents=latents)
+    assert "index is damaged" in damaged.what
+
+
+def test_a_run_that_is_to_be_continued(latents, run_cli, tmp_path):
+    target = tmp_path / "run"
+    small = [*SMALL, "schedule.batch_size=8", "schedule.epochs=1", "runtime.device=cpu"]
+    given = {"config": "stage1", "latents": latents, "output": target, "resume": True}
+    assert check_run(**given, overrides=small).num_problems == 0  # nothing to continue yet
+    run_cli("train-stage1", "--latents", latents, "-o", target, *(f"--set={s}" for s in small))
+    again = check_run(**given, overrides=small)
+    assert again.num_problems == 0 and any("same settings" in w for w in of(again, "fine"))
+    other = check_run(**given, overrides=[*small, "loss.alpha=0.25"])
+    assert "loss.alpha (0.8 there, 0.25 now)" in of(other, "problem", "output")[0]
+    command = ["check", "--config", "stage1", "--latents", latents, "-o", target]
+    command += [f"--set={s}" for s in small]
+    run_cli(*command, exit_code=2)
+    run_cli(*command, "--resume")
+    assert "no effect" in run_cli("check", "--resume").stdout
 
 
 def test_devices_that_are_not_here(monkeypatch):

@@ -187,14 +187,24 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
         embed_files(Counting(), paths),
     )
     assert len(listening.warnings) == 1 and "No space left" in listening.warnings[0]
+    embed_files(Counting(), paths, cache=cache, reporter=listening)  # the next set of a study
+    assert len(listening.warnings) == 1
 
 
 def test_images_whose_brightness_was_guessed_are_counted(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values * 15).save(tmp_path / "a.png")
     listening = Listener()
-    embed_files(Counting(), [tmp_path / "a.png"], reporter=listening)
-    assert "1 image(s)" in listening.warnings[0]
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    files = [tmp_path / name for name in ("c.png", "b.png", "a.png", "a.png")]
+    cache = FeatureCache(tmp_path / "cache", "c" * 64)
+    for passes in (2, 0):  # computed, and from the cache
+        listening = Listener()
+        made = embed_files(Counting(), files, cache=cache, reporter=listening)
+        assert made.encoder_passes == passes and made.guessed.tolist() == [False, True]
+        assert "1 image(s)" in listening.warnings[0] and len(listening.warnings) == 1
+        cache = FeatureCache(tmp_path / "cache", "c" * 64)
 
 
 class ThreadRanks(Ranks):

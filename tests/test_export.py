@@ -26,6 +26,7 @@ from lcmem_cli.engine.errors import (
     LcmemError,
     MissingExtraError,
     WeightsUnavailableError,
+    WriteError,
 )
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models.codec import load_codec
@@ -346,6 +347,15 @@ def test_a_codec_that_is_nowhere_is_the_usual_error(checkpoint, tmp_path, tiny_c
         tmp_path / "bare.safetensors", tmp_path / "bare.pt2", codec=str(tiny_codec)
     )
     assert found.max_difference <= 1e-4
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        export_module, "load_lcmem", lambda *args, **options: pytest.fail("too late")
+    )
+    with pytest.raises(WriteError, match="cannot be written"):
+        export_checkpoint(None, tmp_path / "file" / "out.onnx")
 
 
 def test_the_command_line_shows_what_was_written(run_cli, checkpoint, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import draw_identity
 
+from lcmem_cli.cli import interrupts
 from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import loop
@@ -222,6 +223,15 @@ def test_a_command_held_up_in_a_library_is_ended_all_the_same(world, server, tmp
     assert "interrupted" in stopped.stderr
     assert server.run(*command, patches=SMALL_PARTS).code == 0
     world.check("index", tmp_path / "out")
+
+
+def test_a_process_stopped_by_its_launcher_says_so(monkeypatch):
+    monkeypatch.setattr(interrupts, "_received", [signal.SIGTERM])
+    assert interrupts.message().startswith("interrupted; the same command continues")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "another process has failed" in interrupts.message()
+    monkeypatch.setattr(interrupts, "_received", [signal.SIGINT])
+    assert interrupts.message().startswith("interrupted")
 
 
 def test_a_fresh_process_ends_on_ctrl_c(world, tmp_path):

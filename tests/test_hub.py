@@ -39,6 +39,7 @@ from lcmem_cli.engine.models import hub
 from lcmem_cli.engine.models.card import model_card
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
+from lcmem_cli.engine.models.weights import hub_answers
 from lcmem_cli.engine.results import Threshold
 
 REPO = "somebody/model"
@@ -110,6 +111,36 @@ def test_pull_runs_from_the_command_line(cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert fingerprint(cache, 1) in done.stdout and COMMITS["v1"] in done.stdout
     assert done.stderr == "" and target.is_file()
+
+
+def test_the_embedded_checkpoint_is_not_asked_for(run_cli):
+    assert "comes with lcmem" in run_cli("pull", "embedded", exit_code=2).stderr
+
+
+def test_an_unreachable_hub_is_asked_once_and_the_cache_is_used(cache, monkeypatch, run_cli):
+    asked = []
+
+    def no_answer(self, repo_id, **options):
+        asked.append(repo_id)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_answer)
+    assert hub.pull(REPO).fingerprint == fingerprint(cache, 0)
+    refused = run_cli("pull", "somebody/else", exit_code=1)
+    assert refused.stderr.startswith("error: hf:somebody/else: not in the local cache")
+    assert asked == [REPO, "somebody/else"]
+
+
+def test_a_hub_that_refuses_does_answer(monkeypatch):
+    for kind, answers in (("no repository", True), ("server", True), ("other", False)):
+        error = ERRORS[kind]
+
+        def fail(self, repo_id, error=error, **options):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+        assert hub_answers(REPO) is answers
 
 
 def test_what_is_not_cached_cannot_be_had_offline(cache, run_cli, tmp_path):

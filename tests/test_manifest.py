@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lcmem_cli.engine.data import manifest as manifest_module
+from lcmem_cli.engine.data.images import UnreadableImageError, load_image
 from lcmem_cli.engine.data.manifest import (
     Manifest,
     Record,
@@ -147,6 +148,14 @@ def test_dicom_files_without_a_suffix_are_listed(tmp_path):
     os.mkfifo(tmp_path / "a" / "pipe")
     found = load_manifest(tmp_path).records
     assert [record.path for record in found] == ["a/1.2.840.113619.2", "a/IM0001", "b/1.dcm"]
+
+
+def test_images_that_nothing_here_reads_are_listed_and_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert [record.path for record in load_manifest(tmp_path).records] == ["a.png", "b.HEIC"]
+    with pytest.raises(UnreadableImageError, match=r"\.heic is not read; convert it to PNG"):
+        load_image(tmp_path / "b.HEIC")
 
 
 def test_select_and_its_errors(images):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
@@ -243,15 +244,19 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     refused = run_cli(*arguments, "--set=schedule.epochs=2", exit_code=2)
     assert "--resume" in refused.stderr
     before = load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint
-    run_cli(*arguments, "--set=schedule.epochs=2", "--resume")
+    again = run_cli(*arguments, "--set=schedule.epochs=2", "--resume")
+    assert "already trained" in again.stderr and "resumed" not in again.stderr
     assert load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint == before
     other = run_cli(*arguments, "--set=schedule.epochs=3", "--resume", exit_code=2)
-    assert "holds a run with another schedule.epochs than given now" in other.stderr
+    assert "another schedule.epochs (2 there, 3 now) than given now" in other.stderr
     record = json.loads((stage1 / "run.json").read_text())
     for change, words in (
         ({"data_digest": "0"}, "other data or initial weights"),
         ({"settings": None}, "another config, data or weights"),  # as older versions wrote it
-        ({"settings": {**record["settings"], "new": {"key": None}}}, "another new.key"),
+        (
+            {"settings": {**record["settings"], "new": {"key": None}}},
+            "another new.key (null there, unset now)",
+        ),
     ):
         changed = {**record, **change, "run_digest": "of another run"}
         (stage1 / "run.json").write_text(json.dumps(changed))
@@ -263,7 +268,7 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     ("arguments", "code", "word"),
     [
         (["infer", "a.png"], 2, "two images"),
-        (["infer", "nosuch.png", "b.png"], 1, "nosuch.png"),
+        (["infer", "nosuch.png", "b.png"], 2, "nosuch.png"),
         (["latents", "--filelist", "nosuch", "-o", "x"], 2, "nosuch"),
         (["train-stage1", "-o", "x", "--config", "stage1"], 2, "--latents"),
         (["train-stage1", "-o", "x", "--config", "nosuch"], 2, "no config file"),
@@ -274,6 +279,31 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
 def test_wrong_arguments_say_what_is_wrong(run_cli, tmp_path, monkeypatch, arguments, code, word):
     monkeypatch.chdir(tmp_path)
     assert word in run_cli(*arguments, exit_code=code).stderr
+
+
+def test_fine_tuning_says_where_its_list_is_not_stage_ones(run_cli, image_folder, stage1, tmp_path):
+    start = stage1 / "checkpoint.safetensors"
+    filelist = image_folder / "list.csv"
+    write_manifest(load_manifest(image_folder), filelist)
+    rows = filelist.read_text().splitlines()
+    filelist.write_text("\n".join(rows[:-3]))
+    more = ["--set=schedule.epochs=1", "--set=retention.weight=0", *SMALL[-2:]]
+    same = run_cli("finetune", start, "--filelist", image_folder, "-o", tmp_path / "same", *more)
+    assert "was not trained on this filelist" not in same.stderr
+    other = run_cli("finetune", start, "--filelist", filelist, "-o", tmp_path / "other", *more)
+    assert "was not trained on this filelist" in other.stderr
+    filelist.write_text("\n".join(row for row in rows if ",VAL" not in row))
+    none = run_cli(
+        "finetune", start, "--filelist", filelist, "-o", tmp_path / "none", *more, exit_code=2
+    )
+    assert "no image has the split VAL" in none.stderr
+
+
+def test_a_codec_name_beside_latents_is_said_to_have_no_effect(stage1, run_cli, tmp_path):
+    arguments = ["train-stage1", "--latents", tmp_path / "latents", *SMALL]
+    arguments += ["--set=schedule.epochs=1", "-o", tmp_path / "run"]
+    done = run_cli(*arguments, "--set=codec.name=some/codec")
+    assert "codec.name = 'some/codec' has no effect" in done.stderr
 
 
 def test_a_codec_of_the_hub_offline_says_how_to_get_it(run_cli, image_folder, tmp_path):

@@ -52,7 +52,7 @@ class ErrorHandlingGroup(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             stopped = interrupts.exit_code(error)
             if stopped is not None:
-                render.error(interrupts.MESSAGE)
+                render.error(interrupts.message())
                 raise typer.Exit(stopped) from None
             code = _explain(error)
             if code is None:

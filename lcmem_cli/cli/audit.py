@@ -13,6 +13,7 @@ from lcmem_cli.cli.options import (
     ApproximateOption,
     BasedirOption,
     BatchSizeOption,
+    CacheOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 EXIT_GATE_FAILED = 3
 _SHOWN_PAIRS = 10
+_SHOWN_UNREADABLE = 5
 
 
 class NullChoice(str, enum.Enum):
@@ -100,6 +102,7 @@ def audit_command(
     device: DeviceOption = Device.AUTO,
     batch_size: BatchSizeOption = 32,
     workers: WorkersOption = -1,
+    cache: CacheOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Find generated images that match a training image more closely than real images do.
@@ -127,6 +130,7 @@ def audit_command(
         device=device.value,
         batch_size=batch_size,
         workers=workers,
+        cache=cache,
         output=output,
         reporter=render.reporter(),
     )
@@ -177,6 +181,7 @@ def _show(result: AuditResult, output: Path) -> None:
             if images is not None
         ],
     )
+    _show_unreadable(result)
     render.table(["over the whole set", "generated", "real"], _figures(result))
     if result.flagged:
         render.table(
@@ -193,6 +198,19 @@ def _show(result: AuditResult, output: Path) -> None:
             f"Gate failed: more than {percent(result.fail_over)} of the images are flagged."
         )
     render.line(f"See {output / 'report.html'}")
+
+
+def _show_unreadable(result: AuditResult) -> None:
+    bad = [
+        item
+        for images in (result.generated, result.training, result.held_out)
+        if images is not None
+        for item in images.unreadable
+    ]
+    for item in bad[:_SHOWN_UNREADABLE]:
+        render.line(f"unreadable {item.path}: {item.reason}")
+    if len(bad) > _SHOWN_UNREADABLE:
+        render.line(f"unreadable {len(bad) - _SHOWN_UNREADABLE:,} more, listed in audit.json")
 
 
 def _figures(result: AuditResult) -> list[list[str]]:

@@ -58,6 +58,9 @@ def check(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Folder that the run will write to."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="The run in --output is to be continued.")
+    ] = False,
     overrides: SetOption = None,
     device: DeviceOption = Device.AUTO,
     as_json: JsonOption = False,
@@ -76,6 +79,7 @@ def check(
         detectors=split_names(detectors or ""),
         num_images=None if images == ALL else int(images),
         output=output,
+        resume=resume,
         device=device.value,
         reporter=render.reporter(),
     )

@@ -52,6 +52,11 @@ def infer(
     """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?"""
     if (pairs is None) == (image_a is None or image_b is None):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
+    for image in (image_a, image_b):
+        if image is not None and not image.is_file():
+            raise typer.BadParameter(
+                f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
+            )
     if save is not None and pairs is not None:
         raise typer.BadParameter("--save draws two images; it does not go with --pairs")
 

@@ -17,7 +17,7 @@ import time
 from types import FrameType
 
 GRACE_SECONDS = 5.0
-MESSAGE = "interrupted; the same command continues where it stopped, a training with --resume"
+_CONTINUES = "the same command continues where it stopped, a training with --resume"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 
@@ -48,6 +48,17 @@ def exit_code(error: BaseException) -> int | None:
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
 
 
+def message() -> str:
+    """Return what to tell the user, who may not have stopped this process himself."""
+    is_one_of_many = os.environ.get("WORLD_SIZE", "1") != "1"
+    if is_one_of_many and _received and _received[0] == signal.SIGTERM:
+        return (
+            "stopped by SIGTERM, which a launcher sends where another process has failed (see its "
+            f"error); {_CONTINUES}"
+        )
+    return f"interrupted; {_CONTINUES}"
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     for each in _SIGNALS:
@@ -65,6 +76,6 @@ def _watch(waiting: socket.socket, waking: socket.socket) -> None:
         if number in _SIGNALS:
             break
     time.sleep(GRACE_SECONDS)
-    sys.stderr.write(f"error: {MESSAGE}\n")
+    sys.stderr.write(f"error: {message()}\n")
     sys.stderr.flush()
     os._exit(128 + number)

@@ -41,13 +41,15 @@ from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import autoencoder
 from lcmem_cli.engine.training.loop import resolve_precision
-from lcmem_cli.engine.training.run import RUN_NAME, readable_part
+from lcmem_cli.engine.training.run import check_continues, readable_part
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.stages import (
+    OTHER_LIST,
     check_stage1_inputs,
     check_store,
     embeddable_codec,
     finetune_network,
+    is_other_list,
     load_teacher,
     stage1_network,
     teacher_file,
@@ -110,6 +112,7 @@ def check_run(
     detectors: Sequence[str] = (),
     num_images: int | None = DEFAULT_IMAGES,
     output: Path | None = None,
+    resume: bool = False,
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> CheckResult:
@@ -127,6 +130,7 @@ def check_run(
         detectors: names.
         num_images: images to decode, and latents to read, of a seeded draw; ``None`` is all.
         output: folder of the run.
+        resume: whether a run there is to be continued.
         device: ``auto`` takes the config's.
         reporter: receives progress.
 
@@ -159,7 +163,9 @@ def check_run(
     store = None if latents is None else work.latents(latents)
     num_parameters = 0
     if isinstance(settings, Stage1Config):
-        num_parameters = work.stage1(settings, store, manifest, given=bool(latents or filelist))
+        num_parameters = work.stage1(
+            settings, store, has_latents=latents is not None, has_images=filelist is not None
+        )
     if isinstance(settings, FinetuneConfig):
         num_parameters = work.finetune(settings, file, start)
     if isinstance(settings, CodecConfig):
@@ -169,7 +175,9 @@ def check_run(
     work.trackers(settings)
     work.device(settings, device)
     if output is not None:
-        work.output(output, _estimate(settings, num_parameters), training=settings is not None)
+        work.output(output, _estimate(settings, num_parameters), settings, resume=resume)
+    elif resume:
+        work.add("output", "warning", "--resume has no effect without --output", "pass it too")
     return work.result()
 
 
@@ -213,8 +221,12 @@ class _Check:
             self.add(group, level, str(error), remedy)
 
     def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
-        with self.guard("config", f"edit the key in {name}, or pass --set section.key=value"):
+        path = None
+        with self.guard("config", "pass a file, or one of those that lcmem config list shows"):
             path = find_config(name)
+        if path is None:
+            return None
+        with self.guard("config", f"edit {path}, or pass --set section.key=value"):
             config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
             self.add("config", "fine", f"{path}: valid {config.kind} config")
             return config
@@ -342,6 +354,7 @@ class _Check:
     def latents(self, folder: Path) -> LatentStore | None:
         with self.guard("latents", "run the same lcmem latents command again"):
             store = LatentStore.open(folder)
+            store.measure()
             if self.num_images is None:
                 store.verify()
             for row in [] if self.num_images is None else self._draw(len(store)):
@@ -357,34 +370,38 @@ class _Check:
         self,
         config: Stage1Config,
         store: LatentStore | None,
-        manifest: Manifest | None,
         *,
-        given: bool,
+        has_latents: bool,
+        has_images: bool,
     ) -> int:
         """Check what ``train-stage1`` needs; return the number of the network's parameters."""
         spec = None if store is None else store.spec
-        if given:
-            vain = store is not None and config.codec.name == PIXELS
+        if has_latents or has_images:
+            vain = has_latents and config.codec.name == PIXELS
             with self.guard(
                 "inputs", "give train-stage1 what its config trains on",
                 level="problem" if vain else "warning",
             ):  # fmt: skip
-                check_stage1_inputs(
-                    config, has_latents=store is not None, has_images=manifest is not None
-                )
+                check_stage1_inputs(config, has_latents=has_latents, has_images=has_images)
         if store is not None:
             with self.guard("latents", "change the config, or make the latents anew"):
                 check_store(config, store)
             with self.guard("codec", "restore the codec, or make the latents anew"):
                 embeddable_codec(store)
-        else:
+        elif not has_latents:
             spec = self._config_codec(config)
-        with self.guard("network", "set network.backbone and network.weights so that they fit"):
-            self._weights(config)
+        backbone = None
+        with self.guard("network", "correct network.backbone"):
+            backbone = resolve_backbone(config.network.backbone)
+        if backbone is not None:
+            with self.guard("network", "set network.weights to weights of network.backbone"):
+                self._weights(config, backbone)
         for name, file in config.retention.panel.items():
             with self.guard("network", f"set retention.panel to a file of {name}'s weights"):
                 load_pretrained(name, Path(file))
-        return 0 if spec is None else self._stage1_network(config, spec, store)
+        if spec is None or backbone is None:
+            return 0
+        return self._stage1_network(config, spec, store)
 
     def _config_codec(self, config: Stage1Config) -> CodecSpec | None:
         name, revision = config.codec.name, config.codec.revision
@@ -408,16 +425,15 @@ class _Check:
             )  # fmt: skip
             return 0
         size = config.image.size if store is None else store.image_size
-        with self.guard("network", "choose another image.size or network.backbone"):
+        with self.guard("network", "correct the key that it is about"):
             built = stage1_network(config.model_copy(update={"network": random}), spec, size, store)
             count = sum(value.numel() for value in built.parameters())
             self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
             return count
         return 0
 
-    def _weights(self, config: Stage1Config) -> None:
-        """Check the backbone's name, and the weights that it begins with."""
-        backbone = resolve_backbone(config.network.backbone)
+    def _weights(self, config: Stage1Config, backbone: str) -> None:
+        """Check the weights that a backbone, by timm's name, begins with."""
         if config.network.weights == "random":
             return
         if config.network.weights != "timm":
@@ -441,7 +457,7 @@ class _Check:
             )  # fmt: skip
         if path is None or start is None:
             return 0
-        with self.guard("network", "leave image.size unset to use the checkpoint's"):
+        with self.guard("network", "correct the key that it is about, or leave it unset"):
             built = finetune_network(config, start, source=str(path))
             count = sum(value.numel() for value in built.parameters())
             self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
@@ -480,12 +496,9 @@ class _Check:
         if store is not None and config is None:
             with self.guard("latents", "encode the images with the checkpoint's codec and size"):
                 check_latents(LCMemDetector(start, name=str(path)), store)
-        trained_on = str(start.training.get("data_digest", "")).partition("/")[0]
-        if isinstance(config, FinetuneConfig) and manifest and trained_on != manifest.digest:
+        if isinstance(config, FinetuneConfig) and manifest and is_other_list(start, manifest):
             self.add(
-                "checkpoint", "warning",
-                f"{path}: was not trained on this filelist, so images of its VAL or TEST may have "
-                "been in TRAIN then",
+                "checkpoint", "warning", OTHER_LIST.format(source=path),
                 "use the filelist of stage 1, or do not rely on the TEST results",
             )  # fmt: skip
 
@@ -560,7 +573,9 @@ class _Check:
                 with self.guard("device", 'set runtime.mixed_precision to "auto"'):
                     resolve_precision(config.runtime, torch.device(found))
 
-    def output(self, folder: Path, num_bytes: int, *, training: bool) -> None:
+    def output(
+        self, folder: Path, num_bytes: int, config: AnyConfig | None, *, resume: bool
+    ) -> None:
         """Check that a run can write its folder; only a nameless file is made, and vanishes."""
         there = folder.absolute()
         while not there.exists() and there != there.parent:
@@ -585,16 +600,27 @@ class _Check:
         if (folder / LOCK_NAME).exists():
             with self.guard("output", "wait for that process"), folder_lock(folder):
                 pass
-        if training and (folder / RUN_NAME).exists():
-            self.add(
-                "output", "problem", f"{folder}: holds a training run already",
-                "continue it with --resume, or choose another folder",
-            )  # fmt: skip
-        elif folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
+        if config is not None and self._run_there(folder, config, resume=resume):
+            return
+        if folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
             self.add(
                 "output", "warning", f"{folder}: is not empty",
                 "results of another study would be refused; choose another folder",
             )  # fmt: skip
+
+    def _run_there(self, folder: Path, config: AnyConfig, *, resume: bool) -> bool:
+        """Check whether a training may go on in a folder; return whether one was begun there."""
+        with self.guard("output", "continue it with the config in it, or choose another folder"):
+            if not check_continues(folder, config):
+                return False
+            if resume:
+                self.add("output", "fine", f"{folder}: holds a run with the same settings")
+            else:
+                self.add(
+                    "output", "problem", f"{folder}: holds a training run already",
+                    "continue it with --resume, or choose another folder",
+                )  # fmt: skip
+        return True
 
 
 def _timm_hub_id(name: str) -> str:

@@ -63,6 +63,18 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def check_writable(target: Path) -> None:
+    """Try to write beside a file that long work ends with, so that it fails at its start.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    with naming_target(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+
+
 @contextlib.contextmanager
 def naming_target(target: Path) -> Iterator[None]:
     """Turn a failure to write into a ``WriteError`` that names the file.
@@ -83,7 +95,7 @@ def naming_target(target: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or _full(target) or str(error)
         raise WriteError(
             f"{target}: cannot be written ({reason}); put that right and run the same command "
-            "again: what was written before is whole"
+            "again (a training with --resume): what was written before is whole"
         ) from error
 
 

@@ -41,6 +41,8 @@ IMAGE_SUFFIXES = DICOM_SUFFIXES | {
     ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
     ".tiff", ".webp",
 }  # fmt: skip
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".j2k", ".jp2", ".jxl"})
+"""Images that no decoder here reads; in a folder they are listed, so that they are not missed."""
 _FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as JPEG
 if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
     _FORMATS.append("AVIF")
@@ -104,6 +106,9 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (UnreadableImageError, MissingExtraError):
         raise
     except UnidentifiedImageError:
+        suffix = path.suffix.lower()
+        if suffix in UNREAD_SUFFIXES:
+            raise UnreadableImageError(path, f"{suffix} is not read; convert it to PNG") from None
         raise UnreadableImageError(
             path, f"not an image in a known format ({', '.join(_FORMATS)}, DICOM)"
         ) from None

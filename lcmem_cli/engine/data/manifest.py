@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, begins_as_image
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, begins_as_image
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.files import atomic_path, write_csv_rows
 
@@ -351,7 +351,7 @@ def _scan_folder(folder: Path) -> list[Record]:
 def _is_image(parent: str, name: str) -> bool:
     """Tell images by their suffix, and files without one, as of DICOM, by how they begin."""
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES or suffix in UNREAD_SUFFIXES:
         return True
     # The last number of a UID looks like a suffix; a DICOMDIR lists the images beside it.
     if (suffix and not suffix[1:].isdigit()) or name.upper() == "DICOMDIR":

@@ -32,13 +32,12 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.siamese import load_strictly
-from lcmem_cli.engine.models.weights import LEVELS, read_state_dict, rename_by_order
+from lcmem_cli.engine.models.weights import LEVELS, hub_answers, read_state_dict, rename_by_order
 
 RANDOM_BACKBONE = "resnet18"
 DATA2VEC_HUB_ID = "facebook/data2vec-vision-base"
 _DATA2VEC_FILE = "data2vec:FOLDER"
 _RANDOM_SEED = 0
-_HUB_SECONDS = 10.0
 _AUXILIARY = ("AuxLogits.",)  # only used while training an Inception network
 
 
@@ -240,7 +239,8 @@ def data2vec_backbone(
         raise MissingExtraError(f"detector '{name}'", "data2vec") from error
     is_local = folder is not None or cached_weights(DATA2VEC_HUB_ID) is not None
     if not is_local:
-        _check_reachable(DATA2VEC_HUB_ID, name=name, file=_DATA2VEC_FILE)
+        if not hub_answers(DATA2VEC_HUB_ID):
+            raise WeightsUnavailableError(_how_to_get(name, DATA2VEC_HUB_ID, file=_DATA2VEC_FILE))
     try:
         model = Data2VecVisionModel.from_pretrained(
             folder or DATA2VEC_HUB_ID, add_pooling_layer=False, local_files_only=is_local
@@ -293,25 +293,15 @@ def _from_hub(model_name: str, *, name: str, projection: bool) -> Any:
     options: dict[str, Any] = {} if projection else {"num_classes": 0}
     cached = cached_weights(hub_id)
     file = f"{name.partition('?')[0]}?weights=FILE"
-    if cached is None:
-        _check_reachable(hub_id, name=name, file=file)
-    else:
+    if cached is None and not hub_answers(hub_id):
+        raise WeightsUnavailableError(_how_to_get(name, hub_id, file=file))
+    if cached is not None:
         options["pretrained_cfg_overlay"] = {"state_dict": read_state_dict(cached)}
     try:
         return timm.create_model(model_name, pretrained=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
         if cached is not None:
             raise CheckpointError(f"{cached}: weights do not fit {model_name}: {error}") from error
-        raise WeightsUnavailableError(_how_to_get(name, hub_id, file=file)) from error
-
-
-def _check_reachable(hub_id: str, *, name: str, file: str) -> None:
-    """Ask the hub for a model once, which fails sooner and more quietly than a download does."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(hub_id, timeout=_HUB_SECONDS)
-    except Exception as error:  # the errors of the network's library differ between its versions
         raise WeightsUnavailableError(_how_to_get(name, hub_id, file=file)) from error
 
 

@@ -22,7 +22,7 @@ from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import LcmemError
+from lcmem_cli.engine.errors import LcmemError, WriteError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
@@ -44,6 +44,7 @@ class EmbeddedFiles:
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
+        guessed: ``[d]`` whether a bit depth was guessed, see the text of ``data.images``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 
@@ -51,6 +52,7 @@ class EmbeddedFiles:
     rows: NDArray[np.int64]
     content_hashes: list[str | None]
     unreadable: tuple[Unreadable, ...]
+    guessed: NDArray[np.bool_]
     encoder_passes: int
 
 
@@ -207,6 +209,11 @@ def _embed(
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
     row_of = dict(zip(first, work.close_gaps(), strict=True))
+    if work.guessed.any():
+        reporter.warn(
+            f"{work.guessed.sum():,} image(s) of more than 8 bits without a stated range: their "
+            "brightness was guessed from their values"
+        )
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,
@@ -217,6 +224,7 @@ def _embed(
             for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
             if (reason := failed_files[index] if content is None else reasons[content])
         ),
+        guessed=work.guessed,
         encoder_passes=passes,
     )
 
@@ -247,6 +255,7 @@ class _Features:
         self.ranks = ranks
         self.reporter = reporter
         self.failed: dict[int, str] = {}
+        self.guessed = np.zeros(len(keys), dtype=bool)
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
         self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
         self.features = _allocate((len(keys), detector.num_features), detector.feature_dtype)
@@ -259,12 +268,13 @@ class _Features:
         known = self.ranks.broadcast(known)
         for start in range(0, len(known), self.round_images):
             part = known[start : start + self.round_images]
-            values = None
+            found = None
             if self.cache is not None:
-                values = self.cache.get_many([self.keys[row] for row in part])[0]
-            self.features[part] = self.ranks.broadcast(values)
-        found = set(known)
-        return [row for row in range(len(self.keys)) if row not in found]
+                keys = [self.keys[row] for row in part]
+                found = self.cache.get_many(keys)[0], self.cache.guessed(keys)
+            self.features[part], self.guessed[part] = self.ranks.broadcast(found)
+        left_out = set(known)
+        return [row for row in range(len(self.keys)) if row not in left_out]
 
     def compute(
         self,
@@ -285,45 +295,49 @@ class _Features:
         per_round = max(1, self.round_images // batching.loaded)
         most = -(-len(todo) // self.ranks.size)
         num_rounds = -(-most // (per_round * batching.loaded))
-        passes, notes = 0, 0
+        passes = 0
         with self.reporter.task(description, len(mine), unit="image") as task:
             for _ in range(num_rounds):
                 rows: list[int] = []
                 values: list[NDArray[Any]] = []
+                guessed: set[int] = set()
                 bad: dict[int, str] = {}
                 for batch in itertools.islice(batches, per_round):
                     bad.update({mine[i]: reason for i, reason in batch.unreadable})
-                    notes += len(batch.notes)
+                    guessed.update(mine[i] for i, _ in batch.notes)
                     if batch.indices:
                         indices, features, failed = batching.embed(self.detector.embed_batch, batch)
                         bad.update({mine[i]: reason for i, reason in failed})
                         rows += [mine[i] for i in indices]
                         values += features
                     task.advance(len(batch.indices) + len(batch.unreadable))
-                made = (rows, np.concatenate(values) if values else None, bad)
+                made = (rows, np.concatenate(values) if values else None, guessed, bad)
                 for part in self.ranks.gather(made):
                     passes += self._take(*part)
-        if notes:
-            self.reporter.warn(
-                f"{notes} image(s) of more than 8 bits without a stated range: their brightness "
-                "was guessed from their values"
-            )
         return passes
 
-    def _take(self, rows: list[int], values: NDArray[Any] | None, bad: dict[int, str]) -> int:
+    def _take(
+        self,
+        rows: list[int],
+        values: NDArray[Any] | None,
+        guessed: set[int],
+        bad: dict[int, str],
+    ) -> int:
         self.failed.update(bad)
         if values is None:
             return 0
         self.features[rows] = values
-        if self.cache is not None:
+        self.guessed[rows] = [row in guessed for row in rows]
+        if self.cache is not None and self.cache.is_kept:
             try:
-                self.cache.put_many([self.keys[row] for row in rows], values)
+                self.cache.put_many([self.keys[row] for row in rows], values, self.guessed[rows])
             except OSError as error:
+                cause = error.__cause__ if isinstance(error, WriteError) else error
                 self.reporter.warn(
-                    f"{self.cache.folder}: features cannot be kept ({error.strerror or error}); "
-                    "going on without"
+                    f"{self.cache.folder}: features cannot be kept "
+                    f"({getattr(cause, 'strerror', None) or cause}); going on without"
                 )
-                self.cache = None
+                self.cache.is_kept = False
         return len(rows)
 
     def close_gaps(self) -> list[int]:
@@ -336,9 +350,10 @@ class _Features:
                 continue
             if used != row:
                 self.features[used] = self.features[row]
+                self.guessed[used] = self.guessed[row]
             numbers.append(used)
             used += 1
-        self.features = self.features[:used]
+        self.features, self.guessed = self.features[:used], self.guessed[:used]
         return numbers
 
 

@@ -19,7 +19,7 @@ from lcmem_cli.engine.detectors.external import open_session
 from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
 from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError
-from lcmem_cli.engine.files import atomic_path, sha256_bytes
+from lcmem_cli.engine.files import atomic_path, check_writable, sha256_bytes
 from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -112,6 +112,7 @@ def export_checkpoint(
         raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
     if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
         raise MissingExtraError("export to ONNX", "onnx")
+    check_writable(output)
     detector = load_lcmem(checkpoint, codec=codec, device="cpu")
     header = ExportHeader(
         fingerprint=detector.fingerprint,

@@ -119,13 +119,15 @@ def audit(
     device: str = "auto",
     batch_size: int = 32,
     workers: int = -1,
+    cache: bool = True,
     output: str | Path | None = None,
     reporter: Reporter = SILENT,
 ) -> AuditResult:
     """Find generated images that match a training image more closely than real images do.
 
-    Features go to the user's cache as they are computed (``LCMEM_CACHE``), so a killed audit
-    continues, and the next audit against the same training set embeds only what is new.
+    Unless ``cache`` is off, features go to the user's cache as they are computed
+    (``LCMEM_CACHE``), so a killed audit continues, and the next audit against the same training
+    set embeds only what is new.
 
     Args:
         generated: folder, filelist or index of generated images.
@@ -152,6 +154,7 @@ def audit(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
+        cache: keep features in the user's cache.
         output: folder for ``audit.json``, ``matches.csv``, ``matches.parquet`` and
             ``report.html``.
         reporter: told progress and warnings.
@@ -201,14 +204,14 @@ def audit(
     with contextlib.ExitStack() as stack:
         if folder is not None and ranks.is_main:
             stack.enter_context(folder_lock(folder))
-        cache = feature_cache(detector)
+        known = feature_cache(detector) if cache else None
         sets = {
             what: embed_set(
                 listing,
                 detector,
                 batch_size=batch_size,
                 workers=workers,
-                cache=cache,
+                cache=known,
                 ranks=ranks,
                 reporter=reporter,
             )
@@ -520,9 +523,17 @@ class _Study:
             ("training", self.training),
             ("held-out", self.held_out),
         ):
-            if images is not None and images.summary.unreadable:
+            if images is None:
+                continue
+            if images.summary.unreadable:
                 number = counted(len(images.summary.unreadable), f"{name} image")
                 found.append(f"{number} could not be read and stood aside.")
+            if images.summary.num_guessed:
+                number = counted(images.summary.num_guessed, f"{name} image")
+                found.append(
+                    f"Of more than 8 bits without a stated range, so its brightness was guessed "
+                    f"from its values: {number}."
+                )
         if isinstance(self.detector, ApproximateLCMem):
             found.append(
                 "The search was approximate: on a sample it found the best match of "

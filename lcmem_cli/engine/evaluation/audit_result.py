@@ -30,6 +30,8 @@ class SetSummary:
         num_identities: different labels; every image its own where there are no labels.
         duplicates: groups of paths with the same content, in order of their first image.
         unreadable: images that could not be used.
+        num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
+            where that is not known (an index).
     """
 
     source: str
@@ -39,6 +41,7 @@ class SetSummary:
     num_identities: int
     duplicates: tuple[tuple[str, ...], ...]
     unreadable: tuple[Unreadable, ...]
+    num_guessed: int | None
 
     @property
     def num_readable(self) -> int:

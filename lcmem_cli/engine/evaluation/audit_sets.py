@@ -201,6 +201,7 @@ def embed_set(
             rows=np.array([entry.row for entry in entries], dtype=np.int64),
             hashes=[entry.content_hash for entry in entries],
             features=listing.index.features,
+            guessed=None,
             unreadable=(),
         )
     embedded = embed_files(
@@ -220,6 +221,7 @@ def embed_set(
         rows=embedded.rows,
         hashes=embedded.content_hashes,
         features=embedded.features,
+        guessed=embedded.guessed,
         unreadable=tuple(
             Unreadable(path=names.get(item.path, item.path), reason=item.reason)
             for item in embedded.unreadable
@@ -233,6 +235,7 @@ def _assemble(
     rows: NDArray[np.int64],
     hashes: Sequence[str | None],
     features: FloatArray,
+    guessed: NDArray[np.bool_] | None,
     unreadable: tuple[Unreadable, ...],
 ) -> ImageSet:
     records, files = listing.records, listing.files
@@ -261,6 +264,7 @@ def _assemble(
                 if len(members) > 1
             ),
             unreadable=unreadable,
+            num_guessed=None if guessed is None else int(guessed[rows[readable]].sum()),
         ),
         names=tuple(records[index].path for index in readable),
         files=tuple(files[index] for index in readable),

@@ -22,6 +22,7 @@ from lcmem_cli.engine.evaluation.judge import (
     judge,
     score_split,
 )
+from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
     Checkpoint,
     halve,
@@ -109,6 +110,7 @@ def recalibrate(
         raise InputError("whitening centres the features as well; leave --recentre out")
     if inner_bands is not None and not whitened:
         raise InputError("--bands has no effect without --whiten")
+    check_writable(output)
     loaded = load_checkpoint(locate_checkpoint(checkpoint))
     if size is not None:
         loaded = loaded.at_size(size)

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from lcmem_cli.engine.errors import CheckpointError, InputError, WeightsUnavailableError
+from lcmem_cli.engine.models.weights import hub_answers
 
 EMBEDDED = "embedded"
 PIXELS = "none"
@@ -311,12 +312,14 @@ def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) ->
             raise InputError(f"codec '{name}': {class_name} is not one of {', '.join(_CLASSES)}")
     elif "tae" in name.lower():
         class_name = "AutoencoderTiny"
+    is_here = folder is not None or not needs_download(name, revision)
     try:
         model: torch.nn.Module
         model, info = getattr(diffusers, class_name).from_pretrained(
             name,
             revision=revision,
             use_safetensors=True,
+            local_files_only=is_here or not hub_answers(name),
             torch_dtype=torch.float32,
             output_loading_info=True,
         )

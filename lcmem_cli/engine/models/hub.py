@@ -17,6 +17,7 @@ from lcmem_cli.engine.errors import HubError, InputError, WeightsUnavailableErro
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.models.card import model_card
 from lcmem_cli.engine.models.checkpoint import embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.weights import hub_answers
 from lcmem_cli.engine.results import Result
 
 EMBEDDED = "embedded"
@@ -108,7 +109,13 @@ def download(repo_id: str, *, revision: str | None = None) -> Path:
     _check_repo_id(repo_id)
     try:
         with _no_progress_bars():
-            return Path(huggingface_hub.hf_hub_download(repo_id, WEIGHTS_FILE, revision=revision))
+            file = huggingface_hub.hf_hub_download(
+                repo_id,
+                WEIGHTS_FILE,
+                revision=revision,
+                local_files_only=not hub_answers(repo_id),
+            )
+            return Path(file)
     except Exception as error:  # among them those of the http library that the hub's client uses
         raise WeightsUnavailableError(
             f"{PREFIX}{repo_id}{f'@{revision}' if revision else ''}: "
@@ -125,11 +132,16 @@ def pull(repo_id: str, output: Path | None = None, *, revision: str | None = Non
         revision: branch, tag or commit; the default branch if not given.
 
     Raises:
-        InputError: not a repository id, or the output is a folder.
+        InputError: not a repository id, ``embedded``, or the output is a folder.
         CheckpointError: the file there is no lcmem checkpoint.
         CorruptFileError: it is damaged.
         WeightsUnavailableError: see ``download``.
     """
+    if repo_id == EMBEDDED:
+        raise InputError(
+            "the embedded checkpoint comes with lcmem, there is nothing to fetch; the commands use "
+            "it where none is given"
+        )
     if output is not None and output.is_dir():
         raise InputError(f"{output}: is a folder; name the .safetensors file to write")
     cached = download(repo_id, revision=revision)

@@ -10,6 +10,25 @@ import torch
 from lcmem_cli.engine.errors import CheckpointError, InputError
 
 LEVELS = ("state_dict", "model")
+_HUB_SECONDS = 10.0
+
+
+def hub_answers(repo_id: str) -> bool:
+    """Ask the hub once, which fails sooner and more quietly than a download does.
+
+    Args:
+        repo_id: what to ask for; whether there is such a repository makes no difference.
+
+    Returns:
+        Whether it can be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(repo_id, timeout=_HUB_SECONDS)
+    except Exception as error:  # the errors of the network's library differ between its versions
+        return getattr(error, "response", None) is not None
+    return True
 
 
 def rename_by_order(

@@ -17,6 +17,12 @@ from lcmem_cli.engine.files import atomic_path
 _SUFFIX = ".safetensors"
 
 
+class _Shard(NamedTuple):
+    features: Any
+    checksums: NDArray[np.uint32]
+    guessed: NDArray[np.bool_]
+
+
 class _Place(NamedTuple):
     shard: int
     row: int
@@ -33,12 +39,16 @@ class FeatureCache:
     Args:
         folder: shared by all detectors.
         fingerprint: of the detector; another detector's features are never returned.
+
+    Attributes:
+        is_kept: whether new features are written; off once that has failed.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder / fingerprint[:32]
         self.fingerprint = fingerprint
-        self._shards: list[tuple[Any, NDArray[np.uint32]]] = []
+        self.is_kept = True
+        self._shards: list[_Shard] = []
         self._places: dict[str, list[_Place]] = {}
         self._checked: set[_Place] = set()
         for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
@@ -73,12 +83,24 @@ class FeatureCache:
         found = np.asarray([place is not None for place in places], dtype=bool)
         return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
 
-    def put_many(self, hashes: Sequence[str], features: NDArray[Any]) -> None:
+    def guessed(self, hashes: Sequence[str]) -> NDArray[np.bool_]:
+        """Return for which of some images a bit depth was guessed, ``[n]``; unknown ones: no."""
+        places = map(self._find, hashes)
+        noted = [p is not None and self._shards[p.shard].guessed[p.row] for p in places]
+        return np.asarray(noted, dtype=bool)
+
+    def put_many(
+        self,
+        hashes: Sequence[str],
+        features: NDArray[Any],
+        guessed: NDArray[np.bool_] | None = None,
+    ) -> None:
         """Keep features of images.
 
         Args:
             hashes: SHA-256 of each image file, in hexadecimal.
             features: ``[n, d]``, float32 or uint8.
+            guessed: ``[n]`` whether the image's bit depth had to be guessed; ``None``: of none.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -92,11 +114,13 @@ class FeatureCache:
         sums = np.asarray(
             [_checksum(key, row) for key, row in zip(keys, features, strict=True)], np.uint32
         )
+        if guessed is None:
+            guessed = np.zeros(len(keys), dtype=bool)
         name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}{_SUFFIX}"
         with atomic_path(path) as temporary:
             save_file(
-                {"keys": keys, "checksums": sums, "features": features},
+                {"keys": keys, "checksums": sums, "features": features, "guessed": guessed},
                 temporary,
                 metadata={"fingerprint": self.fingerprint},
             )
@@ -111,15 +135,17 @@ class FeatureCache:
                 return
             keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
             rows = shard.get_slice("features")
+            is_noted = "guessed" in shard.keys()  # an older lcmem did not write it down
+            guessed = shard.get_tensor("guessed") if is_noted else np.zeros(len(keys), dtype=bool)
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
         number = len(self._shards)
-        self._shards.append((rows, sums))
+        self._shards.append(_Shard(rows, sums, guessed))
         for row, key in enumerate(keys):
             self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
 
     def _read(self, place: _Place) -> NDArray[Any]:
-        row: NDArray[Any] = self._shards[place.shard][0][place.row : place.row + 1][0]
+        row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1][0]
         return row
 
     def _find(self, content: str) -> _Place | None:
@@ -129,7 +155,8 @@ class FeatureCache:
             place = places[0]
             if place not in self._checked:
                 key = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)
-                if _checksum(key, self._read(place)) != self._shards[place.shard][1][place.row]:
+                expected = self._shards[place.shard].checksums[place.row]
+                if _checksum(key, self._read(place)) != expected:
                     places.pop(0)
                     continue
                 self._checked.add(place)

@@ -164,6 +164,22 @@ class LatentStore:
             np.stack([self._map(int(self._shard[r]))[self._row[r]] for r in rows])
         )
 
+    def measure(self) -> None:
+        """Compare the shape of every shard with the index, which takes no reading of it.
+
+        Raises:
+            CorruptFileError: naming the first shard that is cut short, missing or another.
+        """
+        side = self.image_size // self.spec.downsampling
+        counts = np.bincount(self._shard, minlength=len(self._shards))
+        for number, (name, _) in enumerate(self._shards):
+            path = self.folder / SHARD_FOLDER / name
+            with _naming_shard(path):
+                found = np.load(path, mmap_mode="r", allow_pickle=False).shape
+                wanted = (int(counts[number]), self.spec.latent_channels, side, side)
+                if found != wanted:
+                    raise ValueError(f"it holds {found}, expected {wanted}")
+
     def verify(self) -> None:
         """Compare every shard with its checksum.
 
@@ -181,14 +197,9 @@ class LatentStore:
         name, checksum = self._shards[number]
         path = self.folder / SHARD_FOLDER / name
         if number not in self._verified:
-            try:
+            with _naming_shard(path):
                 if sha256_file(path) != checksum:
                     raise ValueError("the content does not match its checksum")
-            except (OSError, ValueError) as error:
-                raise CorruptFileError(
-                    f"{path}: missing or damaged ({error}); run the same lcmem latents command "
-                    "again, which makes this shard anew"
-                ) from error
             self._verified.add(number)
         return path
 
@@ -196,6 +207,18 @@ class LatentStore:
         path = self._verify(number)
         shard: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         return shard
+
+
+@contextlib.contextmanager
+def _naming_shard(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a shard into an error that names it and says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path}: missing or damaged ({error}); run the same lcmem latents command again, "
+            "which makes this shard anew"
+        ) from error
 
 
 def encode_latents(

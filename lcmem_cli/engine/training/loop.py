@@ -167,17 +167,15 @@ class Trainer:
             InputError: the saved state is of another run.
         """
         self._restore()
-        stopped = self._patience_is_out()
-        while self.state.epoch < self.schedule.epochs and not stopped:
+        while not self._is_over():
             self._train_epoch()
             self._finish_epoch()
-            stopped = self._patience_is_out()
         records = tuple(EpochRecord(**_record(row)) for row in self.state.history)
         return TrainingOutcome(
             state=self.best,
             history=records,
             best_epoch=self.state.best_epoch,
-            stopped_early=stopped and self.state.epoch < self.schedule.epochs,
+            stopped_early=self.state.epoch < self.schedule.epochs,
         )
 
     def _train_epoch(self) -> None:
@@ -343,6 +341,9 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
+    def _is_over(self) -> bool:
+        return self.state.epoch >= self.schedule.epochs or self._patience_is_out()
+
     def _patience_is_out(self) -> bool:
         waited = self.state.epoch - 1 - self.state.best_epoch
         return bool(self.schedule.patience) and waited >= self.schedule.patience
@@ -381,7 +382,10 @@ class Trainer:
             self.best = {k: v.cpu() for k, v in payload["best"].items()}
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable_state(path, error) from error
-        self.reporter.event("resumed", epoch=self.state.epoch + 1, step=self.state.step)
+        if self._is_over():
+            self.reporter.event("already trained", epochs=self.state.epoch)
+        else:
+            self.reporter.event("resumed", epoch=self.state.epoch + 1, step=self.state.step)
 
     def _write_history(self) -> None:
         fields = [field.name for field in dataclasses.fields(EpochRecord)]

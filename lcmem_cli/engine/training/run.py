@@ -63,10 +63,7 @@ def open_training_folder(
                     "another folder"
                 )
             if known.get("run_digest") != digest:
-                raise InputError(
-                    f"{output}: holds a run with {_what_differs(known, run)} than given now; "
-                    "resume with the same, or choose another folder"
-                )
+                raise _another_run(output, known, config)
         ranks.barrier()
         if ranks.is_main:
             write_run_files(output, config.model_dump(mode="json"))
@@ -75,13 +72,48 @@ def open_training_folder(
         yield digest
 
 
-def _what_differs(known: dict[str, Any], run: dict[str, Any]) -> str:
-    """Name the settings in which two runs differ, or else what is no setting."""
-    there, now = (_flat(part.get("settings")) for part in (known, run))
-    keys = sorted(dict(there.items() ^ now.items()))
-    if not keys or not there:  # an older lcmem did not write its settings down
-        return "other data or initial weights" if there else "another config, data or weights"
-    return f"another {', '.join(keys)}"
+def check_continues(output: Path, config: Section) -> bool:
+    """Return whether a folder holds a run, which a config would continue.
+
+    Whether data and initial weights are the same too is only known to the training itself.
+
+    Raises:
+        InputError: the run there has other settings.
+        CorruptFileError: its record is damaged.
+    """
+    record = output / RUN_NAME
+    if not record.is_file():
+        return False
+    known = _read_record(record)
+    if _what_differs(known, config):
+        raise _another_run(output, known, config)
+    return True
+
+
+def _another_run(output: Path, known: dict[str, Any], config: Section) -> InputError:
+    """Say in what the run of a folder differs from the one that is started now."""
+    differing = _what_differs(known, config)
+    if differing:
+        what = f"another {', '.join(differing)}"
+    elif known.get("settings"):
+        what = "other data or initial weights"
+    else:  # an older lcmem did not write its settings down
+        what = "another config, data or weights"
+    return InputError(
+        f"{output}: holds a run with {what} than given now; resume with the same, or choose "
+        "another folder"
+    )
+
+
+def _what_differs(known: dict[str, Any], config: Section) -> list[str]:
+    """Name the settings in which a recorded run differs from a config, with both values."""
+    there, now = _flat(known.get("settings")), _flat(resumable_settings(config))
+    if not there:
+        return []
+    return [
+        f"{key} ({there.get(key, 'unset')} there, {now.get(key, 'unset')} now)"
+        for key in sorted(dict(there.items() ^ now.items()))
+    ]
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, str]:

@@ -70,6 +70,10 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
 _ALIGN_BATCH = 32
 _MAX_ANCESTORS = 8
+OTHER_LIST = (
+    "{source}: was not trained on this filelist, so images of its VAL or TEST may have been in "
+    "TRAIN then"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,11 @@ def train_stage1(
         spec, size, digest, codec = store.spec, store.image_size, store.manifest_digest, None
         records, unreadable = store.records, store.unreadable
         check_store(config, store)
+        if config.codec.name not in ("embedded", store.spec.name):
+            reporter.warn(
+                f"codec.name = {config.codec.name!r} has no effect with --latents: they were made "
+                f"by {store.spec.name!r}"
+            )
         digest = f"{digest}/{spec.weights_hash}/{size}"
 
     network = stage1_network(config, spec, size, store)
@@ -236,16 +245,18 @@ def finetune(
     start_file = locate_checkpoint(checkpoint)
     start = load_checkpoint(start_file)
     encoder = load_codec_of(start, source=str(checkpoint), codec=codec, device=device)
+    if is_other_list(start, manifest):
+        reporter.warn(OTHER_LIST.format(source=checkpoint))
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
     size = config.image.size or start.image_size
     network = finetune_network(config, start, source=str(checkpoint))
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
+    train = manifest.select("TRAIN")
+    check_has_images(train.records, "TRAIN")
     if config.retention.weight:
         file = teacher_file(config, start_file)
         teacher = load_teacher(file, network).to(device)
-        train = manifest.select("TRAIN")
-        check_has_train(train.records)
         workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
         pooled = teacher.pool(train.paths(), workers=workers, ranks=ranks, reporter=reporter)
         retention = _retention(config.retention, teacher, pooled, train.records)
@@ -393,14 +404,23 @@ def load_teacher(file: Path, network: SiameseNetwork) -> Teacher:
     return teacher
 
 
-def check_has_train(images: Sequence[Record] | Sequence[int]) -> None:
-    """Refuse a list without an image to train on.
+def is_other_list(start: Checkpoint, manifest: Manifest) -> bool:
+    """Return whether a checkpoint was trained on another image list, as far as it says."""
+    return str(start.training.get("data_digest", "")).partition("/")[0] != manifest.digest
+
+
+def check_has_images(images: Sequence[Record] | Sequence[int], split: str) -> None:
+    """Refuse a list without an image of a split that training needs.
 
     Raises:
         InputError: there is none.
     """
     if not len(images):
-        raise InputError("no image has the split TRAIN, so there is nothing to train on")
+        use = "train on" if split == "TRAIN" else "choose the best epoch and the thresholds by"
+        raise InputError(
+            f"no image has the split {split}, so there is nothing to {use}; set the column Split "
+            "of more ids"
+        )
 
 
 def _run(
@@ -427,6 +447,7 @@ def _run(
 
     def part(split: str) -> tuple[PairSource, PairSampler]:
         rows = [row for row, record in enumerate(records) if record.split == split]
+        check_has_images(rows, split)
         sampler = PairSampler(
             [records[row] for row in rows],
             config.sampling,
@@ -553,7 +574,7 @@ def _fit_teacher(
 ) -> tuple[Teacher, torch.Tensor]:
     """Fit a pretrained network's ends to latents; return its teacher and the TRAIN features."""
     rows = store.select("TRAIN")
-    check_has_train(rows)
+    check_has_images(rows, "TRAIN")
     outside = paths_outside([store.records[row].path for row in rows], manifest.basedir)
     if outside:
         raise InputError(
