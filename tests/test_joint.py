@@ -11,12 +11,8 @@ from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors.joint import (
-    HARD_OFFSET,
-    HARD_SLOPE,
-    OFFSET,
-    PLATEAU,
     RISE,
-    SLOPE,
+    SCALE,
     correlation_scores,
 )
 from lcmem_cli.engine.errors import InputError
@@ -44,8 +40,8 @@ def test_the_score_is_the_larger_of_both_parts(joint, scenes):
     )
     grey = small.mean(dim=1).flatten(1).numpy()
     fisher = np.arctanh(np.corrcoef(grey).clip(-1, 1 - 1e-9))
-    hard = np.maximum(HARD_SLOPE * fisher + HARD_OFFSET, PLATEAU + RISE * fisher)
-    expected = np.maximum(expected, expit(np.minimum(SLOPE * fisher + OFFSET, hard)))
+    hard = np.maximum(SCALE.hard_slope * fisher + SCALE.hard_offset, SCALE.plateau + RISE * fisher)
+    expected = np.maximum(expected, expit(np.minimum(SCALE.slope * fisher + SCALE.offset, hard)))
     off = ~np.eye(len(scenes), dtype=bool)
     np.testing.assert_allclose(
         joint.score_matrix(features, features)[off], expected[off], rtol=1e-4
@@ -60,7 +56,7 @@ def test_the_score_is_the_larger_of_both_parts(joint, scenes):
 def test_the_scale_of_correlation_rises_everywhere():
     scores = correlation_scores(np.linspace(-1, 1, 2001))
     assert (np.diff(scores) > 0).all() and 0 < scores[0] and scores[-1] <= 1
-    assert logit(correlation_scores(np.tanh(1.7))) == pytest.approx(PLATEAU, abs=0.03)
+    assert logit(correlation_scores(np.tanh(1.7))) == pytest.approx(SCALE.plateau, abs=0.03)
 
 
 def test_either_part_alone_finds_its_kind_of_copy(joint, scenes):

@@ -84,6 +84,14 @@ def audit_command(
         ),
     ] = None,
     approximate: ApproximateOption = False,
+    adapt: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--adapt/--no-adapt",
+            help="Fit the detector to the kind of the training images first, so that what they all "
+            "share does not count as likeness (default: where it can be).",
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Matches to list per image.")] = 5,
     fail_over: Annotated[
         Optional[float],  # noqa: UP045
@@ -123,6 +131,7 @@ def audit_command(
         detector=detector,
         input_size=input_size,
         approximate=approximate,
+        adapt=adapt,
         top_k=top_k,
         fail_over=fail_over,
         max_unreadable=max_unreadable,
@@ -147,7 +156,8 @@ def _show(result: AuditResult, output: Path) -> None:
     render.line(result.verdict)
     over = result.rule.threshold
     limit = "" if over is None else f", flagged: score over {over:.4f}"
-    render.line(f"Detector {result.detector}{limit}.")
+    adapted = "" if result.adapted_to is None else " adapted to the training images"
+    render.line(f"Detector {result.detector}{adapted}{limit}.")
     if result.num_flagged:
         render.line(
             f"Exposed: {counted(result.num_exposed_images, 'training image')} of "

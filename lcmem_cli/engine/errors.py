@@ -60,6 +60,10 @@ class FingerprintMismatchError(InputError):
     """Something made by one detector was used with another."""
 
 
+class NotAdaptableError(InputError):
+    """A detector cannot be adapted to a kind of images, or not to so few of them."""
+
+
 class CorruptFileError(LcmemError):
     """A file written by lcmem no longer matches its checksum or layout."""
 

@@ -5,7 +5,8 @@
 For each data set of VAL: the scores that 10, 3, 1, 0.3 and 0.1 % of its negative pairs pass, by
 the embedded network (as logit) and by the correlation of small pictures (as Fisher's z); their
 means over the data sets, and the line through the means; the line of the data set whose negative
-pairs correlate most; and the network's score that 0.01 % of all negative pairs pass.
+pairs correlate most; and the network's score that 0.01 % of all negative pairs pass. Once for the
+network as it is, and once adapted to the TRAIN images of each data set.
 """
 
 from __future__ import annotations
@@ -17,15 +18,9 @@ import numpy as np
 from scipy.special import logit
 
 from lcmem_cli import load_detector
-from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.detectors.joint import (
-    HARD_OFFSET,
-    HARD_SLOPE,
-    OFFSET,
-    PLATEAU,
-    SLOPE,
-)
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, Scale
 from lcmem_cli.engine.evaluation.judge import within_pairs
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
@@ -34,44 +29,57 @@ PLATEAU_RATE = 1e-4
 
 
 def main():
-    """Print the quantiles and the line."""
+    """Print the quantiles and the lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("filelist", type=Path)
-    manifest = load_manifest(parser.parse_args().filelist).select("VAL")
-    detector = load_detector("joint")
-    features = np.concatenate(
-        [
-            detector.embed_batch(batch.images)
-            for batch in iter_images(
-                manifest.paths(), detector.input_size, workers=2, batch_size=32
+    manifest = load_manifest(parser.parse_args().filelist)
+    joint = load_detector("joint")
+    validation = manifest.select("VAL")
+    pairs = within_pairs(validation.records)
+    features = embed_files(joint, validation.paths())
+    features = features.features[features.rows]
+    for adapt, known in ((False, SCALE), (True, ADAPTED_SCALE)):
+        print("adapted to the TRAIN images of each data set:" if adapt else "as it is:")
+        scores = {}
+        for number, name in enumerate(pairs.names):
+            chosen = (pairs.dataset == number) & (pairs.labels == 0)
+            if chosen.sum() < MIN_NEGATIVES:
+                continue
+            detector, rows = joint, features
+            if adapt:
+                own = embed_files(joint, manifest.select("TRAIN", ds_names=[name]).paths())
+                contents = [f"{name}/{row}" for row in range(len(own.features))]
+                detector, convert = joint.adapted(own.features, contents)
+                rows = convert(features)
+            scores[name] = both_parts(
+                detector, rows[pairs.first[chosen]], rows[pairs.second[chosen]]
             )
-        ]
-    )
-    pairs = within_pairs(manifest.records)
+        print(f"{fit(scores)}\n(in the package: {known})")
+
+
+def both_parts(detector, a, b):
+    """Return Fisher's z of the pictures and the network's logits, of pairs of feature rows."""
     width = detector.network.num_features
-    a, b = features[pairs.first], features[pairs.second]
+    correlation = (a[:, width:] * b[:, width:]).sum(axis=1)
     logits = logit(detector.network.score_features(a[:, :width], b[:, :width]))
-    fisher = np.arctanh((a[:, width:] * b[:, width:]).sum(axis=1).clip(-1, 1 - 1e-6))
+    return np.arctanh(correlation.clip(-1, 1 - 1e-6)), logits
+
+
+def fit(scores):
+    """Return the scale for the negative pairs of some data sets."""
     rows = []
-    for number, name in enumerate(pairs.names):
-        negative = (pairs.dataset == number) & (pairs.labels == 0)
-        if negative.sum() < MIN_NEGATIVES:
-            continue
-        both = [np.quantile(scores[negative], 1 - RATES) for scores in (fisher, logits)]
-        rows.append(both)
-        print(name, "Fisher's z", both[0].round(2), "logit", both[1].round(2))
+    for name, parts in scores.items():
+        rows.append([np.quantile(part, 1 - RATES) for part in parts])
+        print(name, "Fisher's z", rows[-1][0].round(2), "logit", rows[-1][1].round(2))
     fisher_mean, logit_mean = np.mean(rows, axis=0)
-    slope, offset = np.polyfit(fisher_mean, logit_mean, 1)
     print("mean", fisher_mean.round(3), logit_mean.round(3))
-    print(f"slope {slope:.2f}, offset {offset:.2f} (in the package: {SLOPE}, {OFFSET})")
+    slope, offset = np.polyfit(fisher_mean, logit_mean, 1)
     hardest_fisher, hardest_logit = max(rows, key=lambda row: row[0][-1])
-    slope, offset = np.polyfit(hardest_fisher, hardest_logit, 1)
-    print(
-        f"data set that correlates most: slope {slope:.2f}, offset {offset:.2f} "
-        f"(in the package: {HARD_SLOPE}, {HARD_OFFSET})"
-    )
-    plateau = np.quantile(logits[pairs.labels == 0], 1 - PLATEAU_RATE)
-    print(f"plateau {plateau:.2f} (in the package: {PLATEAU})")
+    hard_slope, hard_offset = np.polyfit(hardest_fisher, hardest_logit, 1)
+    every = np.concatenate([logits for _, logits in scores.values()])
+    plateau = np.quantile(every, 1 - PLATEAU_RATE)
+    values = (slope, offset, hard_slope, hard_offset, plateau)
+    return Scale(*(round(float(value), 2) for value in values))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lcmem_cli.engine.data.images import load_image, to_tensor, upright_rgb
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 if TYPE_CHECKING:
+    from lcmem_cli.engine.detectors.adapted import Adapted
     from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 
     Images = Sequence[Image.Image | str | Path] | Image.Image | str | Path | torch.Tensor
@@ -87,6 +88,20 @@ class Detector(abc.ABC):
             bank row.
         """
         return top_k_blocked(self.score_matrix, queries, bank, k)
+
+    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
+        """Return this detector adapted to one kind of images, see ``detectors.adapted``.
+
+        Args:
+            features: ``[n, d]``, one row of ``embed`` for each of some images of the kind.
+            contents: SHA-256 of each image file.
+
+        Raises:
+            NotAdaptableError: this detector cannot be adapted, or not to so few images.
+        """
+        raise NotAdaptableError(
+            f"{self.name} cannot be adapted: only LCMem networks, and joint, can be"
+        )
 
     def embed(self, images: Images, *, batch_size: int = 32) -> FloatArray:
         """Embed images.

@@ -258,7 +258,9 @@ class _Features:
         self.guessed = np.zeros(len(keys), dtype=bool)
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
         self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
-        self.features = _allocate((len(keys), detector.num_features), detector.feature_dtype)
+        self.features = allocate_features(
+            (len(keys), detector.num_features), detector.feature_dtype
+        )
 
     def fill_from_cache(self) -> list[int]:
         """Copy the known rows and return the numbers of the others."""
@@ -388,7 +390,7 @@ def hash_files(
     return hashes, failed
 
 
-def _allocate(shape: tuple[int, int], dtype: type[np.generic]) -> NDArray[Any]:
+def allocate_features(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """Return room for the features: in memory, or in a temporary file where it is much.
 
     Raises:

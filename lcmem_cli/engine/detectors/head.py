@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from lcmem_cli.engine.store.search import (
     weighted_l1_pairs,
     weighted_l1_top_k,
 )
+
+if TYPE_CHECKING:
+    from lcmem_cli.engine.detectors.adapted import Adapted
 
 EXPORT_FORMAT = 1
 EXPORT_KEY = "lcmem"
@@ -51,6 +55,17 @@ class HeadDetector(Detector):
         """Find each query's ``k`` best rows of the bank, exactly and in bounded memory."""
         found = weighted_l1_top_k(queries, bank, self.weight, k)
         return TopK(self._probability(found.scores), found.rows)
+
+    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
+        """Return this detector adapted to one kind of images, see ``Detector.adapted``.
+
+        Raises:
+            NotAdaptableError: too few images, or the network's features differ in length.
+        """
+        from lcmem_cli.engine.detectors.adapted import Adaptation, Adapted, AdaptedHead
+
+        adaptation = Adaptation.fit(features, contents, name=self.name)
+        return Adapted(AdaptedHead(self, adaptation), adaptation)
 
     def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
         """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""

@@ -8,10 +8,14 @@ larger of the two on one scale, so either is enough.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.detectors.adapted import Adapted
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, resize_batch, score_listed
 from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.files import sha256_bytes
@@ -19,21 +23,37 @@ from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
-SLOPE = 1.79
-"""Logits for one unit of Fisher's z (the inverse hyperbolic tangent of the correlation)."""
-OFFSET = -2.74
-"""Logit of a pair without correlation. Slope and offset bring both parts to one scale: the line
-through the scores that 10, 3, 1, 0.3 and 0.1 % of the negative VAL pairs pass, mean over the data
-sets, for the embedded model; printed by ``tests/benchmarks/fit_joint.py``."""
-HARD_SLOPE = 1.78
-HARD_OFFSET = -3.27
-PLATEAU = -0.05
-"""From the logit ``PLATEAU`` on, which 0.01 % of all negative VAL pairs pass by the network,
-correlation counts by the line of the data set whose negative pairs correlate most (faces in one
-pose under many lights), so that sets of such images do not raise the threshold beyond what the
-network reaches."""
 RISE = 0.01
 """Slope of the plateau between both lines: the better of two matches stays the better one."""
+
+
+class Scale(NamedTuple):
+    """Brings Fisher's z (the inverse hyperbolic tangent of the correlation) to logits.
+
+    Attributes:
+        slope: logits for one unit of z.
+        offset: logit of a pair without correlation. Slope and offset bring both parts to one scale:
+            the line through the scores that 10, 3, 1, 0.3 and 0.1 % of the negative VAL pairs pass,
+            mean over the data sets, for the embedded model; printed by
+            ``tests/benchmarks/fit_joint.py``.
+        hard_slope: the same for the data set whose negative pairs correlate most (faces in one pose
+            under many lights).
+        hard_offset: likewise.
+        plateau: logit that 0.01 % of all negative VAL pairs pass by the network. From there on
+            correlation counts by the second line, so that sets of such images do not raise the
+            threshold beyond what the network reaches.
+    """
+
+    slope: float
+    offset: float
+    hard_slope: float
+    hard_offset: float
+    plateau: float
+
+
+SCALE = Scale(slope=1.79, offset=-2.74, hard_slope=1.78, hard_offset=-3.27, plateau=-0.05)
+ADAPTED_SCALE = Scale(slope=1.60, offset=-2.98, hard_slope=1.46, hard_offset=-3.37, plateau=-0.59)
+"""For an adapted network; each data set's VAL pairs scored after adapting to its TRAIN images."""
 _HIGHEST_CORRELATION = 1 - 1e-9
 _BLOCK_ROWS = 2048
 
@@ -47,18 +67,19 @@ class JointDetector(Detector):
     Args:
         network: gives the first part.
         name: how the user named it.
+        scale: of the picture's part.
     """
 
     gives_probability = True
     measures_distance = False  # where correlation is the larger, its scale is Fisher's
 
-    def __init__(self, network: HeadDetector, *, name: str = "joint") -> None:
+    def __init__(self, network: HeadDetector, *, name: str = "joint", scale: Scale = SCALE) -> None:
         self.network = network
+        self.scale = scale
         self.name = name
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2
-        scale = (PICTURE_SIZE, SLOPE, OFFSET, HARD_SLOPE, HARD_OFFSET, PLATEAU, RISE)
-        settings = f"joint/{network.fingerprint}/{scale}"
+        settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *scale, RISE)}"
         self.fingerprint = sha256_bytes(settings.encode())
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
@@ -81,7 +102,8 @@ class JointDetector(Detector):
                 "nd,nd->n", picture_a.astype(np.float64), picture_b.astype(np.float64)
             )
             scores[rows] = np.maximum(
-                self.network.score_features(network_a, network_b), correlation_scores(correlation)
+                self.network.score_features(network_a, network_b),
+                correlation_scores(correlation, self.scale),
             )
         return scores
 
@@ -89,7 +111,8 @@ class JointDetector(Detector):
         """Return scores ``[n, m]`` of every row of ``a`` with every row of ``b``."""
         (network_a, picture_a), (network_b, picture_b) = self._parts(a), self._parts(b)
         return np.maximum(
-            self.network.score_matrix(network_a, network_b), _correlations(picture_a, picture_b)
+            self.network.score_matrix(network_a, network_b),
+            self._correlations(picture_a, picture_b),
         )
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
@@ -99,7 +122,7 @@ class JointDetector(Detector):
         """
         (network_q, picture_q), (network_b, picture_b) = self._parts(queries), self._parts(bank)
         by_network = self.network.top_k(network_q, network_b, k)
-        by_picture = top_k_blocked(_correlations, picture_q, picture_b, k)
+        by_picture = top_k_blocked(self._correlations, picture_q, picture_b, k)
         rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
         each = np.arange(len(rows))
         scores = np.empty(rows.shape)
@@ -112,22 +135,38 @@ class JointDetector(Detector):
         first = np.argsort(repeated, axis=1, kind="stable")[:, : by_network.rows.shape[1]]
         return TopK(np.take_along_axis(scores, first, 1), np.take_along_axis(rows, first, 1))
 
+    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
+        """Return this detector with an adapted network, see ``Detector.adapted``; pictures stay.
+
+        Raises:
+            NotAdaptableError: too few images.
+        """
+        network, convert = self.network.adapted(self._parts(features)[0], contents)
+        assert isinstance(network, HeadDetector)
+
+        def convert_parts(rows: FloatArray) -> FloatArray:
+            first, second = self._parts(rows)
+            return np.concatenate([convert(first), second], axis=1)
+
+        detector = JointDetector(network, name=self.name, scale=ADAPTED_SCALE)
+        return Adapted(detector, convert_parts)
+
+    def _correlations(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
+        return correlation_scores(a.astype(np.float64) @ b.astype(np.float64).T, self.scale)
+
     def _parts(self, features: FloatArray) -> tuple[FloatArray, FloatArray]:
         width = self.network.num_features
         return features[:, :width], features[:, width:]
 
 
-def _correlations(a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-    return correlation_scores(a.astype(np.float64) @ b.astype(np.float64).T)
-
-
-def correlation_scores(correlation: FloatArray) -> NDArray[np.float64]:
+def correlation_scores(correlation: FloatArray, scale: Scale = SCALE) -> NDArray[np.float64]:
     """Bring correlations, of any shape, to the scale of the network's probabilities."""
     from scipy.special import expit
 
     highest = _HIGHEST_CORRELATION
     fisher = np.arctanh(np.clip(correlation, -highest, highest))
-    usual, hard = SLOPE * fisher + OFFSET, HARD_SLOPE * fisher + HARD_OFFSET
-    high = np.maximum(hard, PLATEAU + RISE * fisher)
+    usual = scale.slope * fisher + scale.offset
+    hard = scale.hard_slope * fisher + scale.hard_offset
+    high = np.maximum(hard, scale.plateau + RISE * fisher)
     result: NDArray[np.float64] = expit(np.minimum(usual, high))
     return result

@@ -177,4 +177,5 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "output": _text,
     "weights": _text,
     "codec": _text,
+    "adapt": _text,
 }

@@ -19,11 +19,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.detectors.adapted import MAX_IMAGES
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit_files import write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
     Null,
@@ -33,6 +35,7 @@ from lcmem_cli.engine.evaluation.audit_null import (
     search,
     smallest_rate,
     split_null,
+    split_rows,
 )
 from lcmem_cli.engine.evaluation.audit_result import (
     AuditResult,
@@ -79,6 +82,7 @@ MOST_COPIED = 12
 _MOSTLY = 0.5
 """Share of generated images below all real ones from which the two are of different kinds."""
 DEFAULT_DETECTOR = "joint"
+_CONVERTED_ROWS = 4096
 
 Source = str | Path | Index
 
@@ -112,6 +116,7 @@ def audit(
     detector: str | Detector | None = None,
     input_size: int | None = None,
     approximate: bool = False,
+    adapt: bool | None = None,
     top_k: int = 5,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
@@ -147,6 +152,9 @@ def audit(
         approximate: find candidates with faiss's inverted file and score them exactly: faster on
             millions of training images, but a match can be missed; the recall is measured on a
             sample and stated. LCMem detectors only.
+        adapt: fit the detector to the kind of the training images first, without their identities
+            (``detectors.adapted``), so that what they all share does not count as likeness;
+            ``None``: where the detector can be and there are enough images.
         top_k: matches to list per generated image.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
@@ -161,6 +169,7 @@ def audit(
 
     Raises:
         InputError: an argument is wrong, a set is empty, or the null is too small for the rate.
+        NotAdaptableError: ``adapt`` is asked for and not possible.
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FolderBusyError: another process writes to ``output``.
 
@@ -228,7 +237,14 @@ def audit(
             ranks=ranks,
             rate=fpr,
             seed=seed,
+            approximate=detector if isinstance(detector, ApproximateLCMem) else None,
         )
+        if adapt is not False:
+            try:
+                study = study.adapted(kind)
+            except NotAdaptableError:
+                if adapt:
+                    raise
         real_images = study.null(kind)
         check_size(
             len(real_images.rows),
@@ -260,7 +276,8 @@ def audit(
                     "fpr": fpr,
                     "bh": bh,
                     "detector": detector.name,
-                    "fingerprint": detector.fingerprint,
+                    "fingerprint": study.detector.fingerprint,
+                    "adapted_to": study.adapted_to,
                     "approximate": approximate,
                     "top_k": top_k,
                     "seed": seed,
@@ -298,6 +315,40 @@ class _Study:
     ranks: Ranks
     rate: float
     seed: int
+    approximate: ApproximateLCMem | None
+    adapted_to: int | None = None
+
+    def adapted(self, kind: NullKind) -> _Study:
+        """Return the study with its detector adapted to the images that will be searched.
+
+        The rate holds, because neither generated images nor those of the null have a part in it;
+        of a split training set only the bank has. With leave-one-out each image of the null has,
+        which makes what only it shows a little smaller and it a little more like the others.
+
+        Raises:
+            NotAdaptableError: the detector cannot be adapted to them.
+        """
+        bank = np.arange(self.training.num_distinct)
+        if kind == "split":
+            bank = split_rows(self.training, rate=self.rate, seed=self.seed)[1]
+        contents = [self.training.hashes[row] for row in bank]
+        detector, convert = self.detector.adapted(self.training.features_of(bank), contents)
+
+        def converted(images: ImageSet) -> ImageSet:
+            features = allocate_features(images.features.shape, np.float32)
+            for start in range(0, len(features), _CONVERTED_ROWS):
+                part = slice(start, start + _CONVERTED_ROWS)
+                features[part] = convert(images.features[part])
+            return dataclasses.replace(images, features=features)
+
+        return dataclasses.replace(
+            self,
+            detector=detector,
+            queries=converted(self.queries),
+            training=converted(self.training),
+            held_out=None if self.held_out is None else converted(self.held_out),
+            adapted_to=min(len(bank), MAX_IMAGES),
+        )
 
     def null(self, kind: NullKind) -> Null:
         """Return the real images that generated ones are compared with."""
@@ -371,7 +422,7 @@ class _Study:
         interval = clopper_pearson(num_flagged, num_queries)
         summary = self._null_summary(null)
         shows, does_not_show = what_it_shows(
-            summary, approximate=isinstance(self.detector, ApproximateLCMem)
+            summary, approximate=self.approximate is not None, adapted_to=self.adapted_to
         )
         return AuditResult(
             statement=statement(num_flagged, num_queries, rule, null.kind, interval),
@@ -381,6 +432,7 @@ class _Study:
             warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows])),
             detector=self.detector.name,
             fingerprint=self.detector.fingerprint,
+            adapted_to=self.adapted_to,
             rule=rule,
             null=summary,
             num_queries=num_queries,
@@ -534,11 +586,11 @@ class _Study:
                     f"Of more than 8 bits without a stated range, so its brightness was guessed "
                     f"from its values: {number}."
                 )
-        if isinstance(self.detector, ApproximateLCMem):
+        if self.approximate is not None:
             found.append(
                 "The search was approximate: on a sample it found the best match of "
-                f"{self.detector.search_recall:.1%} of the images. A copy whose match was missed "
-                "is not flagged."
+                f"{self.approximate.search_recall:.1%} of the images. A copy whose match was "
+                "missed is not flagged."
             )
         repeated = num_queries - self.queries.num_distinct
         if repeated:

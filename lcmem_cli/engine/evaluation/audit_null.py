@@ -149,12 +149,15 @@ def held_out_null(
     return without_same_pictures(null, training, ranks)
 
 
-def split_null(
-    detector: Detector, training: ImageSet, *, rate: float, seed: int, ranks: Ranks
-) -> Null:
-    """Take identities out of the training set and search them in the rest.
+def split_rows(
+    training: ImageSet, *, rate: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw identities to be taken out of the training set.
 
     A quarter of the images, or as many as the rate needs, but at most half.
+
+    Returns:
+        Rows that are taken out, and those of the bank that is left.
     """
     groups = training.groups
     sizes = np.bincount(groups)
@@ -167,7 +170,14 @@ def split_null(
             drawn.append(group)
             count += sizes[group]
     chosen = np.isin(groups, drawn)
-    rows, bank = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def split_null(
+    detector: Detector, training: ImageSet, *, rate: float, seed: int, ranks: Ranks
+) -> Null:
+    """Take identities out of the training set, see ``split_rows``, and search them in the rest."""
+    rows, bank = split_rows(training, rate=rate, seed=seed)
     found = search(detector, training.features[rows], training.features[bank], 2, ranks)
     null = Null(
         kind="split",

@@ -158,6 +158,7 @@ class AuditResult(Result):
         warnings: what weakens it.
         detector: name of the detector.
         fingerprint: of the detector.
+        adapted_to: training images that the detector was adapted to; ``None`` where it was not.
         rule: how images were flagged.
         null: the real images compared with.
         num_queries: readable generated images.
@@ -186,6 +187,7 @@ class AuditResult(Result):
     warnings: tuple[str, ...]
     detector: str
     fingerprint: str
+    adapted_to: int | None
     rule: FlagRule
     null: NullSummary
     num_queries: int
@@ -340,7 +342,7 @@ def meaning_of_rate(kind: NullKind, rate: float, num_not_searched: int) -> str:
 
 
 def what_it_shows(
-    null: NullSummary, *, approximate: bool
+    null: NullSummary, *, approximate: bool, adapted_to: int | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the finding supports and what it does not, in sentences."""
     compared = (
@@ -348,12 +350,18 @@ def what_it_shows(
         if approximate
         else "with every training image searched, without approximation."
     )
-    shows = (
+    shows: tuple[str, ...] = (
         null.meaning,
         "A flagged image is closer to its training image, as this detector sees them, than nearly "
         f"all of {null.num_scores:,} real images are to any training image.",
         f"Every generated image was compared {compared}",
     )
+    if adapted_to is not None:
+        shows += (
+            f"The detector was adapted to {adapted_to:,} of the training images, so what all "
+            "images of this kind share does not count as likeness. No other image had a part in "
+            "that.",
+        )
     does_not = (
         "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
         "the pairs.",

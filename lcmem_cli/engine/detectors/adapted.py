@@ -1,0 +1,159 @@
+"""A detector adapted to one kind of images, by unlabelled images of that kind.
+
+What all images of one kind share (a chest, a face, one camera's light) tells nothing about which of
+them two are, but a network that has not seen the kind takes it for likeness. Two steps on the
+features of some images of the kind remove it: their mean is taken off, and the directions in which
+they differ most are made smaller, as second-order domain adaptation does (Sun et al. 2016, arXiv
+1511.05547). No identity is needed, and no other image changes what an image's features are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.errors import NotAdaptableError
+from lcmem_cli.engine.files import sha256_bytes
+from lcmem_cli.engine.store.search import TopK
+
+SHARE = 0.1
+"""Of many images' covariance in what is whitened, beside that which the network was made with."""
+HALF_IMAGES = 200
+"""From so many images on half of that share: of fewer, the covariance shows each single one."""
+MIN_IMAGES = 10
+"""Fewer say too little about their kind."""
+MAX_IMAGES = 20_000
+"""Of more images a seeded sample is used."""
+_SAME_LENGTH = 0.01
+_NEAR_END = 1e-6
+_SHORTEST = 1e-3
+"""What is left of an image that is no further from the centre is rounding, and is not drawn out."""
+
+
+class Adapted(NamedTuple):
+    """An adapted detector, and what makes its features of the former one's.
+
+    Attributes:
+        detector: scores features that were converted, and embeds images to such.
+        convert: ``[n, d]`` of the detector that was adapted to ``[n, d]`` of this one.
+    """
+
+    detector: Detector
+    convert: Callable[[FloatArray], FloatArray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """Moves the features of an LCMem network, all of one length before the sigmoid.
+
+    Attributes:
+        centre: ``[d]`` mean of the images' features at length 1.
+        matrix: ``[d, d]`` symmetric; makes their largest differences smaller.
+        length: of all features before the sigmoid.
+        fingerprint: of the images and of how they are used.
+    """
+
+    centre: NDArray[np.float64]
+    matrix: NDArray[np.float64]
+    length: float
+    fingerprint: str
+
+    @classmethod
+    def fit(cls, features: FloatArray, contents: Sequence[str], *, name: str) -> Adaptation:
+        """Fit to images of one kind.
+
+        Args:
+            features: ``[n, d]`` in [0, 1], one row a distinct image.
+            contents: SHA-256 of each image file.
+            name: of the detector, for messages.
+
+        Raises:
+            NotAdaptableError: too few images, or features that are not of one length.
+        """
+        if len(features) < MIN_IMAGES:
+            raise NotAdaptableError(
+                f"{name} cannot be adapted to {len(features)} different images; it needs at least "
+                f"{MIN_IMAGES}"
+            )
+        if len(features) > MAX_IMAGES:
+            rng = np.random.default_rng(0)
+            drawn = np.sort(rng.choice(len(features), MAX_IMAGES, replace=False))
+            features, contents = features[drawn], [contents[row] for row in drawn]
+        before = _before_sigmoid(features)
+        lengths = np.linalg.norm(before, axis=1)
+        length = float(np.median(lengths))
+        if np.abs(lengths - length).max() > _SAME_LENGTH * length:
+            raise NotAdaptableError(
+                f"{name} cannot be adapted: its network's features differ in length "
+                "(network.feature_rms is not set)"
+            )
+        units = before / lengths[:, None]
+        centre = units.mean(axis=0)
+        centred = units - centre
+        covariance = centred.T @ centred / len(units)
+        width = len(centre)
+        share = SHARE * len(units) / (len(units) + HALF_IMAGES)
+        # Of the same mean size as what the network was made with, which is white.
+        own = covariance * (width / max(float(np.trace(covariance)), _SHORTEST))
+        values, axes = np.linalg.eigh((1 - share) * np.eye(width) + share * own)
+        return cls(
+            centre=centre,
+            matrix=(axes / np.sqrt(values)) @ axes.T,
+            length=length,
+            fingerprint=sha256_bytes(f"{SHARE}/{HALF_IMAGES}/{''.join(sorted(contents))}".encode()),
+        )
+
+    def __call__(self, features: FloatArray) -> NDArray[np.float32]:
+        """Return features ``[n, d]`` of the network as the adapted one's, both in [0, 1]."""
+        from scipy.special import expit
+
+        moved = (_before_sigmoid(features) / self.length - self.centre) @ self.matrix
+        lengths = np.linalg.norm(moved, axis=1, keepdims=True)
+        adapted: NDArray[np.float64] = expit(moved * (self.length / np.maximum(lengths, _SHORTEST)))
+        return adapted.astype(np.float32)
+
+
+class AdaptedHead(HeadDetector):
+    """An LCMem network whose features are adapted.
+
+    Its scores belong to other thresholds than the network's, so it has none.
+
+    Args:
+        network: whose head scores, and whose search is used.
+        adaptation: of its features.
+    """
+
+    def __init__(self, network: HeadDetector, adaptation: Adaptation) -> None:
+        self.network = network
+        self.adaptation = adaptation
+        self.name = network.name
+        self.fingerprint = sha256_bytes(
+            f"adapted/{network.fingerprint}/{adaptation.fingerprint}".encode()
+        )
+        self.input_size = network.input_size
+        self.num_features = network.num_features
+        self.weight, self.bias = network.weight, network.bias
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.adaptation(self.network.embed_batch(batch))
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, as the network's search does."""
+        return self.network.top_k(queries, bank, k)
+
+
+def _before_sigmoid(features: FloatArray) -> NDArray[np.float64]:
+    from scipy.special import logit
+
+    result: NDArray[np.float64] = logit(
+        np.clip(features.astype(np.float64), _NEAR_END, 1 - _NEAR_END)
+    )
+    return result
