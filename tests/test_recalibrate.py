@@ -14,9 +14,10 @@ from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.detectors.adapted import shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.recalibrate import Whitening, recalibrate, recentre
+from lcmem_cli.engine.evaluation.recalibrate import Whitening, adapt, recalibrate
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
@@ -39,43 +40,57 @@ def before_sigmoid(file, paths):
     return logit(np.asarray(embedded.features, dtype=np.float64)[embedded.rows])
 
 
-def test_recentring_moves_the_mean_of_train_to_zero_and_nothing_else(
+def test_adapting_centres_the_last_layer_and_makes_its_largest_differences_smaller(
     run_cli, image_folder, tmp_path
 ):
     saved = make(tmp_path / "start.safetensors")
-    out = tmp_path / "centred.safetensors"
+    out = tmp_path / "adapted.safetensors"
     options = ("--filelist", image_folder, "-o", out)
-    run_cli("calibrate", tmp_path / "start.safetensors", *options, "--recentre")
+    run_cli("calibrate", tmp_path / "start.safetensors", *options, "--adapt")
     manifest = load_manifest(image_folder)
-    for split in ("TRAIN", "TEST"):
-        paths = manifest.select(split).paths()
-        start = before_sigmoid(tmp_path / "start.safetensors", paths)
-        centred = before_sigmoid(out, paths)
-        moved = start - centred
-        np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=1e-4)
-        if split == "TRAIN":
-            assert np.abs(start.mean(axis=0)).max() > 0.01
-            np.testing.assert_allclose(centred.mean(axis=0), 0, atol=1e-4)
+    paths = manifest.select("TRAIN").paths()
+    start, adapted = (before_sigmoid(file, paths) for file in (tmp_path / "start.safetensors", out))
+    centre, matrix = shrunk_whitening(start)
+    np.testing.assert_allclose(adapted, (start - centre) @ matrix, atol=1e-3)
+    assert np.abs(start.mean(axis=0)).max() > 0.01
+    np.testing.assert_allclose(adapted.mean(axis=0), 0, atol=1e-4)
+    spreads = [np.linalg.svd(rows - rows.mean(axis=0))[1] for rows in (start, adapted)]
+    assert spreads[1][0] / spreads[1][-1] < spreads[0][0] / spreads[0][-1]
     loaded = load_checkpoint(out)
     changed = [k for k, v in saved.network_state.items() if not v.equal(loaded.network_state[k])]
-    assert changed == ["backbone.fc.bias"]
+    assert sorted(changed) == ["backbone.fc.bias", "backbone.fc.weight"]
     assert loaded.fingerprint != saved.fingerprint
     assert {t.fingerprint for t in loaded.thresholds} == {loaded.fingerprint}
-    recorded = json.loads(run_cli("info", out, "--json").stdout)["training"]["recentred"]
+    recorded = json.loads(run_cli("info", out, "--json").stdout)["training"]["adapted"]
     assert recorded["num_images"] == len(manifest.select("TRAIN").records)
 
 
-def test_recentring_refuses_what_it_cannot_do(image_folder, tmp_path):
+def test_adapting_needs_no_identities(run_cli, image_folder, tmp_path):
+    make(tmp_path / "start.safetensors")
+    rows = [
+        f"{path.relative_to(image_folder)},{n}"
+        for n, path in enumerate(image_folder.rglob("*.png"))
+    ]
+    (image_folder / "list.csv").write_text("\n".join(["path,id", *rows]))
+    arguments = [tmp_path / "start.safetensors", "--filelist", image_folder / "list.csv"]
+    arguments += ["-o", tmp_path / "out.safetensors"]
+    assert "too few pairs" in run_cli("calibrate", *arguments, exit_code=2).stderr
+    done = run_cli("calibrate", *arguments, "--adapt")
+    assert "too few pairs" in done.stderr
+    assert load_checkpoint(tmp_path / "out.safetensors").thresholds == ()
+
+
+def test_adapting_refuses_what_it_cannot_do(image_folder, tmp_path):
     checkpoint = make(tmp_path / "start.safetensors")
     manifest = load_manifest(image_folder).select("TRAIN")
-    with pytest.raises(InputError, match="no TRAIN image"):
-        recentre(checkpoint, dataclasses.replace(manifest, records=()))
+    with pytest.raises(InputError, match="0 TRAIN images are too few"):
+        adapt(checkpoint, dataclasses.replace(manifest, records=()))
     manifest.paths()[0].write_bytes(b"no image")
     with pytest.raises(InputError, match=manifest.paths()[0].name):
-        recentre(checkpoint, manifest)
+        adapt(checkpoint, manifest)
     convolutional = make(tmp_path / "conv.safetensors", "dla34")
     with pytest.raises(InputError, match="dla34 does not end in one linear layer"):
-        recentre(convolutional, manifest)
+        adapt(convolutional, manifest)
 
 
 def test_a_projection_is_sklearns_whitened_components_but_for_a_turn():
@@ -216,7 +231,7 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
             output=tmp_path / "out.safetensors",
         )  # fmt: skip
     for options, reason in (
-        (("--whiten", "--recentre"), "leave --recentre out"),
+        (("--whiten", "--adapt"), "leave --adapt out"),
         (("--bands", 3), "--bands has no effect without --whiten"),
     ):
         done = run_cli(

@@ -101,11 +101,11 @@ def calibrate(
             show_default="the trained one",
         ),
     ] = None,
-    recentre: Annotated[
+    adapt: Annotated[
         bool,
         typer.Option(
-            "--recentre",
-            help="Centre the features on the TRAIN images, for a list of one kind of images; "
+            "--adapt",
+            help="Adapt the last layer to the TRAIN images, for a list of one kind of images; "
             "identities are not used.",
         ),
     ] = False,
@@ -142,7 +142,7 @@ def calibrate(
         output=output,
         half=half,
         size=size,
-        centred=recentre,
+        adapted=adapt,
         whitened=whiten,
         inner_bands=bands,
         seed=seed,

@@ -6,7 +6,8 @@ For each data set of VAL: the scores that 10, 3, 1, 0.3 and 0.1 % of its negativ
 the embedded network (as logit) and by the correlation of small pictures (as Fisher's z); their
 means over the data sets, and the line through the means; the line of the data set whose negative
 pairs correlate most; and the network's score that 0.01 % of all negative pairs pass. Once for the
-network as it is, and once adapted to the TRAIN images of each data set.
+network as it is; and once with a last layer that was fitted without the data set and then adapted
+to its TRAIN images, as for a kind of images that the network does not know.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from scipy.special import logit
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, Scale
+from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, JointDetector, Scale
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.evaluation.judge import within_pairs
+from lcmem_cli.engine.evaluation.recalibrate import Whitening
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
 MIN_NEGATIVES = 300
@@ -36,25 +39,32 @@ def main():
     joint = load_detector("joint")
     validation = manifest.select("VAL")
     pairs = within_pairs(validation.records)
-    features = embed_files(joint, validation.paths())
-    features = features.features[features.rows]
-    for adapt, known in ((False, SCALE), (True, ADAPTED_SCALE)):
-        print("adapted to the TRAIN images of each data set:" if adapt else "as it is:")
-        scores = {}
-        for number, name in enumerate(pairs.names):
-            chosen = (pairs.dataset == number) & (pairs.labels == 0)
-            if chosen.sum() < MIN_NEGATIVES:
-                continue
-            detector, rows = joint, features
-            if adapt:
-                own = embed_files(joint, manifest.select("TRAIN", ds_names=[name]).paths())
-                contents = [f"{name}/{row}" for row in range(len(own.features))]
-                detector, convert = joint.adapted(own.features, contents)
-                rows = convert(features)
-            scores[name] = both_parts(
-                detector, rows[pairs.first[chosen]], rows[pairs.second[chosen]]
-            )
-        print(f"{fit(scores)}\n(in the package: {known})")
+    features = embed_all(joint, validation.paths())
+    whitening = Whitening.of(joint.network.checkpoint, manifest.select("TRAIN"))
+    as_it_is, adapted = {}, {}
+    for number, name in enumerate(pairs.names):
+        chosen = (pairs.dataset == number) & (pairs.labels == 0)
+        if chosen.sum() < MIN_NEGATIVES:
+            continue
+        both = pairs.first[chosen], pairs.second[chosen]
+        as_it_is[name] = both_parts(joint, *(features[side] for side in both))
+        without = JointDetector(LCMemDetector(whitening.fitted(without=name), name=name))
+        own = embed_all(without, manifest.select("TRAIN", ds_names=[name]).paths())
+        detector, convert = without.adapted(own, [str(row) for row in range(len(own))])
+        needed = np.unique(np.concatenate(both))
+        rows = convert(embed_all(without, [validation.paths()[row] for row in needed]))
+        adapted[name] = both_parts(detector, *(rows[np.searchsorted(needed, s)] for s in both))
+    for title, scores, known in (
+        ("as it is", as_it_is, SCALE),
+        ("adapted to a kind that it does not know", adapted, ADAPTED_SCALE),
+    ):
+        print(f"{title}:\n{fit(scores)}\n(in the package: {known})")
+
+
+def embed_all(detector, paths):
+    """Return a feature row of each file."""
+    found = embed_files(detector, paths)
+    return found.features[found.rows]
 
 
 def both_parts(detector, a, b):

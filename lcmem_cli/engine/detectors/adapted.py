@@ -94,18 +94,10 @@ class Adaptation:
                 f"{name} cannot be adapted: its network's features differ in length "
                 "(network.feature_rms is not set)"
             )
-        units = before / lengths[:, None]
-        centre = units.mean(axis=0)
-        centred = units - centre
-        covariance = centred.T @ centred / len(units)
-        width = len(centre)
-        share = SHARE * len(units) / (len(units) + HALF_IMAGES)
-        # Of the same mean size as what the network was made with, which is white.
-        own = covariance * (width / max(float(np.trace(covariance)), _SHORTEST))
-        values, axes = np.linalg.eigh((1 - share) * np.eye(width) + share * own)
+        centre, matrix = shrunk_whitening(before / lengths[:, None])
         return cls(
             centre=centre,
-            matrix=(axes / np.sqrt(values)) @ axes.T,
+            matrix=matrix,
             length=length,
             fingerprint=sha256_bytes(f"{SHARE}/{HALF_IMAGES}/{''.join(sorted(contents))}".encode()),
         )
@@ -148,6 +140,27 @@ class AdaptedHead(HeadDetector):
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank, as the network's search does."""
         return self.network.top_k(queries, bank, k)
+
+
+def shrunk_whitening(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what centres features and makes their largest differences smaller.
+
+    Args:
+        rows: ``[n, d]`` features of images of one kind, by a network whose features of many kinds
+            are white.
+
+    Returns:
+        Their mean ``[d]``, and a symmetric matrix ``[d, d]``: the inverse square root of the
+        identity, of which a share is replaced by their covariance at the same mean size.
+    """
+    centre = rows.mean(axis=0)
+    centred = rows - centre
+    covariance = centred.T @ centred / len(rows)
+    width = len(centre)
+    own = covariance * (width / max(float(np.trace(covariance)), _SHORTEST))
+    share = SHARE * len(rows) / (len(rows) + HALF_IMAGES)
+    values, axes = np.linalg.eigh((1 - share) * np.eye(width) + share * own)
+    return centre, (axes / np.sqrt(values)) @ axes.T
 
 
 def _before_sigmoid(features: FloatArray) -> NDArray[np.float64]:

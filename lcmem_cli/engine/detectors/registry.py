@@ -269,14 +269,17 @@ def _lcmem(request: Request) -> Detector:
 
 
 def _adapted(detector: Detector, request: Request) -> Detector:
-    """Adapt a detector to the images of the option ``adapt``, if it is there."""
+    """Adapt a detector to the images of the option ``adapt`` (of a list with splits, to TRAIN)."""
     source = request.options.get("adapt")
     if source is None:
         return detector
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.detectors.embedding import embed_files
 
-    paths = load_manifest(Path(source)).paths()
+    listed = load_manifest(Path(source), need_split=False)
+    if any(record.split == "TRAIN" for record in listed.records):
+        listed = listed.select("TRAIN")
+    paths = listed.paths()
     step = -(-len(paths) // _ADAPT_IMAGES)
     found = embed_files(detector, paths[::step])
     contents = {

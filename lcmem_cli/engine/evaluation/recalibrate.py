@@ -12,6 +12,7 @@ from torch import nn
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
+from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, shrunk_whitening
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
@@ -72,7 +73,7 @@ def recalibrate(
     basedir: Path | None = None,
     half: bool = False,
     size: int | None = None,
-    centred: bool = False,
+    adapted: bool = False,
     whitened: bool = False,
     inner_bands: int | None = None,
     seed: int = 0,
@@ -91,7 +92,8 @@ def recalibrate(
         size: side in pixels that images are brought to from now on; ``None`` keeps the trained one.
             Objects look larger in random crops than in whole images, so somewhat more than the
             size of training is often better (Touvron et al. 2019, arXiv 1906.06423).
-        centred: centre the features on the list's TRAIN images first, see ``recentre``.
+        adapted: adapt the last layer to the list's TRAIN images first, see ``adapt``. Then a list
+            with too few VAL pairs gives a checkpoint without thresholds.
         whitened: fit the last layer to the list's TRAIN images first, see ``Whitening``. Where
             these are of several data sets, the thresholds are for images of yet another kind: each
             data set's pairs are scored with a last layer that was fitted without it.
@@ -103,11 +105,11 @@ def recalibrate(
 
     Raises:
         InputError: VAL holds too few pairs for any threshold, the codec cannot take the size, or
-            ``centred`` and ``whitened`` are both asked for.
+            ``adapted`` and ``whitened`` are both asked for.
         CheckpointError: the network's weights do not fit another size.
     """
-    if centred and whitened:
-        raise InputError("whitening centres the features as well; leave --recentre out")
+    if adapted and whitened:
+        raise InputError("whitening fits the same layer; leave --adapt out")
     if inner_bands is not None and not whitened:
         raise InputError("--bands has no effect without --whiten")
     check_writable(output)
@@ -116,8 +118,8 @@ def recalibrate(
         loaded = loaded.at_size(size)
     manifest = load_manifest(filelist, basedir=basedir)
     train = manifest.select("TRAIN")
-    if centred:
-        loaded = recentre(loaded, train, workers=workers, device=device, reporter=reporter)
+    if adapted:
+        loaded = adapt(loaded, train, workers=workers, device=device, reporter=reporter)
     whitening = None
     if whitened:
         _check_remainder(manifest)
@@ -135,12 +137,16 @@ def recalibrate(
         device=device,
         reporter=reporter,
     )
-    if not judged.thresholds:
-        raise InputError(
+    if judged.thresholds:
+        _warn_of_missing(judged.thresholds, reporter)
+    else:
+        lacking = (
             f"{filelist}: VAL has too few pairs for a threshold: it needs identities with two or "
             "more images, and at least 100 pairs of different identities within a data set"
         )
-    _warn_of_missing(judged.thresholds, reporter)
+        if not adapted:
+            raise InputError(lacking)
+        reporter.warn(lacking)
     thresholds = judged.thresholds
     if whitening is not None and len({record.ds_name for record in train.records}) > 1:
         thresholds = _strangers_thresholds(
@@ -158,7 +164,7 @@ def recalibrate(
     )
 
 
-def recentre(
+def adapt(
     checkpoint: Checkpoint,
     manifest: Manifest,
     *,
@@ -166,34 +172,45 @@ def recentre(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Checkpoint:
-    """Return a checkpoint whose last layer has mean 0 over these images, before any scaling.
+    """Return a checkpoint whose last layer is adapted to one kind of images.
 
-    What all images of one kind share (a chest, a face) says nothing about which person it is, and
-    moves features to the sigmoid's ends. The images' identities are not used.
+    What ``detectors.adapted`` does to features, done once and for all to the layer that makes them:
+    they are centred, and the directions in which they differ most are made smaller. The images'
+    identities are not used.
 
     Args:
         checkpoint: its backbone ends in a linear layer with a bias, which is changed.
-        manifest: images of the domain, some hundred or more.
+        manifest: images of the kind, ten or more.
         workers: decoding threads.
         device: where to compute.
         reporter: receives progress.
 
     Raises:
-        InputError: no image, one that cannot be read, or another kind of backbone.
+        InputError: too few images, one that cannot be read, or another kind of backbone.
     """
-    if not manifest.records:
-        raise InputError("there is no TRAIN image to recentre on")
+    if len(manifest.records) < MIN_IMAGES:
+        raise InputError(
+            f"{len(manifest.records)} TRAIN images are too few to adapt to; {MIN_IMAGES} or more "
+            "are needed"
+        )
     last = _LastLayer(checkpoint, device=device)
-    mean = last.inputs(manifest, workers=workers, reporter=reporter).double().mean(dim=0)
+    inputs = last.inputs(manifest, workers=workers, reporter=reporter).double()
     weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
-    centred = -(weight.double() @ mean).to(bias)
-    state = {**checkpoint.network_state, f"{last.name}.bias": centred}
+    outputs = inputs @ weight.double().T + bias.double()
+    centre, matrix = map(torch.from_numpy, shrunk_whitening(outputs.numpy()))
+    replaced = {
+        f"{last.name}.weight": (matrix @ weight.double()).to(weight),
+        f"{last.name}.bias": (matrix @ (bias.double() - centre)).to(bias),
+    }
     training = {
         **checkpoint.training,
-        "recentred": {"data_digest": manifest.digest, "num_images": len(manifest)},
+        "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
     return dataclasses.replace(
-        checkpoint, network_state=state, thresholds=(), training=training
+        checkpoint,
+        network_state=checkpoint.network_state | replaced,
+        thresholds=(),
+        training=training,
     ).with_fingerprint()
 
 
@@ -305,7 +322,7 @@ class Whitening:
         state = checkpoint.network_state
         state = state | {k: value.to(state[k]) for k, value in replaced.items()}
         training = {
-            **{key: value for key, value in checkpoint.training.items() if key != "recentred"},
+            **{key: value for key, value in checkpoint.training.items() if key != "adapted"},
             "whitened": {
                 "data_digest": self.manifest.digest,
                 "num_images": len(rows),
