@@ -7,6 +7,7 @@ from scipy.linalg import fractional_matrix_power
 from scipy.special import expit, logit
 
 from lcmem_cli import audit, load_detector
+from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.detectors import adapted as module
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, JointDetector, correlation_scores
@@ -46,6 +47,12 @@ def kind(rng, count):
     return features_of(rows)
 
 
+@pytest.fixture
+def each_counts(monkeypatch):
+    """Let images count that a network with random weights takes for one picture."""
+    monkeypatch.setattr(module, "ONE_PICTURE", 1.01)
+
+
 def names(count):
     return [f"{number:064x}" for number in range(count)]
 
@@ -54,10 +61,13 @@ def test_the_formula_is_that_of_an_independent_implementation():
     features = kind(np.random.default_rng(0), 300)
     adaptation = module.Adaptation.fit(features, names(300), name="x")
     units = directions(features)
-    covariance = np.cov(units, rowvar=False, bias=True)
-    share = 0.1 * 300 / 500
+    weights = 1 / np.array([(units @ unit > 0.8).sum() for unit in units])
+    covariance = np.cov(units, rowvar=False, aweights=weights, ddof=0)
+    share = 0.1 * weights.sum() / (weights.sum() + 200)
     mixed = (1 - share) * np.eye(WIDTH) + share * covariance * WIDTH / np.trace(covariance)
-    expected = (units - units.mean(axis=0)) @ fractional_matrix_power(mixed, -0.5)
+    expected = (units - np.average(units, axis=0, weights=weights)) @ fractional_matrix_power(
+        mixed, -0.5
+    )
     expected *= LENGTH / np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(adaptation(features), expit(expected), atol=1e-5)
 
@@ -88,6 +98,7 @@ def test_an_image_is_adapted_alike_in_any_company():
     np.testing.assert_allclose(lengths, LENGTH, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_the_order_of_the_images_makes_no_difference_but_the_images_do():
     rows = kind(np.random.default_rng(3), 30)
     order = np.random.default_rng(4).permutation(30)
@@ -99,13 +110,23 @@ def test_the_order_of_the_images_makes_no_difference_but_the_images_do():
     assert fewer.fingerprint != first.fingerprint
 
 
-def test_images_that_are_all_alike_are_not_drawn_apart():
-    rows = np.repeat(kind(np.random.default_rng(5), 1), 12, axis=0)
-    adaptation = module.Adaptation.fit(rows, names(12), name="x")
-    made = adaptation(rows)
-    assert np.isfinite(made).all() and np.abs(made - 0.5).max() < 1e-3
+def test_a_picture_stored_many_times_counts_once():
+    rng = np.random.default_rng(5)
+    rows = kind(rng, 40)
+    plain = module.Adaptation.fit(rows, names(40), name="x")
+    resaved = logit(rows[:1].astype(np.float64)) + rng.normal(scale=0.05, size=(60, WIDTH))
+    more = np.concatenate([rows, features_of(resaved)])
+    weights = module.picture_weights(directions(more))
+    alike = module.picture_weights(directions(rows))
+    assert weights.sum() == pytest.approx(alike.sum(), abs=0.5) and weights[-1] < 0.02
+    again = module.Adaptation.fit(more, names(100), name="x")
+    moved = (directions(plain(rows)) * directions(again(rows))).sum(axis=1)
+    assert moved.min() > 0.9
+    with pytest.raises(NotAdaptableError, match="1 different pictures"):
+        module.Adaptation.fit(features_of(resaved), names(60), name="x")
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_many_images_are_sampled(monkeypatch):
     monkeypatch.setattr(module, "MAX_IMAGES", 50)
     rows = kind(np.random.default_rng(6), 400)
@@ -128,6 +149,7 @@ def test_what_cannot_be_adapted_says_why():
         pixels.adapted(np.zeros((12, pixels.num_features), np.uint8), names(12))
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_an_adapted_detector_embeds_what_conversion_gives_and_has_no_thresholds():
     network = make()
     images = [draw_identity(number, 0) for number in range(14)]
@@ -140,6 +162,7 @@ def test_an_adapted_detector_embeds_what_conversion_gives_and_has_no_thresholds(
     np.testing.assert_array_equal(found.rows[:, 0], scores.argmax(axis=1))
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_joint_adapts_its_network_and_keeps_its_pictures():
     network = make()
     joint = JointDetector(network)
@@ -180,6 +203,7 @@ def test_a_name_can_ask_for_it(image_folder):
         load_detector(f"ncc?adapt={image_folder}")
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_an_audit_adapts_to_the_bank_alone(image_folder, tmp_path):
     files = sorted(image_folder.rglob("*.png"))
     for number, file in enumerate(files):
@@ -202,5 +226,28 @@ def test_an_audit_adapts_to_the_bank_alone(image_folder, tmp_path):
     assert plain.adapted_to is None and plain.fingerprint == network.fingerprint
     split = audit(*sets, fpr=0.1, detector=network, null="split")
     assert split.adapted_to == 24 - split.null.num_not_searched < 24
-    with pytest.raises(NotAdaptableError):
+    with pytest.raises(NotAdaptableError, match="only LCMem networks"):
         audit(*sets, held_out=tmp_path / "held-out", fpr=0.1, detector="ncc", adapt=True)
+
+
+@pytest.mark.usefixtures("each_counts")
+def test_no_null_of_images_that_the_detector_was_adapted_to(image_folder, tmp_path):
+    for number, file in enumerate(sorted(image_folder.rglob("*.png"))):
+        folder = tmp_path / ("generated", "training", "held-out")[number % 3]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / f"{number}.png")
+    sets = [tmp_path / name for name in ("generated", "training")]
+    network = make()
+    by_training = network.adapted(
+        network.embed(sorted(sets[1].iterdir())),
+        [content_hash(path) for path in sorted(sets[1].iterdir())],
+    ).detector
+    with pytest.raises(NotAdaptableError, match="leave-one-out null"):
+        audit(*sets, fpr=0.1, detector=network, adapt=True)
+    assert audit(*sets, fpr=0.1, detector=network).adapted_to is None
+    with pytest.raises(InputError, match="so that no rate holds"):
+        audit(*sets, fpr=0.1, detector=by_training)
+    held_out = {"held_out": tmp_path / "held-out", "fpr": 0.1, "detector": by_training}
+    assert audit(*sets, **held_out).adapted_to is None  # adapted already
+    with pytest.raises(NotAdaptableError, match="adapted already"):
+        audit(*sets, **held_out, adapt=True)

@@ -281,7 +281,7 @@ def test_remedies_are_about_what_was_found(latents, tmp_path):
         return [f for f in check_run(**given).findings if f.level == "problem"]
 
     (name,) = problems(config="mini/stag1")
-    assert "mini/stage1" in name.what and "lcmem config list" in name.remedy
+    assert "mini/stage1" in name.what and "lcmem config ls" in name.remedy
     (frozen,) = problems(
         config="finetune",
         overrides=["optimiser.frozen=['nosuch']", "retention.weight=0"],
@@ -304,7 +304,7 @@ def test_a_run_that_is_to_be_continued(latents, run_cli, tmp_path):
     assert check_run(**given, overrides=small).num_problems == 0  # nothing to continue yet
     run_cli("train-stage1", "--latents", latents, "-o", target, *(f"--set={s}" for s in small))
     again = check_run(**given, overrides=small)
-    assert again.num_problems == 0 and any("same settings" in w for w in of(again, "fine"))
+    assert again.num_problems == 0 and any("can go on" in w for w in of(again, "fine"))
     other = check_run(**given, overrides=[*small, "loss.alpha=0.25"])
     assert "loss.alpha (0.8 there, 0.25 now)" in of(other, "problem", "output")[0]
     command = ["check", "--config", "stage1", "--latents", latents, "-o", target]

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.detectors.adapted import shrunk_whitening
+from lcmem_cli.engine.detectors.adapted import picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.recalibrate import Whitening, adapt, recalibrate
@@ -50,7 +50,9 @@ def test_adapting_centres_the_last_layer_and_makes_its_largest_differences_small
     manifest = load_manifest(image_folder)
     paths = manifest.select("TRAIN").paths()
     start, adapted = (before_sigmoid(file, paths) for file in (tmp_path / "start.safetensors", out))
-    centre, matrix = shrunk_whitening(start)
+    centre, matrix = shrunk_whitening(
+        start, picture_weights(start / np.linalg.norm(start, axis=1, keepdims=True))
+    )
     np.testing.assert_allclose(adapted, (start - centre) @ matrix, atol=1e-3)
     assert np.abs(start.mean(axis=0)).max() > 0.01
     np.testing.assert_allclose(adapted.mean(axis=0), 0, atol=1e-4)

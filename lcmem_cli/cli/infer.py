@@ -53,7 +53,7 @@ def infer(
     if (pairs is None) == (image_a is None or image_b is None):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
     for image in (image_a, image_b):
-        if image is not None and not image.is_file():
+        if image is not None and (image.is_dir() or not image.exists()):
             raise typer.BadParameter(
                 f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
             )

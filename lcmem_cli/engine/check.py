@@ -176,8 +176,11 @@ def check_run(
     work.device(settings, device)
     if output is not None:
         work.output(output, _estimate(settings, num_parameters), settings, resume=resume)
-    elif resume:
-        work.add("output", "warning", "--resume has no effect without --output", "pass it too")
+    if resume and (output is None or settings is None):
+        work.add(
+            "output", "warning", "--resume has no effect without --output and --config",
+            "pass them too",
+        )  # fmt: skip
     return work.result()
 
 
@@ -222,7 +225,7 @@ class _Check:
 
     def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
         path = None
-        with self.guard("config", "pass a file, or one of those that lcmem config list shows"):
+        with self.guard("config", "pass a file, or one of those that lcmem config ls shows"):
             path = find_config(name)
         if path is None:
             return None
@@ -614,7 +617,7 @@ class _Check:
             if not check_continues(folder, config):
                 return False
             if resume:
-                self.add("output", "fine", f"{folder}: holds a run with the same settings")
+                self.add("output", "fine", f"{folder}: holds a run that can go on")
             else:
                 self.add(
                     "output", "problem", f"{folder}: holds a training run already",

@@ -2,12 +2,12 @@
 
     python tests/benchmarks/fit_joint.py data/filelist.csv
 
-For each data set of VAL: the scores that 10, 3, 1, 0.3 and 0.1 % of its negative pairs pass, by
-the embedded network (as logit) and by the correlation of small pictures (as Fisher's z); their
-means over the data sets, and the line through the means; the line of the data set whose negative
-pairs correlate most; and the network's score that 0.01 % of all negative pairs pass. Once for the
-network as it is; and once with a last layer that was fitted without the data set and then adapted
-to its TRAIN images, as for a kind of images that the network does not know.
+For each data set of VAL with 300 negative pairs or more: the scores that 10, 3, 1, 0.3 and 0.1 % of
+them pass, by the embedded network (as logit) and by the correlation of small pictures (as Fisher's
+z); their means over the data sets, and the line through the means; the line of the data set whose
+negative pairs correlate most; and the network's score that 0.01 % of all these pairs pass. Once for
+the network as it is; and once with a last layer that was fitted without the data set and then
+adapted to its TRAIN images, as for a kind of images that the network does not know.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ HALF_IMAGES = 200
 """From so many images on half of that share: of fewer, the covariance shows each single one."""
 MIN_IMAGES = 10
 """Fewer say too little about their kind."""
-MAX_IMAGES = 20_000
+ONE_PICTURE = 0.8
+"""Cosine from which on two images count as one picture stored twice. Such pictures are what a
+generator learns by heart; counted each time, they would become what their kind shares."""
+MAX_IMAGES = 5_000
 """Of more images a seeded sample is used."""
 _SAME_LENGTH = 0.01
 _NEAR_END = 1e-6
@@ -57,12 +60,14 @@ class Adaptation:
         centre: ``[d]`` mean of the images' features at length 1.
         matrix: ``[d, d]`` symmetric; makes their largest differences smaller.
         length: of all features before the sigmoid.
+        contents: SHA-256 of the images' files.
         fingerprint: of the images and of how they are used.
     """
 
     centre: NDArray[np.float64]
     matrix: NDArray[np.float64]
     length: float
+    contents: frozenset[str]
     fingerprint: str
 
     @classmethod
@@ -77,29 +82,34 @@ class Adaptation:
         Raises:
             NotAdaptableError: too few images, or features that are not of one length.
         """
-        if len(features) < MIN_IMAGES:
-            raise NotAdaptableError(
-                f"{name} cannot be adapted to {len(features)} different images; it needs at least "
-                f"{MIN_IMAGES}"
-            )
         if len(features) > MAX_IMAGES:
             rng = np.random.default_rng(0)
             drawn = np.sort(rng.choice(len(features), MAX_IMAGES, replace=False))
             features, contents = features[drawn], [contents[row] for row in drawn]
         before = _before_sigmoid(features)
         lengths = np.linalg.norm(before, axis=1)
-        length = float(np.median(lengths))
-        if np.abs(lengths - length).max() > _SAME_LENGTH * length:
+        length = float(np.median(lengths)) if len(lengths) else 0.0
+        if len(lengths) and np.abs(lengths - length).max() > _SAME_LENGTH * length:
             raise NotAdaptableError(
                 f"{name} cannot be adapted: its network's features differ in length "
                 "(network.feature_rms is not set)"
             )
-        centre, matrix = shrunk_whitening(before / lengths[:, None])
+        units = before / lengths[:, None]
+        weights = picture_weights(units)
+        if round(weights.sum()) < MIN_IMAGES:
+            raise NotAdaptableError(
+                f"{name} cannot be adapted to {round(weights.sum())} different pictures; it needs "
+                f"at least {MIN_IMAGES}"
+            )
+        centre, matrix = shrunk_whitening(units, weights)
         return cls(
             centre=centre,
             matrix=matrix,
             length=length,
-            fingerprint=sha256_bytes(f"{SHARE}/{HALF_IMAGES}/{''.join(sorted(contents))}".encode()),
+            contents=frozenset(contents),
+            fingerprint=sha256_bytes(
+                f"{SHARE}/{HALF_IMAGES}/{ONE_PICTURE}/{''.join(sorted(contents))}".encode()
+            ),
         )
 
     def __call__(self, features: FloatArray) -> NDArray[np.float32]:
@@ -133,6 +143,21 @@ class AdaptedHead(HeadDetector):
         self.num_features = network.num_features
         self.weight, self.bias = network.weight, network.bias
 
+    is_adaptable = False
+
+    @property
+    def adapted_to(self) -> frozenset[str]:  # type: ignore[override]
+        """SHA-256 of the files that it was adapted to."""
+        return self.adaptation.contents
+
+    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
+        """Refuse; see ``Detector.adapted``.
+
+        Raises:
+            NotAdaptableError: always.
+        """
+        raise NotAdaptableError(f"{self.name} is adapted already")
+
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
         return self.adaptation(self.network.embed_batch(batch))
@@ -142,23 +167,37 @@ class AdaptedHead(HeadDetector):
         return self.network.top_k(queries, bank, k)
 
 
-def shrunk_whitening(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def picture_weights(units: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a weight for each image, so that each picture counts once: ``[n, d] -> [n]``.
+
+    Args:
+        units: features of length 1, not adapted.
+    """
+    alike: NDArray[np.int64] = (units @ units.T > ONE_PICTURE).sum(axis=1)
+    return 1 / np.maximum(alike, 1)
+
+
+def shrunk_whitening(
+    rows: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return what centres features and makes their largest differences smaller.
 
     Args:
         rows: ``[n, d]`` features of images of one kind, by a network whose features of many kinds
             are white.
+        weights: ``[n]`` how much each counts, see ``picture_weights``.
 
     Returns:
         Their mean ``[d]``, and a symmetric matrix ``[d, d]``: the inverse square root of the
         identity, of which a share is replaced by their covariance at the same mean size.
     """
-    centre = rows.mean(axis=0)
+    count = float(weights.sum())
+    centre = weights @ rows / count
     centred = rows - centre
-    covariance = centred.T @ centred / len(rows)
+    covariance = (centred * weights[:, None]).T @ centred / count
     width = len(centre)
     own = covariance * (width / max(float(np.trace(covariance)), _SHORTEST))
-    share = SHARE * len(rows) / (len(rows) + HALF_IMAGES)
+    share = SHARE * count / (count + HALF_IMAGES)
     values, axes = np.linalg.eigh((1 - share) * np.eye(width) + share * own)
     return centre, (axes / np.sqrt(values)) @ axes.T
 

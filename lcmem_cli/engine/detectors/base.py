@@ -44,6 +44,8 @@ class Detector(abc.ABC):
             drawn and compared as logits.
         measures_distance: whether what a score is below that of an image with itself (as logit, for
             probabilities) is a distance, so that ratios of two of them mean something.
+        is_adaptable: whether ``adapted`` may succeed.
+        adapted_to: SHA-256 of the image files that it was adapted to.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -54,6 +56,8 @@ class Detector(abc.ABC):
     feature_dtype: type[np.generic] = np.float32
     gives_probability: bool = False
     measures_distance: bool = True
+    is_adaptable: bool = False
+    adapted_to: frozenset[str] = frozenset()
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod

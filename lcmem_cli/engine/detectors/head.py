@@ -42,6 +42,7 @@ class HeadDetector(Detector):
     weight: NDArray[np.float32]
     bias: float
     gives_probability = True
+    is_adaptable = True
 
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""

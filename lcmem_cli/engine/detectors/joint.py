@@ -39,7 +39,7 @@ class Scale(NamedTuple):
         hard_slope: the same for the data set whose negative pairs correlate most (faces in one pose
             under many lights).
         hard_offset: likewise.
-        plateau: logit that 0.01 % of all negative VAL pairs pass by the network. From there on
+        plateau: logit that 0.01 % of all these pairs pass by the network. From there on
             correlation counts by the second line, so that sets of such images do not raise the
             threshold beyond what the network reaches.
     """
@@ -77,6 +77,7 @@ class JointDetector(Detector):
     def __init__(self, network: HeadDetector, *, name: str = "joint", scale: Scale = SCALE) -> None:
         self.network = network
         self.scale = scale
+        self.is_adaptable, self.adapted_to = network.is_adaptable, network.adapted_to
         self.name = name
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2

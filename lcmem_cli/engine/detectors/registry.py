@@ -282,6 +282,8 @@ def _adapted(detector: Detector, request: Request) -> Detector:
     paths = listed.paths()
     step = -(-len(paths) // _ADAPT_IMAGES)
     found = embed_files(detector, paths[::step])
+    for bad in found.unreadable:
+        raise InputError(f"detector '{request.name}': {bad.path}: {bad.reason}")
     contents = {
         int(row): str(content)
         for row, content in zip(found.rows, found.content_hashes, strict=True)

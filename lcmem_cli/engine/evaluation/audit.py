@@ -178,7 +178,7 @@ def audit(
         >>> result = audit("generated/", "training/", held_out="held-out/", output="audit/")
         >>> print(result.statement)
     """
-    _check_arguments(fpr, null, held_out, top_k, fail_over)
+    _check_arguments(fpr, null, held_out, top_k, fail_over, adapt)
     clock, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     sources = {"generated": generated, "training": against, "held-out": held_out}
     base = None if basedir is None else Path(basedir)
@@ -205,6 +205,8 @@ def audit(
             f"--input-size {input_size} has no effect: detector {detector.name} takes images of "
             f"{detector.input_size} px; leave it out"
         )
+    if adapt and not detector.is_adaptable:
+        detector.adapted(np.zeros((0, detector.num_features)), [])  # says why
     if approximate:
         detector = approximate_search(detector)
     for listing in listings.values():
@@ -240,13 +242,14 @@ def audit(
             seed=seed,
             approximate=detector if isinstance(detector, ApproximateLCMem) else None,
         )
-        if adapt is not False:
+        if adapt or (adapt is None and kind != "leave-one-out" and detector.is_adaptable):
             try:
                 study = study.adapted(kind)
             except NotAdaptableError:
                 if adapt:
                     raise
         real_images = study.null(kind)
+        study.check_adaptation(real_images)
         check_size(
             len(real_images.rows),
             fpr,
@@ -291,7 +294,12 @@ def audit(
 
 
 def _check_arguments(
-    rate: float, null: str | None, held_out: Source | None, top_k: int, fail_over: float | None
+    rate: float,
+    null: str | None,
+    held_out: Source | None,
+    top_k: int,
+    fail_over: float | None,
+    adapt: bool | None,
 ) -> None:
     if not 0 < rate < 1:
         raise InputError(f"--fpr must lie in (0, 1), not {rate:g}; for example 0.01")
@@ -299,6 +307,11 @@ def _check_arguments(
         raise InputError(f"--null must be split or leave-one-out, not '{null}'")
     if null is not None and held_out is not None:
         raise InputError("--null has no effect with --held-out: leave one of the two out")
+    if adapt and held_out is None and null != "split":
+        raise NotAdaptableError(
+            "--adapt does not go with the leave-one-out null, whose images would be adapted to and "
+            "those of the generated set not; give --held-out, or --null split"
+        )
     if top_k < 1:
         raise InputError(f"--top-k must be at least 1, not {top_k}")
     if fail_over is not None and not 0 <= fail_over < 1:
@@ -323,18 +336,13 @@ class _Study:
         """Return the study with its detector adapted to the images that will be searched.
 
         The rate holds, because neither generated images nor those of the null have a part in it;
-        of a split training set only the bank has. With leave-one-out the null's images would have:
-        what an identity shows would count less for them than for images of identities that are
-        not there, of which 7 % then passed a rate of 2 % (11 data sets, one at a time).
+        of a split training set only the bank has. It would not with leave-one-out, where the null's
+        images had: what an identity shows would count less for them than for images of identities
+        that are not there, of which 7 % then passed a rate of 2 % (11 data sets, one at a time).
 
         Raises:
             NotAdaptableError: the detector cannot be adapted to them.
         """
-        if kind == "leave-one-out":
-            raise NotAdaptableError(
-                "--adapt does not go with the leave-one-out null, whose images would be adapted to "
-                "and those of the generated set not; give --held-out, or --null split"
-            )
         bank = np.arange(self.training.num_distinct)
         if kind == "split":
             bank = split_rows(self.training, rate=self.rate, seed=self.seed)[1]
@@ -356,6 +364,21 @@ class _Study:
             held_out=None if self.held_out is None else converted(self.held_out),
             adapted_to=min(len(bank), MAX_IMAGES),
         )
+
+    def check_adaptation(self, null: Null) -> None:
+        """Refuse a null of images that the detector was adapted to, for which no rate holds.
+
+        Raises:
+            InputError: there are such images.
+        """
+        used = [row for row in null.rows if null.images.hashes[row] in self.detector.adapted_to]
+        if used:
+            raise InputError(
+                f"{self.detector.name} was adapted to {len(used):,} of the {len(null.rows):,} real "
+                "images that the generated ones are compared with, "
+                f"{null.images.name_of(used[0])!r} first, so that no rate holds; give other images "
+                "with --held-out, or a detector that is not adapted"
+            )
 
     def null(self, kind: NullKind) -> Null:
         """Return the real images that generated ones are compared with."""

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
-from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, shrunk_whitening
+from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
@@ -174,9 +175,9 @@ def adapt(
 ) -> Checkpoint:
     """Return a checkpoint whose last layer is adapted to one kind of images.
 
-    What ``detectors.adapted`` does to features, done once and for all to the layer that makes them:
-    they are centred, and the directions in which they differ most are made smaller. The images'
-    identities are not used.
+    Nearly what ``detectors.adapted`` does to features of one length, done once and for all to the
+    layer that makes them, before they have one length: they are centred, and the directions in
+    which they differ most are made smaller. The images' identities are not used.
 
     Args:
         checkpoint: its backbone ends in a linear layer with a bias, which is changed.
@@ -196,8 +197,9 @@ def adapt(
     last = _LastLayer(checkpoint, device=device)
     inputs = last.inputs(manifest, workers=workers, reporter=reporter).double()
     weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
-    outputs = inputs @ weight.double().T + bias.double()
-    centre, matrix = map(torch.from_numpy, shrunk_whitening(outputs.numpy()))
+    outputs = (inputs @ weight.double().T + bias.double()).numpy()
+    weights = picture_weights(outputs / np.linalg.norm(outputs, axis=1, keepdims=True))
+    centre, matrix = map(torch.from_numpy, shrunk_whitening(outputs, weights))
     replaced = {
         f"{last.name}.weight": (matrix @ weight.double()).to(weight),
         f"{last.name}.bias": (matrix @ (bias.double() - centre)).to(bias),

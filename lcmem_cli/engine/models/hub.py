@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ EMBEDDED = "embedded"
 PREFIX = "hf:"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOG_IN = "log in with: hf auth login (or set HF_TOKEN)"
 
 
@@ -107,6 +109,10 @@ def download(repo_id: str, *, revision: str | None = None) -> Path:
     import huggingface_hub
 
     _check_repo_id(repo_id)
+    if revision is not None and _COMMIT.fullmatch(revision):  # whose content never changes
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, WEIGHTS_FILE, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
     try:
         with _no_progress_bars():
             file = huggingface_hub.hf_hub_download(

@@ -139,8 +139,10 @@ def train_stage1(
     check_trackers(config.runtime)
     check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
     unreadable: tuple[Unreadable, ...] = ()
+    listed = store.manifest_digest if store is not None else ""
     if store is None:
         assert manifest is not None
+        listed = manifest.digest
         manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
         check_unreadable(unreadable, max_unreadable)
         codec = load_codec("none", device=device)
@@ -197,7 +199,7 @@ def train_stage1(
             codec_config=codec_config,
             codec_state=codec_state,
             image_size=size,
-            training=_provenance(config, digest, outcome),
+            training=_provenance(config, digest, listed, outcome),
         )
 
     return _run(
@@ -247,6 +249,7 @@ def finetune(
     encoder = load_codec_of(start, source=str(checkpoint), codec=codec, device=device)
     if is_other_list(start, manifest):
         reporter.warn(OTHER_LIST.format(source=checkpoint))
+    listed = manifest.digest
     manifest, unreadable = readable_part(manifest, config.runtime.num_workers, reporter)
     check_unreadable(unreadable, max_unreadable)
     size = config.image.size or start.image_size
@@ -276,7 +279,7 @@ def finetune(
             image_size=size,
             thresholds=(),
             training={
-                **_provenance(config, digest, outcome),
+                **_provenance(config, digest, listed, outcome),
                 "started_from": {
                     "fingerprint": start.fingerprint,
                     "training": _history(start.training, _MAX_ANCESTORS),
@@ -406,7 +409,8 @@ def load_teacher(file: Path, network: SiameseNetwork) -> Teacher:
 
 def is_other_list(start: Checkpoint, manifest: Manifest) -> bool:
     """Return whether a checkpoint was trained on another image list, as far as it says."""
-    return str(start.training.get("data_digest", "")).partition("/")[0] != manifest.digest
+    known = start.training.get("list_digest") or start.training.get("data_digest", "")
+    return str(known).partition("/")[0] != manifest.digest
 
 
 def check_has_images(images: Sequence[Record] | Sequence[int], split: str) -> None:
@@ -664,11 +668,12 @@ def embeddable_codec(
 
 
 def _provenance(
-    config: Stage1Config | FinetuneConfig, digest: str, outcome: TrainingOutcome
+    config: Stage1Config | FinetuneConfig, digest: str, listed: str, outcome: TrainingOutcome
 ) -> dict[str, Any]:
     return {
         "config": study_settings(config),
         "data_digest": digest,
+        "list_digest": listed,
         "best_epoch": outcome.best_epoch + 1,
         "num_epochs": len(outcome.history),
     }
