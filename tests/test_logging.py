@@ -90,7 +90,7 @@ def test_a_task_that_fails_says_so_and_the_error_is_the_last_line(image_folder, 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["infer", "nosuch.png", "other.png"], 1, "nosuch.png"),
+        (["infer", "nosuch.png", "other.png"], 2, "nosuch.png"),
         (["infer", "a.png"], 2, "two images"),
         (["infer", "--nosuch"], 2, "No such option"),
         (["--nosuch"], 2, "No such option"),

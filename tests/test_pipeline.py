@@ -303,7 +303,7 @@ def test_a_codec_name_beside_latents_is_said_to_have_no_effect(stage1, run_cli, 
     arguments = ["train-stage1", "--latents", tmp_path / "latents", *SMALL]
     arguments += ["--set=schedule.epochs=1", "-o", tmp_path / "run"]
     done = run_cli(*arguments, "--set=codec.name=some/codec")
-    assert "codec.name = 'some/codec' has no effect" in done.stderr
+    assert "codec.name has no effect with --latents" in done.stderr and "some/codec" in done.stderr
 
 
 def test_a_codec_of_the_hub_offline_says_how_to_get_it(run_cli, image_folder, tmp_path):

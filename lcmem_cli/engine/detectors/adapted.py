@@ -132,6 +132,8 @@ class AdaptedHead(HeadDetector):
         adaptation: of its features.
     """
 
+    is_adaptable = False
+
     def __init__(self, network: HeadDetector, adaptation: Adaptation) -> None:
         self.network = network
         self.adaptation = adaptation
@@ -142,8 +144,6 @@ class AdaptedHead(HeadDetector):
         self.input_size = network.input_size
         self.num_features = network.num_features
         self.weight, self.bias = network.weight, network.bias
-
-    is_adaptable = False
 
     @property
     def adapted_to(self) -> frozenset[str]:  # type: ignore[override]

@@ -153,9 +153,10 @@ def train_stage1(
         records, unreadable = store.records, store.unreadable
         check_store(config, store)
         if config.codec.name not in ("embedded", store.spec.name):
-            reporter.warn(
-                f"codec.name = {config.codec.name!r} has no effect with --latents: they were made "
-                f"by {store.spec.name!r}"
+            reporter.event(
+                "codec.name has no effect with --latents",
+                given=config.codec.name,
+                made_by=store.spec.name,
             )
         digest = f"{digest}/{spec.weights_hash}/{size}"
 
