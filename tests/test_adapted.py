@@ -53,6 +53,16 @@ def each_counts(monkeypatch):
     monkeypatch.setattr(module, "ONE_PICTURE", 1.01)
 
 
+@pytest.fixture
+def sets(image_folder, tmp_path):
+    """A generated and a training set of 24 images each, beside a held-out one."""
+    for number, file in enumerate(sorted(image_folder.rglob("*.png"))):
+        folder = tmp_path / ("generated", "training", "held-out")[number % 3]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / f"{number}.png")
+    return tmp_path / "generated", tmp_path / "training"
+
+
 def names(count):
     return [f"{number:064x}" for number in range(count)]
 
@@ -204,13 +214,7 @@ def test_a_name_can_ask_for_it(image_folder):
 
 
 @pytest.mark.usefixtures("each_counts")
-def test_an_audit_adapts_to_the_bank_alone(image_folder, tmp_path):
-    files = sorted(image_folder.rglob("*.png"))
-    for number, file in enumerate(files):
-        folder = tmp_path / ("generated", "training", "held-out")[number % 3]
-        folder.mkdir(exist_ok=True)
-        file.rename(folder / f"{number}.png")
-    sets = [tmp_path / name for name in ("generated", "training")]
+def test_an_audit_adapts_to_the_bank_alone(sets, tmp_path):
     network = make()
     given = {"held_out": tmp_path / "held-out", "fpr": 0.1, "detector": network}
     result = audit(*sets, **given)
@@ -231,12 +235,7 @@ def test_an_audit_adapts_to_the_bank_alone(image_folder, tmp_path):
 
 
 @pytest.mark.usefixtures("each_counts")
-def test_no_null_of_images_that_the_detector_was_adapted_to(image_folder, tmp_path):
-    for number, file in enumerate(sorted(image_folder.rglob("*.png"))):
-        folder = tmp_path / ("generated", "training", "held-out")[number % 3]
-        folder.mkdir(exist_ok=True)
-        file.rename(folder / f"{number}.png")
-    sets = [tmp_path / name for name in ("generated", "training")]
+def test_no_null_of_images_that_the_detector_was_adapted_to(sets, tmp_path):
     network = make()
     by_training = network.adapted(
         network.embed(sorted(sets[1].iterdir())),

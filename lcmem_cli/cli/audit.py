@@ -217,8 +217,7 @@ def _show_unreadable(result: AuditResult) -> None:
         if images is not None
         for item in images.unreadable
     ]
-    for item in bad[:_SHOWN_UNREADABLE]:
-        render.line(f"unreadable {item.path}: {item.reason}")
+    render.unreadable(bad[:_SHOWN_UNREADABLE])
     if len(bad) > _SHOWN_UNREADABLE:
         render.line(f"unreadable {len(bad) - _SHOWN_UNREADABLE:,} more, listed in audit.json")
 

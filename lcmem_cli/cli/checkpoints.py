@@ -167,8 +167,7 @@ def calibrate(
         render.table(columns, rows)
         for name, values in result.test_auc.items():
             render.line(f"TEST AUC {name:<18} {values['auc']:.4f}")
-        for bad in result.unreadable:
-            render.line(f"unreadable {bad.path}: {bad.reason}")
+        render.unreadable(result.unreadable)
         render.line(f"wrote {output} ({result.num_bytes / 1e6:.1f} MB)")
 
     render.emit(result, as_json=as_json, human=human)

@@ -125,8 +125,7 @@ def query(
             for rank, match in enumerate(matches)
         ]
         render.table(["query", "score", "id", "match"], rows, align_left=True)
-        for bad in result.unreadable:
-            render.line(f"unreadable {bad.path}: {bad.reason}")
+        render.unreadable(result.unreadable)
         if approximate:
             render.line(f"approximate search, best match found for {result.search_recall:.1%}")
 
@@ -167,8 +166,7 @@ def _add(
     def human() -> None:
         render.line(f"{result.num_images:,} images ({result.num_distinct:,} distinct) in {index}")
         render.line(f"added {result.num_added:,}, known already {result.num_known:,}")
-        for bad in result.unreadable:
-            render.line(f"unreadable {bad.path}: {bad.reason}")
+        render.unreadable(result.unreadable)
 
     if ranks.is_main:
         render.emit(result, as_json=as_json, human=human)

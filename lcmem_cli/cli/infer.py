@@ -117,8 +117,7 @@ def infer(
                 f"there it accepts {_percent(t.achieved_recall)} of the positives and "
                 f"{_percent(t.achieved_fpr)} of the negatives"
             )
-        for bad in result.unreadable:
-            render.line(f"unreadable {bad.path}: {bad.reason}")
+        render.unreadable(result.unreadable)
         if save is not None:
             render.line(f"picture    {picture or 'none: an image cannot be read'}")
 

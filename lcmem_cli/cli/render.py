@@ -22,7 +22,7 @@ import typer
 
 from lcmem_cli.engine.files import dump_json, jsonable
 from lcmem_cli.engine.reporter import Reporter, Task
-from lcmem_cli.engine.results import Result
+from lcmem_cli.engine.results import Result, Unreadable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -88,6 +88,12 @@ def emit(result: Result | Mapping[str, Any], *, as_json: bool, human: Callable[[
 def line(text: str = "") -> None:
     """Print one line of a result."""
     typer.echo(_printable(text))
+
+
+def unreadable(items: Sequence[Unreadable]) -> None:
+    """Print a line for each image that was left out."""
+    for item in items:
+        line(f"unreadable {item.path}: {item.reason}")
 
 
 def table(

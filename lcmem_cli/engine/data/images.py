@@ -131,6 +131,14 @@ def upright_rgb(image: Image.Image, path: Path = Path("image")) -> Image.Image:
     return rgb if method is None else rgb.transpose(method)
 
 
+def guesses_text(count: int) -> str:
+    """Return what to tell about images of which ``DEPTH_NOTE`` says that a scale was guessed."""
+    return (
+        f"{count:,} image(s) of more than 8 bits without a stated range: their brightness was "
+        "guessed from their values"
+    )
+
+
 def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
     """Resize an RGB image to a square and scale it to [0, 1].
 

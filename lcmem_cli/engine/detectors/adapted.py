@@ -144,11 +144,7 @@ class AdaptedHead(HeadDetector):
         self.input_size = network.input_size
         self.num_features = network.num_features
         self.weight, self.bias = network.weight, network.bias
-
-    @property
-    def adapted_to(self) -> frozenset[str]:  # type: ignore[override]
-        """SHA-256 of the files that it was adapted to."""
-        return self.adaptation.contents
+        self.adapted_to = adaptation.contents
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Refuse; see ``Detector.adapted``.

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import UnreadableImageError, content_hash
+from lcmem_cli.engine.data.images import UnreadableImageError, content_hash, guesses_text
 from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
@@ -210,10 +210,7 @@ def _embed(
     passes = work.compute(todo, files, load, batching=batching, description=description)
     row_of = dict(zip(first, work.close_gaps(), strict=True))
     if work.guessed.any():
-        reporter.warn(
-            f"{work.guessed.sum():,} image(s) of more than 8 bits without a stated range: their "
-            "brightness was guessed from their values"
-        )
+        reporter.warn(guesses_text(int(work.guessed.sum())))
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,

@@ -19,7 +19,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.adapted import MAX_IMAGES
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
@@ -362,7 +361,7 @@ class _Study:
             queries=converted(self.queries),
             training=converted(self.training),
             held_out=None if self.held_out is None else converted(self.held_out),
-            adapted_to=min(len(bank), MAX_IMAGES),
+            adapted_to=len(detector.adapted_to),
         )
 
     def check_adaptation(self, null: Null) -> None:

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.images import UnreadableImageError, guesses_text, load_image
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
@@ -297,10 +297,7 @@ def encode_latents(
         made_by_all = ranks.gather(made)  # also waits for every process
         encoded_now, notes = (sum(numbers) for numbers in zip(*made_by_all, strict=True))
         if notes:
-            reporter.warn(
-                f"{notes} image(s) of more than 8 bits without a stated range: their brightness "
-                "was guessed from their values"
-            )
+            reporter.warn(guesses_text(notes))
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
