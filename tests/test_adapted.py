@@ -164,7 +164,7 @@ def test_an_adapted_detector_embeds_what_conversion_gives_and_has_no_thresholds(
     network = make()
     images = [draw_identity(number, 0) for number in range(14)]
     rows = network.embed(images)
-    detector, convert = network.adapted(rows, names(14))
+    detector, convert, _ = network.adapted(rows, names(14))
     np.testing.assert_allclose(detector.embed(images), convert(rows), atol=1e-6)
     assert detector.thresholds == () and detector.fingerprint != network.fingerprint
     scores = detector.score_matrix(convert(rows), convert(rows))
@@ -178,9 +178,9 @@ def test_joint_adapts_its_network_and_keeps_its_pictures():
     joint = JointDetector(network)
     images = [draw_identity(number, 0) for number in range(14)]
     rows = joint.embed(images)
-    detector, convert = joint.adapted(rows, names(14))
+    detector, convert, _ = joint.adapted(rows, names(14))
     made = convert(rows)
-    by_network, convert_network = network.adapted(rows[:, :WIDTH], names(14))
+    by_network, convert_network, _ = network.adapted(rows[:, :WIDTH], names(14))
     np.testing.assert_array_equal(made[:, :WIDTH], convert_network(rows[:, :WIDTH]))
     np.testing.assert_array_equal(made[:, WIDTH:], rows[:, WIDTH:])
     pictures = correlation_scores(
@@ -221,7 +221,7 @@ def test_an_audit_adapts_to_the_bank_alone(sets, tmp_path):
     assert result.adapted_to == 24 and any("adapted to 24" in text for text in result.shows)
     rows = {path: network.embed(path) for folder in sets for path in folder.iterdir()}
     bank = sorted(sets[1].iterdir(), key=lambda path: path.name)
-    by_hand, convert = network.adapted(np.concatenate([rows[p] for p in bank]), names(24))
+    by_hand, convert, _ = network.adapted(np.concatenate([rows[p] for p in bank]), names(24))
     best = {match.query: match for match in result.matches if match.rank == 1}
     for name, match in best.items():
         pair = (convert(rows[sets[0] / name]), convert(rows[sets[1] / match.match]))

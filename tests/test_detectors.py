@@ -216,6 +216,11 @@ def test_lists_of_names_keep_the_numbers_of_an_option_together() -> None:
     assert split_names("onnx:a?mean=1,1,1&size=9,mse") == ("onnx:a?mean=1,1,1&size=9", "mse")
 
 
+def test_a_comma_and_an_ampersand_in_an_option_are_escaped() -> None:
+    names = split_names("lcmem?adapt=a%2C%20b%26c.csv,joint?adapt=100%25")
+    assert [parse_name(name).options["adapt"] for name in names] == ["a, b&c.csv", "100%"]
+
+
 def test_names_are_split_at_the_last_options_unless_the_file_is_so_called(tmp_path: Path) -> None:
     odd = tmp_path / "what?size=1"
     assert parse_name(f"onnx:{odd}").target == str(tmp_path / "what")

@@ -189,6 +189,13 @@ def test_an_approximate_query_finds_the_image_itself(run_cli, image_folder, tmp_
         "best match found for 100.0%"
         in run_cli("index", "query", index, asked, "--approximate").stdout
     )
+    name, index = f"lcmem?adapt={image_folder}", tmp_path / "adapted"
+    run_cli("index", "build", image_folder, "-o", index, "--detector", name)
+    exact, rough = (
+        json.loads(run_cli("index", "query", index, asked, "--json", *more).stdout)
+        for more in ((), ("--approximate",))
+    )
+    assert rough["matches"] == exact["matches"]  # 72 images are one cell of the inverted file
 
 
 def test_equal_ids_of_two_data_sets_stay_two_identities(image_folder, tmp_path, detector):

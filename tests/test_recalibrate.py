@@ -13,6 +13,7 @@ from scipy.special import logit
 from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
+from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.adapted import picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files
@@ -65,6 +66,11 @@ def test_adapting_centres_the_last_layer_and_makes_its_largest_differences_small
     assert {t.fingerprint for t in loaded.thresholds} == {loaded.fingerprint}
     recorded = json.loads(run_cli("info", out, "--json").stdout)["training"]["adapted"]
     assert recorded["num_images"] == len(manifest.select("TRAIN").records)
+    contents = {content_hash(path) for path in paths}
+    assert load_detector(f"lcmem:{out}", device="cpu").adapted_to == contents
+    again = tmp_path / "again.safetensors"
+    run_cli("calibrate", out, "--filelist", image_folder, "-o", again, "--half")
+    assert set(load_checkpoint(again).adapted_to) == contents
 
 
 def test_adapting_needs_no_identities(run_cli, image_folder, tmp_path):

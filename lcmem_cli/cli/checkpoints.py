@@ -164,7 +164,8 @@ def calibrate(
             for t in result.thresholds
         ]
         columns = ["threshold", "score >=", "VAL FPR", "VAL recall", "positives", "negatives"]
-        render.table(columns, rows)
+        if rows:
+            render.table(columns, rows)
         for name, values in result.test_auc.items():
             render.line(f"TEST AUC {name:<18} {values['auc']:.4f}")
         render.unreadable(result.unreadable)

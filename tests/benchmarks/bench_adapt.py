@@ -95,7 +95,7 @@ def adapted(detector, features, contents, count):
     """Return a detector adapted to the first images where it can be, and what converts features."""
     try:
         if count != 0:
-            return detector.adapted(features[:count], contents[:count])
+            return detector.adapted(features[:count], contents[:count])[:2]
     except NotAdaptableError as error:
         print(error)
     return detector, lambda rows: rows

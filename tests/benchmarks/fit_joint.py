@@ -50,7 +50,7 @@ def main():
         as_it_is[name] = both_parts(joint, *(features[side] for side in both))
         without = JointDetector(LCMemDetector(whitening.fitted(without=name), name=name))
         own = embed_all(without, manifest.select("TRAIN", ds_names=[name]).paths())
-        detector, convert = without.adapted(own, [str(row) for row in range(len(own))])
+        detector, convert, _ = without.adapted(own, [str(row) for row in range(len(own))])
         needed = np.unique(np.concatenate(both))
         rows = convert(embed_all(without, [validation.paths()[row] for row in needed]))
         adapted[name] = both_parts(detector, *(rows[np.searchsorted(needed, s)] for s in both))

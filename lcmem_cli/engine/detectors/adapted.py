@@ -46,10 +46,12 @@ class Adapted(NamedTuple):
     Attributes:
         detector: scores features that were converted, and embeds images to such.
         convert: ``[n, d]`` of the detector that was adapted to ``[n, d]`` of this one.
+        num_images: that it was adapted to.
     """
 
     detector: Detector
     convert: Callable[[FloatArray], FloatArray]
+    num_images: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class AdaptedHead(HeadDetector):
         self.input_size = network.input_size
         self.num_features = network.num_features
         self.weight, self.bias = network.weight, network.bias
-        self.adapted_to = adaptation.contents
+        self.adapted_to = network.adapted_to | adaptation.contents
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Refuse; see ``Detector.adapted``.
@@ -160,7 +162,9 @@ class AdaptedHead(HeadDetector):
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank, as the network's search does."""
-        return self.network.top_k(queries, bank, k)
+        found = self.network.top_k(queries, bank, k)
+        self.search_recall = self.network.search_recall
+        return found
 
 
 def picture_weights(units: NDArray[np.float64]) -> NDArray[np.float64]:

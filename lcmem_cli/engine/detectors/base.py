@@ -46,6 +46,8 @@ class Detector(abc.ABC):
             probabilities) is a distance, so that ratios of two of them mean something.
         is_adaptable: whether ``adapted`` may succeed.
         adapted_to: SHA-256 of the image files that it was adapted to.
+        search_recall: lowest share, over all searches so far, of the exact best matches that were
+            found on a sample of the queries; 1 where searches are exact.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -58,6 +60,7 @@ class Detector(abc.ABC):
     measures_distance: bool = True
     is_adaptable: bool = False
     adapted_to: frozenset[str] = frozenset()
+    search_recall: float = 1.0
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod

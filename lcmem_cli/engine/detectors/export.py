@@ -121,6 +121,7 @@ def export_checkpoint(
         head_bias=detector.bias,
         thresholds=detector.thresholds,
         codec=detector.codec.spec.describe(),
+        adapted_to=tuple(sorted(detector.adapted_to)),
     )
     batches = _random_batches(detector.input_size)
     expected = [detector.embed_batch(batch) for batch in batches]  # before memory formats change

@@ -260,6 +260,7 @@ class ExportedDetector(HeadDetector):
         self.name = network.name
         self.fingerprint = network.fingerprint
         self.exported_from = header.fingerprint
+        self.adapted_to = frozenset(header.adapted_to)
         self.input_size, self.num_features = sizes
         self.weight = np.array(header.head_weight, dtype=np.float32)
         self.bias = header.head_bias

@@ -66,7 +66,8 @@ class HeadDetector(Detector):
         from lcmem_cli.engine.detectors.adapted import Adaptation, Adapted, AdaptedHead
 
         adaptation = Adaptation.fit(features, contents, name=self.name)
-        return Adapted(AdaptedHead(self, adaptation), adaptation)
+        detector = AdaptedHead(self, adaptation)
+        return Adapted(detector, adaptation, len(adaptation.contents))
 
     def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
         """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
@@ -87,6 +88,7 @@ class ExportHeader:
         head_bias: ``b``.
         thresholds: on the probability; they belong to the checkpoint.
         codec: what encodes the images inside the network, for people.
+        adapted_to: SHA-256 of the image files that the checkpoint was adapted to.
     """
 
     fingerprint: str
@@ -95,6 +97,7 @@ class ExportHeader:
     head_bias: float
     thresholds: tuple[Threshold, ...]
     codec: str
+    adapted_to: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the document."""
@@ -132,6 +135,7 @@ class ExportHeader:
                 head_bias=float(values["head_bias"]),
                 thresholds=tuple(Threshold.from_dict(t) for t in values["thresholds"]),
                 codec=str(values["codec"]),
+                adapted_to=tuple(str(digest) for digest in values.get("adapted_to", [])),
             )
         except (
             ValueError, KeyError, TypeError, OverflowError, RecursionError, InputError

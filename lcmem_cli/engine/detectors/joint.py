@@ -143,7 +143,7 @@ class JointDetector(Detector):
         Raises:
             NotAdaptableError: too few images.
         """
-        network, convert = self.network.adapted(self._parts(features)[0], contents)
+        network, convert, num_images = self.network.adapted(self._parts(features)[0], contents)
         assert isinstance(network, HeadDetector)
 
         def convert_parts(rows: FloatArray) -> FloatArray:
@@ -151,7 +151,7 @@ class JointDetector(Detector):
             return np.concatenate([convert(first), second], axis=1)
 
         detector = JointDetector(network, name=self.name, scale=ADAPTED_SCALE)
-        return Adapted(detector, convert_parts)
+        return Adapted(detector, convert_parts, num_images)
 
     def _correlations(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         return correlation_scores(a.astype(np.float64) @ b.astype(np.float64).T, self.scale)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.detectors.adapted import AdaptedHead
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.distributed import resolve_device
@@ -43,6 +44,7 @@ class LCMemDetector(HeadDetector):
         self.fingerprint = checkpoint.fingerprint
         self.input_size = checkpoint.image_size
         self.num_features = checkpoint.network.num_features
+        self.adapted_to = frozenset(checkpoint.adapted_to)
         self.thresholds = checkpoint.thresholds
         network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
         self.network = optimise_for_inference(network)
@@ -100,19 +102,11 @@ class LCMemDetector(HeadDetector):
         """Return this detector with a search that is approximate; its scores are the same."""
         copy = ApproximateLCMem.__new__(ApproximateLCMem)
         copy.__dict__.update(self.__dict__)
-        copy.search_recall = 1.0
         return copy
 
 
 class ApproximateLCMem(LCMemDetector):
-    """Finds candidates with an inverted file and scores them exactly; see ``approximate_top_k``.
-
-    Attributes:
-        search_recall: lowest share, over all searches so far, of the exact best matches that were
-            found on a sample of the queries.
-    """
-
-    search_recall: float
+    """Finds candidates with an inverted file and scores them exactly; see ``approximate_top_k``."""
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank, perhaps missing some.
@@ -125,18 +119,20 @@ class ApproximateLCMem(LCMemDetector):
         return TopK(self._probability(found.scores), found.rows)
 
 
-def approximate_search(detector: Detector) -> ApproximateLCMem:
+def approximate_search(detector: Detector) -> HeadDetector:
     """Return the detector with an approximate search.
 
     Raises:
         InputError: not an LCMem detector.
     """
-    if not isinstance(detector, LCMemDetector):
-        raise InputError(
-            f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
-            "approximate search; leave it out"
-        )
-    return detector.approximate()
+    if isinstance(detector, LCMemDetector):
+        return detector.approximate()
+    if isinstance(detector, AdaptedHead) and isinstance(detector.network, LCMemDetector):
+        return AdaptedHead(detector.network.approximate(), detector.adaptation)
+    raise InputError(
+        f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
+        "approximate search; leave it out"
+    )
 
 
 def load_codec_of(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from lcmem_cli.engine.config import read_toml
 from lcmem_cli.engine.errors import InputError, nearest
@@ -38,7 +39,8 @@ def parse_name(name: str) -> ParsedName:
     """Split ``kind[:target][?key=value&key=value]``.
 
     The options begin at the last question mark that a key follows. A target that is a file as it
-    stands is never split.
+    stands is never split. In a value ``%26`` stands for an ampersand, ``%2C`` for a comma (which
+    would part names in a list) and ``%25`` for a per cent sign.
 
     Raises:
         InputError: an option without value, or one that is given twice.
@@ -116,7 +118,7 @@ def _read(name: str, text: str) -> dict[str, str]:
             raise InputError(f"detector '{name}': '{part}' is no option; expected key=value")
         if key in options:
             raise InputError(f"detector '{name}': option {key} is given twice")
-        options[key] = value
+        options[key] = unquote(value)
     return options
 
 

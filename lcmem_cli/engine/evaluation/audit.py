@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
+from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
@@ -239,7 +239,7 @@ def audit(
             ranks=ranks,
             rate=fpr,
             seed=seed,
-            approximate=detector if isinstance(detector, ApproximateLCMem) else None,
+            approximate=approximate,
         )
         if adapt or (adapt is None and kind != "leave-one-out" and detector.is_adaptable):
             try:
@@ -328,7 +328,7 @@ class _Study:
     ranks: Ranks
     rate: float
     seed: int
-    approximate: ApproximateLCMem | None
+    approximate: bool
     adapted_to: int | None = None
 
     def adapted(self, kind: NullKind) -> _Study:
@@ -346,7 +346,9 @@ class _Study:
         if kind == "split":
             bank = split_rows(self.training, rate=self.rate, seed=self.seed)[1]
         contents = [self.training.hashes[row] for row in bank]
-        detector, convert = self.detector.adapted(self.training.features_of(bank), contents)
+        detector, convert, num_images = self.detector.adapted(
+            self.training.features_of(bank), contents
+        )
 
         def converted(images: ImageSet) -> ImageSet:
             features = allocate_features(images.features.shape, np.float32)
@@ -361,7 +363,7 @@ class _Study:
             queries=converted(self.queries),
             training=converted(self.training),
             held_out=None if self.held_out is None else converted(self.held_out),
-            adapted_to=len(detector.adapted_to),
+            adapted_to=num_images,
         )
 
     def check_adaptation(self, null: Null) -> None:
@@ -451,7 +453,7 @@ class _Study:
         interval = clopper_pearson(num_flagged, num_queries)
         summary = self._null_summary(null)
         shows, does_not_show = what_it_shows(
-            summary, approximate=self.approximate is not None, adapted_to=self.adapted_to
+            summary, approximate=self.approximate, adapted_to=self.adapted_to
         )
         return AuditResult(
             statement=statement(num_flagged, num_queries, rule, null.kind, interval),
@@ -615,10 +617,10 @@ class _Study:
                     f"Of more than 8 bits without a stated range, so its brightness was guessed "
                     f"from its values: {number}."
                 )
-        if self.approximate is not None:
+        if self.approximate:
             found.append(
                 "The search was approximate: on a sample it found the best match of "
-                f"{self.approximate.search_recall:.1%} of the images. A copy whose match was "
+                f"{self.detector.search_recall:.1%} of the images. A copy whose match was "
                 "missed is not flagged."
             )
         repeated = num_queries - self.queries.num_distinct

@@ -9,7 +9,7 @@ from pathlib import Path
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files, hash_files
-from lcmem_cli.engine.detectors.lcmem import ApproximateLCMem, approximate_search
+from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.files import folder_lock
@@ -261,5 +261,5 @@ def query_index(
             if row >= 0
         },
         unreadable=embedded.unreadable,
-        search_recall=searcher.search_recall if isinstance(searcher, ApproximateLCMem) else 1.0,
+        search_recall=searcher.search_recall,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lcmem_cli.engine.data.augment import Augmentation
+from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
@@ -208,11 +209,13 @@ def adapt(
         **checkpoint.training,
         "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
+    contents = {content_hash(path) for path in manifest.paths()}
     return dataclasses.replace(
         checkpoint,
         network_state=checkpoint.network_state | replaced,
         thresholds=(),
         training=training,
+        adapted_to=tuple(sorted(contents.union(checkpoint.adapted_to))),
     ).with_fingerprint()
 
 
@@ -334,7 +337,7 @@ class Whitening:
             },
         }
         return dataclasses.replace(
-            checkpoint, network_state=state, thresholds=(), training=training
+            checkpoint, network_state=state, thresholds=(), training=training, adapted_to=()
         ).with_fingerprint()
 
 

@@ -58,6 +58,7 @@ class Checkpoint:
         image_size: side in pixels that images are resized to before the codec.
         thresholds: fitted decision thresholds.
         training: resolved config, data digests and results of the training, for people.
+        adapted_to: SHA-256 of the files of the images that the last layer was adapted to, sorted.
         fingerprint: SHA-256 over all of the above that changes a score; set when saved or loaded.
     """
 
@@ -70,6 +71,7 @@ class Checkpoint:
     image_size: int
     thresholds: tuple[Threshold, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapted_to: tuple[str, ...] = ()
     fingerprint: str = ""
 
     def build(self, *, source: str = "checkpoint") -> SiameseNetwork:
@@ -131,6 +133,7 @@ class Checkpoint:
             "codec": dataclasses.asdict(self.codec),
             "codec_inside": self.codec_state is not None,
             "thresholds": [dataclasses.asdict(t) for t in self.thresholds],
+            "num_adapted_to": len(self.adapted_to),
             "training": self.training,
         }
 
@@ -182,6 +185,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         "image_size": checkpoint.image_size,
         "thresholds": [dataclasses.asdict(t) for t in checkpoint.thresholds],
         "training": checkpoint.training,
+        "adapted_to": checkpoint.adapted_to,
         "fingerprint": checkpoint.fingerprint,
     }
     text = json.dumps(header, sort_keys=True)
@@ -232,6 +236,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             image_size=header["image_size"],
             thresholds=tuple(Threshold.from_dict(t) for t in header["thresholds"]),
             training=header["training"],
+            adapted_to=tuple(header.get("adapted_to", ())),
             fingerprint=header["fingerprint"],
         )
         found = compute_fingerprint(checkpoint)
@@ -299,6 +304,7 @@ def _check_header(header: dict[str, Any]) -> None:
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}")
     thresholds = json.dumps(header["thresholds"]).encode()
     TypeAdapter(list[Threshold]).validate_json(thresholds, strict=True)
+    TypeAdapter(list[str]).validate_python(list(header.get("adapted_to", [])), strict=True)
     network, codec = header["network"], header["codec"]
     for name, value, highest in (
         ("image_size", header["image_size"], MAX_SIDE),
