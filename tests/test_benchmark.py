@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.pairs import reference_pairs
+from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.evaluation import benchmark as module
 from lcmem_cli.engine.evaluation.benchmark import benchmark
@@ -365,3 +366,46 @@ def test_stored_latents_give_the_scores_of_the_images(
         "--latents", tmp_path / "large", "-o", tmp_path / "refused", exit_code=2,
     )  # fmt: skip
     assert "48 pixels" in refused.stderr and "takes 32" in refused.stderr
+
+
+def test_each_data_set_is_also_scored_adapted_to_its_train_images(
+    filelist, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(adapted, "ONE_PICTURE", 1.01)  # drawn scenes are much alike
+    lines = filelist.read_text().splitlines()
+    few = [line for line in lines if not line.endswith("TRAIN,two")]
+    few += [line for line in lines if line.endswith("TRAIN,two")][:9]
+    filelist.write_text("\n".join(few))
+    listener = Listener()
+    names = ["lcmem", "lcmem (adapted)", "phash"]
+    for number, pairs in enumerate(("reference", "all")):
+        out = tmp_path / str(number)
+        result = run(
+            filelist, out, detectors=["lcmem", "phash"], adapt=True, pairs=pairs, reporter=listener
+        )
+        assert [item.name for item in result.detectors] == names
+        kinds = result.detectors[1].adapted_to
+        assert kinds == {"one": 21, "two": 0} and result.detectors[0].adapted_to is None
+        assert any("two is scored as it is: lcmem cannot be" in text for text in listener.warnings)
+        one = load_manifest(filelist, basedir=image_folder).select("TRAIN", ["one"])
+        write_manifest(one, image_folder / "one.csv")
+        by_hand = load_detector(f"lcmem?adapt={image_folder / 'one.csv'}", device="cpu")
+        rows = rows_of(out / "scores.csv")
+        for row in [r for r in rows if r["ds_name"] == "one"][::5]:
+            score = by_hand.score(image_folder / row["path_a"], image_folder / row["path_b"])
+            assert float(row[names[1]]) == pytest.approx(score, abs=1e-5)
+            assert float(row[names[0]]) != pytest.approx(score, abs=1e-3)
+        two = [r for r in rows if r["ds_name"] == "two"]
+        assert two and all(row[names[0]] == row[names[1]] for row in two)
+        written = json.loads((out / "benchmark_results.json").read_text())["detectors"]
+        assert written[names[1]]["adapted_to"] == kinds
+        assert list(json.loads((out / "thresholds.json").read_text())) == names
+
+
+def test_adapting_detectors_that_cannot_be_is_refused_before_any_work(filelist, tmp_path, run_cli):
+    done = run_cli(
+        "benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images",
+        "-o", tmp_path / "out", "--detectors", "mse,phash", "--adapt", exit_code=2,
+    )  # fmt: skip
+    assert "none of the detectors can be adapted" in done.stderr
+    assert not (tmp_path / "out").exists()

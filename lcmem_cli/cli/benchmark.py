@@ -64,6 +64,14 @@ def benchmark_command(
         Optional[Path],  # noqa: UP045
         typer.Option("--latents", help="Latent store that LCMem detectors take images from."),
     ] = None,
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt",
+            help="Also score with LCMem and joint adapted to the TRAIN images of each data set; "
+            "identities are not used.",
+        ),
+    ] = False,
     strict: StrictOption = False,
     cache: CacheOption = True,
     overwrite: OverwriteOption = False,
@@ -94,6 +102,7 @@ def benchmark_command(
         target_recall=target_recall,
         input_size=input_size,
         latents=latents,
+        adapt=adapt,
         strict=strict,
         cache=cache,
         overwrite=overwrite,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,10 +34,20 @@ ONE_PICTURE = 0.8
 generator learns by heart; counted each time, they would become what their kind shares."""
 MAX_IMAGES = 5_000
 """Of more images a seeded sample is used."""
+ENOUGH_IMAGES = 2_000
+"""More tell no more about their kind, so no more are embedded for this alone."""
 _SAME_LENGTH = 0.01
 _NEAR_END = 1e-6
 _SHORTEST = 1e-3
 """What is left of an image that is no further from the centre is rounding, and is not drawn out."""
+
+
+Item = TypeVar("Item")
+
+
+def some_images(images: Sequence[Item]) -> Sequence[Item]:
+    """Return images, or of many every second, third, ..., that are to be embedded to adapt to."""
+    return images[:: -(-len(images) // ENOUGH_IMAGES) or 1]
 
 
 class Adapted(NamedTuple):

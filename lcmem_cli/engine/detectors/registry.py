@@ -274,14 +274,13 @@ def _adapted(detector: Detector, request: Request) -> Detector:
     if source is None:
         return detector
     from lcmem_cli.engine.data.manifest import load_manifest
+    from lcmem_cli.engine.detectors.adapted import some_images
     from lcmem_cli.engine.detectors.embedding import embed_files
 
     listed = load_manifest(Path(source), need_split=False)
     if any(record.split == "TRAIN" for record in listed.records):
         listed = listed.select("TRAIN")
-    paths = listed.paths()
-    step = -(-len(paths) // _ADAPT_IMAGES)
-    found = embed_files(detector, paths[::step])
+    found = embed_files(detector, some_images(listed.paths()))
     for bad in found.unreadable:
         raise InputError(f"detector '{request.name}': {bad.path}: {bad.reason}")
     contents = {
@@ -505,8 +504,6 @@ PRETRAINED: Mapping[str, Pretrained] = {
 }
 
 _NONE = "none"
-_ADAPT_IMAGES = 2000
-"""More tell no more about their kind; of a longer list every second, third, ... is taken."""
 _YOURS = "your file"
 _INPUT_OPTIONS = ("size", "mean", "std", "score")
 _registered: dict[str, DetectorKind] = {}

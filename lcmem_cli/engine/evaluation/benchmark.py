@@ -23,11 +23,13 @@ from lcmem_cli.engine.data.pairs import (
     identity_numbers,
     reference_pairs,
 )
+from lcmem_cli.engine.detectors.adapted import some_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import Ranks, current_ranks
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.adapted_sets import AdaptedToSets
 from lcmem_cli.engine.evaluation.audit_files import write_csv
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.metrics import (
@@ -52,11 +54,13 @@ from lcmem_cli.engine.evaluation.study import (
     fit_records,
     named_unreadable,
     open_results,
+    pack_json,
     pack_unreadable,
     score_dense,
+    unpack_json,
     unpack_unreadable,
 )
-from lcmem_cli.engine.files import write_json
+from lcmem_cli.engine.files import sha256_bytes, write_json
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
@@ -86,6 +90,10 @@ TEST_SCORES_NOTE = (
     "the published table"
 )
 FIT_NOTE = "the rates at a false-positive rate use thresholds fitted on {fit_split}"
+ADAPTED_NOTE = (
+    "(adapted): each data set's pairs are scored by the detector adapted to its TRAIN images, "
+    "whose identities are not used"
+)
 
 PairMode = Literal["reference", "all"]
 
@@ -154,6 +162,8 @@ class DetectorResult:
         overall: over all pairs.
         per_dataset: by data set, sorted by name.
         thresholds: fitted on the fitting split.
+        adapted_to: by data set, to how many of its TRAIN images the detector was adapted (0: it
+            scored as it is); ``None``: to none of any.
     """
 
     name: str
@@ -161,6 +171,7 @@ class DetectorResult:
     overall: SetResult
     per_dataset: dict[str, SetResult]
     thresholds: tuple[Threshold, ...]
+    adapted_to: dict[str, int] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +187,7 @@ class BenchmarkResult(Result):
         seed: of the pairs and the bootstrap.
         target_recall: of the ``_atR`` metrics.
         replicates: of the bootstrap.
-        num_images: images that the pairs of both splits are made of.
+        num_images: images that the pairs of both splits are made of, or that are adapted to.
         num_pairs: pairs of the split, before unreadable images were dropped.
         num_duplicates: pairs that repeat an earlier one.
         num_dropped: pairs dropped because an image was unreadable.
@@ -212,6 +223,7 @@ class BenchmarkResult(Result):
                 OVERALL: item.overall.to_flat(),
                 "per_dataset": {name: part.to_flat() for name, part in item.per_dataset.items()},
                 "thresholds": [dataclasses.asdict(threshold) for threshold in item.thresholds],
+                "adapted_to": item.adapted_to,
             }
             for item in self.detectors
         }
@@ -226,8 +238,18 @@ class _Study:
     basedir: Path
     test: PairSet
     fit: PairSet | None
+    train: dict[str, list[int]]
     dense: bool
     fit_reason: str | None
+
+    def score(
+        self, detector: Detector, features: NDArray[Any], rows: NDArray[np.int64], pairs: PairSet
+    ) -> NDArray[np.float64]:
+        """Score pairs by the rows of features that each record has."""
+        first, second = rows[pairs.first], rows[pairs.second]
+        if self.dense:
+            return score_dense(detector, features, first, second, pairs.dataset)
+        return score_listed(detector, features, first, second)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,6 +261,7 @@ class _Scored:
     test: NDArray[np.float64]
     fit: NDArray[np.float64]
     unreadable: list[Unreadable]
+    adapted_to: dict[str, int] | None
 
 
 def benchmark(
@@ -255,6 +278,7 @@ def benchmark(
     target_recall: float = DEFAULT_TARGET_RECALL,
     input_size: int = 512,
     latents: Path | None = None,
+    adapt: bool = False,
     strict: bool = False,
     cache: bool = True,
     overwrite: bool = False,
@@ -283,6 +307,8 @@ def benchmark(
         target_recall: of the ``_atR`` metrics, in (0, 1].
         input_size: side in pixels for the pixel measures.
         latents: a latent store; LCMem detectors take stored latents instead of images.
+        adapt: also score with each detector that can be adapted to the TRAIN images of each data
+            set (``detectors.adapted``), as ``NAME (adapted)``.
         strict: fail where a detector's weights cannot be had, instead of leaving it out.
         cache: keep features in the user's cache, so that other runs need no encoder pass.
         overwrite: replace the results of another study in ``output``.
@@ -295,6 +321,7 @@ def benchmark(
     Raises:
         InputError: an argument is wrong, no pairs can be made, ``output`` holds another study, or
             the stored latents are not the detector's.
+        NotAdaptableError: ``adapt`` is asked for, and no detector can be adapted.
         WeightsUnavailableError: no detector can run, or one cannot and ``strict`` is set.
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FolderBusyError: another process writes to ``output``.
@@ -319,12 +346,17 @@ def benchmark(
         splits=(split, fit_split),
         pairs=pairs,
         seed=seed,
+        adapt=adapt,
         max_missing=None if store is not None else max_unreadable,
         reporter=reporter,
     )
     available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
+    if adapt and not available.adaptable:
+        raise NotAdaptableError(
+            "--adapt: none of the detectors can be adapted; only LCMem networks, and joint, can be"
+        )
     inputs = {
         "command": "benchmark",
         "images_digest": content_digest(study.records, study.basedir, workers=workers),
@@ -334,6 +366,7 @@ def benchmark(
         "fit_split": fit_split,
         "seed": seed,
         "target_recall": target_recall,
+        "adapt": adapt,
     }
     config = {
         **inputs,
@@ -344,27 +377,38 @@ def benchmark(
         "input_size": input_size,
         "latents": latents,
     }
+    fingerprints: dict[str, str] = {}
+    variants: dict[str, list[str]] = {}
+    for name, fingerprint in available.fingerprints.items():
+        fingerprints[name], variants[name] = fingerprint, [name]
+        if adapt and name in available.adaptable:
+            adapted = f"{name} (adapted)"
+            fingerprints[adapted] = sha256_bytes(f"adapted to sets/{fingerprint}".encode())
+            variants[name].append(adapted)
     result: BenchmarkResult | None = None
     with open_results(
         output,
         inputs,
-        available.fingerprints,
+        fingerprints,
         config=config,
         results=_RESULT_FILES,
         overwrite=overwrite,
         ranks=ranks,
     ) as folder:
         scored: list[_Scored] = []
-        for name, fingerprint in available.fingerprints.items():
+        for name, asked in variants.items():
             # What a latent store lacks, it lacks whether or not the image can be read by now.
             base = study.basedir if store is None else None
-            is_done = folder is not None and folder.has(name, fingerprint, basedir=base)
+            is_done = folder is not None and all(
+                folder.has(variant, fingerprints[variant], basedir=base) for variant in asked
+            )
             if not ranks.broadcast(is_done):
                 detector = available.take(name)
                 made = _score(
                     detector,
                     study,
                     store if isinstance(detector, LCMemDetector) else None,
+                    adapted=len(asked) > 1,
                     cache=cache,
                     batch_size=batch_size,
                     workers=workers,
@@ -372,10 +416,11 @@ def benchmark(
                     reporter=reporter,
                 )
                 if folder is not None:
-                    folder.save(made, name, fingerprint)
+                    for variant, arrays in zip(asked, made, strict=True):
+                        folder.save(arrays, variant, fingerprints[variant])
                 del detector
             if folder is not None:
-                scored.append(_load_scored(folder, name, fingerprint))
+                scored += [_load_scored(folder, v, fingerprints[v]) for v in asked]
         if folder is not None:
             result = _conclude(
                 study,
@@ -420,6 +465,7 @@ def _make_study(
     splits: tuple[str, str | None],
     pairs: PairMode,
     seed: int,
+    adapt: bool,
     max_missing: int | None,
     reporter: Reporter,
 ) -> _Study:
@@ -454,11 +500,20 @@ def _make_study(
     if fit is None and splits[1] is not None:
         reason = f"{splits[1]} holds no positive and negative pairs to fit a threshold on"
         reporter.warn(f"no rates at fixed false-positive rates: {reason}")
+    records = [*judged.records, *fit_from]
+    train: dict[str, list[int]] = {}
+    if adapt:
+        for name in dict.fromkeys(dataset_name(record) for record in records):
+            own = [r for r in manifest.select("TRAIN").records if dataset_name(r) == name]
+            chosen = some_images(own)
+            train[name] = list(range(len(records), len(records) + len(chosen)))
+            records += chosen
     return _Study(
-        records=(*judged.records, *fit_from),
+        records=tuple(records),
         basedir=manifest.basedir,
         test=test,
         fit=fit,
+        train=train,
         dense=pairs == "all",
         fit_reason=reason,
     )
@@ -469,17 +524,26 @@ def _score(
     study: _Study,
     store: LatentStore | None,
     *,
+    adapted: bool,
     cache: bool,
     batch_size: int,
     workers: int,
     ranks: Ranks,
     reporter: Reporter,
-) -> dict[str, NDArray[Any]]:
-    """Embed every image that a pair needs, once, and score the pairs of both splits."""
+) -> list[dict[str, NDArray[Any]]]:
+    """Embed every image that is needed, once, and score the pairs of both splits.
+
+    Returns:
+        In the first process what ``_Scored`` holds, as arrays: of the detector as it is, and if
+        asked for, of the one adapted to each data set.
+    """
     pair_sets = [study.test] if study.fit is None else [study.test, study.fit]
     ends = [end for pairs in pair_sets for end in (pairs.first, pairs.second)]
+    if adapted:
+        ends += [np.asarray(records, dtype=np.int64) for records in study.train.values()]
     needed = np.unique(np.concatenate(ends))
     rows = np.full(len(study.records), -1, dtype=np.int64)
+    contents: list[str | None] = [record.path for record in study.records]
     if store is not None:
         assert isinstance(detector, LCMemDetector)
         features, rows[needed], unreadable = _embed_stored(
@@ -497,6 +561,8 @@ def _score(
             reporter=reporter,
         )
         features, rows[needed] = embedded.features, embedded.rows
+        for row, content in zip(needed, embedded.content_hashes, strict=True):
+            contents[row] = content
         unreadable = named_unreadable(chosen, study.basedir, embedded.unreadable)
         reporter.event(
             "embedded",
@@ -506,18 +572,24 @@ def _score(
             encoder_passes=embedded.encoder_passes,
         )
     if not ranks.is_main:
-        return {}
-    scores = [
-        score_dense(detector, features, rows[p.first], rows[p.second], p.dataset)
-        if study.dense
-        else score_listed(detector, features, rows[p.first], rows[p.second])
-        for p in pair_sets
+        return []
+    scores = [[study.score(detector, features, rows, pairs) for pairs in pair_sets]]
+    adapted_to: list[dict[str, int] | None] = [None]
+    if adapted:
+        kinds = AdaptedToSets(
+            detector, features, rows, contents, study.train, reporter=reporter
+        )  # fmt: skip
+        scores.append([kinds.scores(pairs, study.score) for pairs in pair_sets])
+        adapted_to.append(kinds.num_images)
+    return [
+        {
+            "test": test,
+            "fit": fit[0] if fit else np.zeros(0),
+            "unreadable": pack_unreadable(unreadable),
+            "adapted_to": pack_json(counts),
+        }
+        for (test, *fit), counts in zip(scores, adapted_to, strict=True)
     ]
-    return {
-        "test": scores[0],
-        "fit": scores[1] if len(scores) > 1 else np.zeros(0),
-        "unreadable": pack_unreadable(unreadable),
-    }
 
 
 def _embed_stored(
@@ -595,6 +667,7 @@ def _load_scored(folder: ResultsFolder, name: str, fingerprint: str) -> _Scored:
         test=arrays["test"],
         fit=arrays["fit"],
         unreadable=unpack_unreadable(arrays["unreadable"]),
+        adapted_to=unpack_json(arrays["adapted_to"]),
     )
 
 
@@ -643,6 +716,8 @@ def _conclude(
     notes = [TEST_SCORES_NOTE]
     if options["fit_split"] is not None:
         notes.append(FIT_NOTE.format(fit_split=options["fit_split"]))
+    if any(part.adapted_to is not None for part in scored):
+        notes.append(ADAPTED_NOTE)
     result = BenchmarkResult(
         detectors=tuple(results),
         skipped=skipped,
@@ -701,6 +776,7 @@ def _judge(
             if numbers[name] in present
         },
         thresholds=tuple(thresholds),
+        adapted_to=part.adapted_to,
     )
 
 

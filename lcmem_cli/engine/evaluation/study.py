@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Available:
     Args:
         fingerprints: by name, in the order asked for.
         skipped: those that cannot run.
+        adaptable: those that may be adapted to a kind of images.
         first: the first one, which is kept because it is used next.
         device: where they compute.
         input_size: of the pixel measures.
@@ -76,6 +77,7 @@ class Available:
         self,
         fingerprints: dict[str, str],
         skipped: Sequence[Skipped],
+        adaptable: Collection[str],
         first: Detector | None,
         *,
         device: str,
@@ -83,6 +85,7 @@ class Available:
     ) -> None:
         self.fingerprints = fingerprints
         self.skipped = tuple(skipped)
+        self.adaptable = frozenset(adaptable)
         self._first = first
         self._device = device
         self._input_size = input_size
@@ -277,12 +280,15 @@ def find_detectors(
     """
     fingerprints: dict[str, str] = {}
     skipped: list[Skipped] = []
+    adaptable: list[str] = []
     first: Detector | None = None
     for name in names:
         try:
             detector = load_detector(name, device=device, input_size=input_size)
             fingerprints[name] = detector.fingerprint
             first = first or detector
+            if detector.is_adaptable:
+                adaptable.append(name)
         except (WeightsUnavailableError, MissingExtraError) as error:
             if strict:
                 raise
@@ -291,7 +297,7 @@ def find_detectors(
     if not fingerprints:
         reasons = "\n".join(f"  {item.name}: {item.reason}" for item in skipped)
         raise WeightsUnavailableError(f"none of the detectors can run here:\n{reasons}")
-    return Available(fingerprints, skipped, first, device=device, input_size=input_size)
+    return Available(fingerprints, skipped, adaptable, first, device=device, input_size=input_size)
 
 
 def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record, ...]:
@@ -331,15 +337,24 @@ def content_digest(records: Sequence[Record], basedir: Path, *, workers: int = -
         return sha256_bytes(b"\0\0".join(pool.map(line, records)))
 
 
+def pack_json(value: Any) -> NDArray[np.uint8]:
+    """Return a JSON value as bytes, to be kept beside arrays."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def unpack_json(packed: NDArray[np.uint8]) -> Any:
+    """Return what ``pack_json`` was given."""
+    return json.loads(packed.tobytes())
+
+
 def pack_unreadable(unreadable: Sequence[Unreadable]) -> NDArray[np.uint8]:
     """Return a list of unreadable images as bytes, to be kept beside arrays."""
-    text = json.dumps([dataclasses.asdict(item) for item in unreadable])
-    return np.frombuffer(text.encode(), dtype=np.uint8)
+    return pack_json([dataclasses.asdict(item) for item in unreadable])
 
 
 def unpack_unreadable(packed: NDArray[np.uint8]) -> list[Unreadable]:
     """Return what ``pack_unreadable`` was given."""
-    return [Unreadable(**item) for item in json.loads(packed.tobytes())]
+    return [Unreadable(**item) for item in unpack_json(packed)]
 
 
 def feature_cache(detector: Detector) -> FeatureCache | None:
