@@ -160,13 +160,13 @@ def test_what_cannot_be_adapted_says_why():
 
 
 @pytest.mark.usefixtures("each_counts")
-def test_an_adapted_detector_embeds_what_conversion_gives_and_has_no_thresholds():
+def test_an_adapted_detector_embeds_what_conversion_gives():
     network = make()
     images = [draw_identity(number, 0) for number in range(14)]
     rows = network.embed(images)
     detector, convert, _ = network.adapted(rows, names(14))
     np.testing.assert_allclose(detector.embed(images), convert(rows), atol=1e-6)
-    assert detector.thresholds == () and detector.fingerprint != network.fingerprint
+    assert detector.fingerprint != network.fingerprint
     scores = detector.score_matrix(convert(rows), convert(rows))
     found = detector.top_k(convert(rows), convert(rows), 1)
     np.testing.assert_array_equal(found.rows[:, 0], scores.argmax(axis=1))
@@ -200,6 +200,8 @@ def test_a_name_can_ask_for_it(image_folder):
     assert again.fingerprint == adapted.fingerprint != plain.fingerprint
     pair = [image_folder / "id00" / "0.png", image_folder / "id01" / "0.png"]
     assert adapted.score(*pair) < plain.score(*pair)  # drawn scenes share much
+    assert [t.name for t in adapted.thresholds] == ["fpr0.01", "fpr0.001", "recall0.95"]
+    assert {t.fingerprint for t in adapted.thresholds} == {adapted.fingerprint}
     filelist = image_folder / "list.csv"
     write_manifest(load_manifest(image_folder), filelist)
     by_train = load_detector(f"lcmem?adapt={filelist}", device="cpu")

@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.adapted import picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
@@ -178,8 +179,11 @@ def test_whitening_replaces_the_last_layer_and_the_head(
     }  # fmt: skip
 
 
-def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(image_folder, tmp_path):
-    make(tmp_path / "start.safetensors")
+def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(
+    image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(adapted, "ONE_PICTURE", 1.01)  # to random weights all are much alike
+    make(tmp_path / "start.safetensors", feature_rms=1.5)
     manifest = load_manifest(image_folder)
     lines = ["path,id,Split,ds_name"]
     for record in manifest.records:  # every identity belongs to one of two data sets
@@ -194,7 +198,7 @@ def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(image_
     start = load_checkpoint(tmp_path / "start.safetensors")
     whitening = Whitening.of(start, manifest.select("TRAIN"), device="cpu")
     assert whitening.fitted().fingerprint == loaded.fingerprint
-    scores, labels = [], []
+    scores, adapted_scores, labels = [], [], []
     for name, other in (("even", "odd"), ("odd", "even")):
         without = whitening.fitted(without=name)
         others = [r for r in manifest.select("TRAIN").records if r.ds_name == other]
@@ -204,16 +208,38 @@ def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(image_
         save_checkpoint(tmp_path / "without.safetensors", without)
         detector = load_detector(f"lcmem:{tmp_path / 'without.safetensors'}", device="cpu")
         features = detector.embed(val.paths())
+        bank = [r for r in manifest.select("TRAIN").records if r.ds_name == name]
+        kind, convert, _ = detector.adapted(
+            detector.embed(dataclasses.replace(manifest, records=tuple(bank)).paths()),
+            [record.path for record in bank],
+        )
+        moved = convert(features)
         for a, b in itertools.combinations(range(len(own)), 2):
             scores.append(detector.score_features(features[[a]], features[[b]])[0])
+            adapted_scores.append(kind.score_features(moved[[a]], moved[[b]])[0])
             labels.append(own[a].id == own[b].id)
+    labels = np.asarray(labels)
     recall = next(t for t in result.thresholds if t.name == "recall0.95")
-    assert (recall.num_positives, recall.num_negatives) == (sum(labels), len(labels) - sum(labels))
-    reached = np.asarray(scores)[np.asarray(labels)] >= recall.value - 1e-4
-    assert reached.mean() >= 0.95
-    assert np.abs(np.asarray(scores)[np.asarray(labels)] - recall.value).min() < 1e-4
-    assert {t.fingerprint for t in result.thresholds} == {loaded.fingerprint}
-    assert "fitted without it" in recall.fitted_on and "2 data set(s)" in recall.fitted_on
+    by_adapted = next(t for t in result.adapted_thresholds if t.name == "recall0.95")
+    for threshold, positive in (
+        (recall, np.asarray(scores)[labels]),
+        (by_adapted, np.asarray(adapted_scores)[labels]),
+    ):
+        assert threshold.num_positives == labels.sum()
+        assert threshold.num_negatives == len(labels) - labels.sum()
+        assert (positive >= threshold.value - 1e-4).mean() >= 0.95
+        assert np.abs(positive - threshold.value).min() < 1e-4
+        assert threshold.fingerprint == loaded.fingerprint
+        assert "fitted without it" in threshold.fitted_on
+        assert "2 data set(s)" in threshold.fitted_on
+    assert "adapted to its TRAIN images" in by_adapted.fitted_on
+    assert loaded.adapted_thresholds == result.adapted_thresholds
+    asked = load_detector(
+        f"lcmem:{tmp_path / 'out.safetensors'}?adapt={image_folder}", device="cpu"
+    )
+    assert [t.value for t in asked.thresholds] == [t.value for t in loaded.adapted_thresholds]
+    assert {t.fingerprint for t in asked.thresholds} == {asked.fingerprint}
+    assert loaded.at_size(48).adapted_thresholds == ()
 
 
 def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):

@@ -152,16 +152,18 @@ def calibrate(
     )
 
     def human() -> None:
+        named = [(t.name, t) for t in result.thresholds]
+        named += [(f"{t.name} (adapted)", t) for t in result.adapted_thresholds]
         rows = [
             (
-                t.name,
+                name,
                 f"{t.value:.6f}",
                 "?" if t.achieved_fpr is None else f"{t.achieved_fpr:.3%}",
                 "?" if t.achieved_recall is None else f"{t.achieved_recall:.2%}",
                 f"{t.num_positives:,}",
                 f"{t.num_negatives:,}",
             )
-            for t in result.thresholds
+            for name, t in named
         ]
         columns = ["threshold", "score >=", "VAL FPR", "VAL recall", "positives", "negatives"]
         if rows:

@@ -7,6 +7,8 @@ seen its TRAIN images). Then, as it is and adapted to some or all of the set's T
 identities are not used:
 
 - AUC of the pairs of VAL and TEST identities (all positive pairs, up to 20,000 negative ones);
+- negative and positive pairs that pass the threshold that 1 % of the negative pairs of the other
+  data sets pass (of an adapted detector: of those that could be adapted);
 - audits of known answer: altered copies of 14 TRAIN images by 41 edits, searched among all TRAIN
   images; the share that is flagged at the rate of 2 %, the null being the VAL and TEST images.
 """
@@ -28,13 +30,18 @@ from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.joint import JointDetector
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.errors import NotAdaptableError
-from lcmem_cli.engine.evaluation.calibration import conformal_threshold, required_null_size
+from lcmem_cli.engine.evaluation.calibration import (
+    conformal_threshold,
+    fit_threshold,
+    required_null_size,
+)
 from lcmem_cli.engine.evaluation.recalibrate import Whitening
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
 
 IMAGES = (0, 20, 100, None)
 """To adapt to; 0: not adapted, ``None``: all."""
+PAIR_RATE = 0.01
 MAX_NEGATIVES = 20_000
 MIN_POSITIVES = 10
 SOURCES, EDIT_SIZE, RATE = 14, 256, 0.02
@@ -49,7 +56,7 @@ def main():
     whitening = Whitening.of(
         load_checkpoint(locate_checkpoint(None)), manifest.select("TRAIN"), device="cpu"
     )
-    aucs, flagged = {}, {}
+    scored, flagged = {}, {}
     for name in dict.fromkeys(record.ds_name for record in manifest.records):
         own = manifest.select(ds_names=[name])
         identities = np.array([record.id for record in own.records])
@@ -69,7 +76,7 @@ def main():
             rows = convert(features[:, :width])
             first, second, positive = pairs
             scores = detector.score_features(rows[first], rows[second])
-            aucs.setdefault(count, {})[name] = roc_auc_score(positive, scores)
+            scored.setdefault(count, {})[name] = (scores, positive, detector.adapted_to)
         if (~train).sum() < required_null_size(RATE):
             continue
         for base, columns in ((network, slice(width)), (joint, slice(None))):
@@ -86,9 +93,33 @@ def main():
                 share = (best[1] > conformal_threshold(best[0], RATE)).mean()
                 flagged.setdefault((base.name, count), {})[name] = float(share)
     print("AUC by the number of images adapted to")
-    table(aucs)
+    table(
+        {
+            count: {name: roc_auc_score(positive, s) for name, (s, positive, _) in sets.items()}
+            for count, sets in scored.items()
+        }
+    )
+    for label in (False, True):
+        print(
+            f"\nshare of {'positive' if label else 'negative'} pairs that pass the threshold of "
+            f"{PAIR_RATE:.0%} of the other data sets' negative pairs"
+        )
+        table({count: passing(sets, label, count != 0) for count, sets in scored.items()})
     print(f"\nshare of altered copies flagged at {RATE:.0%}")
     table(flagged)
+
+
+def passing(sets, label, only_adapted):
+    """Return by data set the share of pairs at or above the threshold that the others give."""
+    sets = {name: parts for name, parts in sets.items() if parts[2] or not only_adapted}
+    shares = {}
+    for name, (scores, positive, _) in sets.items():
+        others = [s[~known] for other, (s, known, _) in sets.items() if other != name]
+        threshold = fit_threshold(
+            np.concatenate(others), kind="fpr", rate=PAIR_RATE, fingerprint="", fitted_on=""
+        )
+        shares[name] = float((scores[positive == label] >= threshold.value).mean())
+    return shares
 
 
 def adapted(detector, features, contents, count):

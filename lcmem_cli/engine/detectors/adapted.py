@@ -137,7 +137,7 @@ class Adaptation:
 class AdaptedHead(HeadDetector):
     """An LCMem network whose features are adapted.
 
-    Its scores belong to other thresholds than the network's, so it has none.
+    Its scores belong to other thresholds than the network's: its ``adapted_thresholds``.
 
     Args:
         network: whose head scores, and whose search is used.
@@ -156,6 +156,10 @@ class AdaptedHead(HeadDetector):
         self.input_size = network.input_size
         self.num_features = network.num_features
         self.weight, self.bias = network.weight, network.bias
+        self.thresholds = tuple(
+            dataclasses.replace(threshold, fingerprint=self.fingerprint)
+            for threshold in network.adapted_thresholds
+        )
         self.adapted_to = network.adapted_to | adaptation.contents
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:

@@ -37,10 +37,12 @@ class HeadDetector(Detector):
     Attributes:
         weight: ``w``, one number per feature.
         bias: ``b``.
+        adapted_thresholds: for the detector adapted to a kind of images that it does not know.
     """
 
     weight: NDArray[np.float32]
     bias: float
+    adapted_thresholds: tuple[Threshold, ...] = ()
     gives_probability = True
     is_adaptable = True
 

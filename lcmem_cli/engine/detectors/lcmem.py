@@ -46,6 +46,7 @@ class LCMemDetector(HeadDetector):
         self.num_features = checkpoint.network.num_features
         self.adapted_to = frozenset(checkpoint.adapted_to)
         self.thresholds = checkpoint.thresholds
+        self.adapted_thresholds = checkpoint.adapted_thresholds
         network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
         self.network = optimise_for_inference(network)
         if self.device.type == "cpu":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
-from lcmem_cli.engine.detectors.base import score_listed
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, score_listed
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError
@@ -156,18 +156,19 @@ def judge(
         ranks: processes that share the embedding.
         reporter: receives progress.
     """
-    ranks = ranks or Ranks()
     detector = LCMemDetector(checkpoint, name="trained", device=resolve_device(device))
     scores: dict[str, tuple[NDArray[np.float64], WithinPairs]] = {}
     unreadable: dict[int, str] = {}
     for split in ("VAL", "TEST"):
-        scored, bad = score_split(
+        rows, features, bad = embed_split(
             detector, source, split, workers=workers, ranks=ranks, reporter=reporter
         )
         unreadable.update(bad)
-        if scored is not None:
-            scores[split] = scored
-    thresholds = fit_thresholds([scores["VAL"]], detector.fingerprint) if "VAL" in scores else ()
+        if rows:
+            scores[split] = score_within(detector, features, [source.records[row] for row in rows])
+    thresholds = fit_thresholds(
+        [part for split, part in scores.items() if split == "VAL"], detector.fingerprint
+    )
     auc, roc = _measure(*scores["TEST"]) if "TEST" in scores else ({}, {})
     return Judgement(
         auc=auc,
@@ -180,7 +181,15 @@ def judge(
     )
 
 
-def score_split(
+def score_within(
+    detector: Detector, features: FloatArray, records: Sequence[Record]
+) -> tuple[NDArray[np.float64], WithinPairs]:
+    """Return scores of pairs within data sets, and the pairs; features ``[n, d]`` by record."""
+    pairs = within_pairs(records)
+    return score_listed(detector, features, pairs.first, pairs.second), pairs
+
+
+def embed_split(
     detector: LCMemDetector,
     source: LatentStore | Manifest,
     split: str,
@@ -188,29 +197,27 @@ def score_split(
     workers: int = -1,
     ranks: Ranks | None = None,
     reporter: Reporter = SILENT,
-) -> tuple[tuple[NDArray[np.float64], WithinPairs] | None, dict[int, str]]:
-    """Score all pairs within a split's data sets.
+) -> tuple[list[int], NDArray[np.float32], dict[int, str]]:
+    """Embed a split of two images or more.
 
     Returns:
-        Scores and pairs, ``None`` where there are none; and the rows that cannot be read.
+        Rows of its readable records, in order; their features ``[n, d]``; and the rows that cannot
+        be read, with reasons.
     """
     ranks = ranks or Ranks()
     rows = [row for row, record in enumerate(source.records) if record.split == split]
     if len(rows) < 2:
-        return None, {}
+        return [], np.zeros((0, detector.num_features), dtype=np.float32), {}
     made = _embed(detector, source, list(ranks.share(rows)), workers, reporter, split)
     gathered: dict[int, NDArray[np.float32]] = {}
     unreadable: dict[int, str] = {}
     for part_rows, part, part_unreadable in ranks.gather(made):
         gathered.update(zip(part_rows, part, strict=True))
         unreadable.update(part_unreadable)
-    if not gathered:
-        return None, unreadable
     order = sorted(gathered)
-    pairs = within_pairs([source.records[row] for row in order])
-    matrix = np.stack([gathered[row] for row in order])
-    scores = score_listed(detector, matrix, pairs.first, pairs.second)
-    return (scores, pairs), unreadable
+    width = (len(order), detector.num_features)
+    features = np.reshape([gathered[row] for row in order], width).astype(np.float32)
+    return order, features, unreadable
 
 
 def _embed(
@@ -259,6 +266,8 @@ def fit_thresholds(
         fingerprint: of the checkpoint that the thresholds are for.
         by: what scored them, where it was not the checkpoint itself.
     """
+    if not scored:
+        return ()
     scores = np.concatenate([part for part, _ in scored])
     labels = np.concatenate([pairs.labels for _, pairs in scored])
     names = [name for _, pairs in scored for name in pairs.names]

@@ -17,13 +17,14 @@ from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
 from lcmem_cli.engine.evaluation.judge import (
     FITTED_RATES,
+    embed_split,
     fit_thresholds,
     judge,
-    score_split,
+    score_within,
 )
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
@@ -55,6 +56,7 @@ class CalibrationResult(Result):
         fingerprint: its fingerprint.
         num_bytes: its size.
         thresholds: fitted on VAL.
+        adapted_thresholds: the same for the network adapted to each data set, see ``recalibrate``.
         test_auc: AUC per data set and overall on TEST, where there is one.
         unreadable: images left out.
     """
@@ -63,6 +65,7 @@ class CalibrationResult(Result):
     fingerprint: str
     num_bytes: int
     thresholds: tuple[Threshold, ...]
+    adapted_thresholds: tuple[Threshold, ...]
     test_auc: dict[str, dict[str, Any]]
     unreadable: tuple[Unreadable, ...]
 
@@ -98,7 +101,8 @@ def recalibrate(
             with too few VAL pairs gives a checkpoint without thresholds.
         whitened: fit the last layer to the list's TRAIN images first, see ``Whitening``. Where
             these are of several data sets, the thresholds are for images of yet another kind: each
-            data set's pairs are scored with a last layer that was fitted without it.
+            data set's pairs are scored with a last layer that was fitted without it. So are further
+            thresholds, for which that layer is adapted to the data set's TRAIN images.
         inner_bands: for ``Whitening``.
         seed: for ``Whitening``.
         workers: decoding threads.
@@ -149,18 +153,20 @@ def recalibrate(
         if not adapted:
             raise InputError(lacking)
         reporter.warn(lacking)
-    thresholds = judged.thresholds
+    loaded = dataclasses.replace(loaded, thresholds=judged.thresholds)
     if whitening is not None and len({record.ds_name for record in train.records}) > 1:
-        thresholds = _strangers_thresholds(
+        plain, adapted_to_each = _strangers_thresholds(
             whitening, manifest, loaded.fingerprint, workers=workers, device=device,
             reporter=reporter,
         )  # fmt: skip
-    saved = save_checkpoint(output, dataclasses.replace(loaded, thresholds=thresholds))
+        loaded = dataclasses.replace(loaded, thresholds=plain, adapted_thresholds=adapted_to_each)
+    saved = save_checkpoint(output, loaded)
     return CalibrationResult(
         checkpoint=str(output),
         fingerprint=saved.fingerprint,
         num_bytes=output.stat().st_size,
         thresholds=saved.thresholds,
+        adapted_thresholds=saved.adapted_thresholds,
         test_auc=judged.auc,
         unreadable=judged.unreadable,
     )
@@ -210,13 +216,11 @@ def adapt(
         "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
     contents = {content_hash(path) for path in manifest.paths()}
-    return dataclasses.replace(
-        checkpoint,
+    return checkpoint.changed(
         network_state=checkpoint.network_state | replaced,
-        thresholds=(),
         training=training,
         adapted_to=tuple(sorted(contents.union(checkpoint.adapted_to))),
-    ).with_fingerprint()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,9 +340,7 @@ class Whitening:
                 "seed": self.seed,
             },
         }
-        return dataclasses.replace(
-            checkpoint, network_state=state, thresholds=(), training=training, adapted_to=()
-        ).with_fingerprint()
+        return checkpoint.changed(network_state=state, training=training, adapted_to=())
 
 
 def _warn_of_missing(thresholds: tuple[Threshold, ...], reporter: Reporter) -> None:
@@ -373,27 +375,44 @@ def _strangers_thresholds(
     workers: int,
     device: str,
     reporter: Reporter,
-) -> tuple[Threshold, ...]:
+) -> tuple[tuple[Threshold, ...], tuple[Threshold, ...]]:
     """Fit thresholds on VAL, each data set scored with a last layer that was fitted without it.
 
     Among images of a kind that a last layer was not fitted to, all pairs are alike to it: at the
     threshold that 1 % of the negative pairs of known kinds pass, half of theirs may.
+
+    Returns:
+        Thresholds for the last layer as it is, and for one that is adapted to the kind of images,
+        as it is here to each data set's TRAIN images, where there are enough of them.
     """
-    scored = []
+    scored, adapted = [], []
     names = dict.fromkeys(record.ds_name for record in manifest.select("VAL").records)
     for name in names:
         detector = LCMemDetector(
             whitening.fitted(without=name), name="checkpoint", device=resolve_device(device)
         )
-        own = tuple(record for record in manifest.records if record.ds_name == name)
-        part, _ = score_split(
-            detector, dataclasses.replace(manifest, records=own), "VAL", workers=workers,
-            reporter=reporter,
-        )  # fmt: skip
-        if part is not None:
-            scored.append(part)
+        own = dataclasses.replace(
+            manifest, records=tuple(r for r in manifest.records if r.ds_name == name)
+        )
+        rows, features, _ = embed_split(detector, own, "VAL", workers=workers, reporter=reporter)
+        if not rows:
+            continue
+        records = [own.records[row] for row in rows]
+        scored.append(score_within(detector, features, records))
+        bank, bank_features, _ = embed_split(
+            detector, own, "TRAIN", workers=workers, reporter=reporter
+        )
+        try:
+            kind = detector.adapted(bank_features, [own.records[row].path for row in bank])
+        except NotAdaptableError as error:
+            reporter.event("not_adapted", data_set=name, reason=str(error))
+            continue
+        adapted.append(score_within(kind.detector, kind.convert(features), records))
     by = ", each scored by a last layer that was fitted without it"
-    return fit_thresholds(scored, fingerprint, by=by)
+    return (
+        fit_thresholds(scored, fingerprint, by=by),
+        fit_thresholds(adapted, fingerprint, by=f"{by} and adapted to its TRAIN images"),
+    )
 
 
 def _with_bands(checkpoint: Checkpoint, inner_bands: int) -> Checkpoint:

@@ -17,6 +17,10 @@ tags:
 - re-identification
 ---
 """
+_ADAPTED = """
+Those that are adapted hold for the network adapted to unlabelled images of the kind that is
+compared, `--detector "lcmem:model.safetensors?adapt=IMAGES"`.
+"""
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
@@ -56,11 +60,13 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
 
 
 def _thresholds(checkpoint: Checkpoint) -> str:
-    if not checkpoint.thresholds:
+    named = [(threshold.name, threshold) for threshold in checkpoint.thresholds]
+    named += [(f"{t.name} (adapted)", t) for t in checkpoint.adapted_thresholds]
+    if not named:
         return "None are fitted. Fit some on your own images with `lcmem calibrate`.\n"
     rows = [
         (
-            threshold.name,
+            name,
             f"{threshold.value:.6f}",
             _percent(threshold.achieved_fpr),
             _percent(threshold.achieved_recall),
@@ -68,7 +74,7 @@ def _thresholds(checkpoint: Checkpoint) -> str:
             f"{threshold.num_negatives:,}",
             threshold.fitted_on,
         )
-        for threshold in checkpoint.thresholds
+        for name, threshold in named
     ]
     columns = [
         "threshold", "score at least", "false-positive rate", "recall", "positive pairs",
@@ -79,6 +85,7 @@ def _thresholds(checkpoint: Checkpoint) -> str:
         + "\nThe rates are those of the pairs that the thresholds were fitted on. They hold for "
         "images like\nthose; for others fit new thresholds with `lcmem calibrate`. A pair below a "
         "threshold is not\nproven different.\n"
+        + (_ADAPTED if checkpoint.adapted_thresholds else "")
     )
 
 

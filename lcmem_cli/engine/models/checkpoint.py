@@ -57,6 +57,8 @@ class Checkpoint:
         codec_state: encoder weights, if they are inside.
         image_size: side in pixels that images are resized to before the codec.
         thresholds: fitted decision thresholds.
+        adapted_thresholds: for the same network adapted to a kind of images that it does not know,
+            see ``detectors.adapted``.
         training: resolved config, data digests and results of the training, for people.
         adapted_to: SHA-256 of the files of the images that the last layer was adapted to, sorted.
         fingerprint: SHA-256 over all of the above that changes a score; set when saved or loaded.
@@ -70,6 +72,7 @@ class Checkpoint:
     codec_state: dict[str, torch.Tensor] | None
     image_size: int
     thresholds: tuple[Threshold, ...] = ()
+    adapted_thresholds: tuple[Threshold, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapted_to: tuple[str, ...] = ()
     fingerprint: str = ""
@@ -95,8 +98,12 @@ class Checkpoint:
                 f"at most {MAX_SIDE}"
             )
         network = dataclasses.replace(self.network, input_size=size // factor)
-        changed = dataclasses.replace(self, network=network, image_size=size, thresholds=())
-        return changed.with_fingerprint()
+        return self.changed(network=network, image_size=size)
+
+    def changed(self, **fields: Any) -> Checkpoint:
+        """Return a copy that scores otherwise: with its own fingerprint, without thresholds."""
+        copy = dataclasses.replace(self, thresholds=(), adapted_thresholds=(), **fields)
+        return copy.with_fingerprint()
 
     def codec_model(self) -> nn.Module | None:
         """Return the autoencoder that is inside the file (encoder only), or ``None``."""
@@ -133,6 +140,7 @@ class Checkpoint:
             "codec": dataclasses.asdict(self.codec),
             "codec_inside": self.codec_state is not None,
             "thresholds": [dataclasses.asdict(t) for t in self.thresholds],
+            "adapted_thresholds": [dataclasses.asdict(t) for t in self.adapted_thresholds],
             "num_adapted_to": len(self.adapted_to),
             "training": self.training,
         }
@@ -184,6 +192,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         "codec_config": checkpoint.codec_config,
         "image_size": checkpoint.image_size,
         "thresholds": [dataclasses.asdict(t) for t in checkpoint.thresholds],
+        "adapted_thresholds": [dataclasses.asdict(t) for t in checkpoint.adapted_thresholds],
         "training": checkpoint.training,
         "adapted_to": checkpoint.adapted_to,
         "fingerprint": checkpoint.fingerprint,
@@ -235,6 +244,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             codec_state=codec_state or None,
             image_size=header["image_size"],
             thresholds=tuple(Threshold.from_dict(t) for t in header["thresholds"]),
+            adapted_thresholds=tuple(
+                Threshold.from_dict(t) for t in header.get("adapted_thresholds", ())
+            ),
             training=header["training"],
             adapted_to=tuple(header.get("adapted_to", ())),
             fingerprint=header["fingerprint"],
@@ -302,9 +314,10 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not of the type that it must have")
     if header["stage"] not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}")
-    thresholds = json.dumps(header["thresholds"]).encode()
-    TypeAdapter(list[Threshold]).validate_json(thresholds, strict=True)
-    TypeAdapter(list[str]).validate_python(list(header.get("adapted_to", [])), strict=True)
+    for thresholds in (header["thresholds"], header.get("adapted_thresholds", [])):
+        text = json.dumps(thresholds).encode()
+        TypeAdapter(list[Threshold]).validate_json(text, strict=True)
+    TypeAdapter(list[str]).validate_python(header.get("adapted_to", []), strict=True)
     network, codec = header["network"], header["codec"]
     for name, value, highest in (
         ("image_size", header["image_size"], MAX_SIDE),
@@ -358,9 +371,7 @@ def halve(checkpoint: Checkpoint) -> Checkpoint:
         k: v.to(torch.float16) if v.dtype == torch.float32 else v
         for k, v in checkpoint.network_state.items()
     }
-    return dataclasses.replace(
-        checkpoint, network_state=state, thresholds=(), fingerprint=""
-    ).with_fingerprint()
+    return checkpoint.changed(network_state=state)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
