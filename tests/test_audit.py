@@ -177,7 +177,7 @@ def test_a_set_against_itself_is_all_exact_copies(sets):
     )
     assert result.num_flagged == result.num_exact_copies == result.num_exposed_images == 40
     assert all(match.match == match.query for match in result.flagged)
-    assert "40 generated images are identical to a training image." in result.verdict
+    assert "40 generated images are byte for byte a training image." in result.verdict
 
 
 def test_an_exact_copy_is_flagged_and_first_even_where_another_image_scores_higher(tmp_path):
@@ -218,6 +218,21 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     assert result.num_queries == clean.num_queries + 1
     assert any("taken out of the null: 2 real images." in w for w in result.warnings)
     assert any("1 of the generated images repeat others" in w for w in result.warnings)
+
+
+def test_training_images_saved_anew_are_counted_beside_equal_files(sets, tmp_path):
+    shutil.copytree(sets, tmp_path / "sets")
+    generated = tmp_path / "sets" / "generated"
+    before = run(tmp_path / "sets")
+    shutil.copy(generated.parent / "train" / "00012.png", generated / "same.png")
+    for number in (21, 22):
+        picture(number).save(generated / f"{number}.jpg", quality=95)
+        shutil.copy(generated / f"{number}.jpg", generated / f"{number}-again.jpg")
+    result = run(tmp_path / "sets")
+    assert result.num_exact_copies == before.num_exact_copies + 1
+    assert result.num_resaved_copies == before.num_resaved_copies + 4
+    assert "1 generated image is byte for byte a training image." in result.verdict
+    assert f"{result.num_resaved_copies} generated images show the picture of" in result.verdict
 
 
 def test_same_picture_tells_resaved_from_merely_alike(tmp_path):
@@ -403,6 +418,14 @@ def test_split_searches_null_and_generated_in_the_same_bank(tmp_path):
     assert again.matches == result.matches
 
 
+def test_a_rate_that_no_split_can_give_is_refused_with_one_that_it_can(tmp_path):
+    train = save_all(tmp_path / "train", range(24))
+    generated = save_all(tmp_path / "generated", [100])
+    with pytest.raises(InputError, match=r"gives 12 real images; these allow --fpr 0.07693"):
+        audit(generated, train, null="split", fpr=0.01, detector=SmallCorrelation())
+    audit(generated, train, null="split", fpr=0.07693, detector=SmallCorrelation())
+
+
 def test_split_takes_at_most_half_of_the_images(tmp_path):
     train = identity_folder(tmp_path / "train", identities=1, each=30)
     for number in range(12):
@@ -422,7 +445,12 @@ def test_more_than_chance_is_said_as_rarely_as_stated():
         null, best = rng.random(num_null), rng.random(num_queries)
         flagged = int((best > conformal_threshold(null, rate)).sum())
         said += "this is more" in verdict(
-            flagged, 0, FlagRule(kind="fpr", rate=rate, threshold=0.5), num_queries, num_null
+            flagged,
+            FlagRule(kind="fpr", rate=rate, threshold=0.5),
+            num_exact=0,
+            num_resaved=0,
+            num_queries=num_queries,
+            num_null=num_null,
         )
     assert said <= binom.ppf(0.999, 2000, 0.025)
     assert chance_of(1, 1, 0.05, 99) == pytest.approx(0.05)
@@ -506,6 +534,7 @@ def test_benjamini_hochberg_flags_the_copies_and_says_what_it_holds(sets, tmp_pa
     assert result.rule.kind == "fdr" and result.expected_by_chance is None
     assert {m.query for m in result.flagged} >= {f"copy-of-{s:05d}.png" for s in range(0, 10, 2)}
     assert "false-discovery rate of 20 %" in result.statement
+    assert "Of the flagged images 20 % at most copy nothing" in result.null.meaning
     nothing = audit(
         save_all(tmp_path / "fresh", range(3000, 3030)),
         sets / "train",
@@ -517,7 +546,7 @@ def test_benjamini_hochberg_flags_the_copies_and_says_what_it_holds(sets, tmp_pa
     )
     assert nothing.rule.threshold is None and nothing.num_flagged == 0
     assert any("can only flag 25 or more" in warning for warning in nothing.warnings)
-    assert "Nothing is flagged." in nothing.verdict
+    assert "could not have flagged fewer than 25" in nothing.verdict
 
 
 def test_few_identities_in_the_null_are_warned_about(tmp_path, sets):

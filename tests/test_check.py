@@ -171,7 +171,18 @@ def test_unreadable_images_are_named(filelist, image_folder):
     assert [bad.path for bad in result.unreadable] == ["id00/0.png"]
     assert "id00/0.png: not an image" in of(result, "problem", "images")[0]
     assert check_run(filelist=filelist, num_images=0).num_problems == 0
+    (image_folder / "id01" / "link.png").symlink_to("nothing-there")
+    linked = check_run(filelist=image_folder, num_images=None)
+    assert {bad.path for bad in linked.unreadable} == {"id00/0.png", "id01/link.png"}
     assert check_run(filelist=filelist, num_images=5).num_images_decoded <= 5
+
+
+def test_a_list_without_pairs_is_warned_of(image_folder):
+    single = image_folder / "single.csv"
+    rows = [f"{path.relative_to(image_folder)},{path}" for path in image_folder.rglob("*.png")]
+    single.write_text("\n".join(["path,id", *rows]))
+    found = check_run(filelist=single, num_images=0)
+    assert any("TEST: no pair of one identity" in what for what in of(found, "warning", "filelist"))
 
 
 def test_an_edited_checkpoint_is_found(tmp_path):

@@ -10,6 +10,7 @@ from audit_images import SmallCorrelation, save_all
 from typer.testing import CliRunner
 
 from lcmem_cli.cli.app import app
+from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit import audit
 from lcmem_cli.engine.evaluation.filtering import filter_audit, target_names
@@ -192,6 +193,8 @@ def test_the_command_prints_counts_and_json(audited):
     assert shown.exit_code == 0, shown.output
     assert "rejected (flagged by the audit)" in shown.stdout
     assert "1 could not be read" in shown.stdout
+    assert f"keep.csv with --basedir {audited / 'generated'}" in " ".join(shown.stdout.split())
+    assert load_manifest(audited / "out" / "keep.csv", basedir=audited / "generated").records
     document = json.loads(command(audited / "audit", "-o", audited / "out", "--json").stdout)
     assert document["num_kept"] + document["num_rejected"] == 6
     assert command(audited / "audit", "-o", audited / "out", "--copy", "--link").exit_code == 2

@@ -176,6 +176,9 @@ def test_the_command_writes_a_split_that_reads_back(run_cli, image_folder, tmp_p
     assert len(manifest) == 72
     again = load_manifest(image_folder, split_seed=3)
     assert {r.path: r.split for r in manifest.records} == {r.path: r.split for r in again.records}
+    kept = ("manifest", image_folder / "list.csv", "-o", image_folder / "kept.csv", "--seed", 4)
+    assert "has a split already, which is kept" in run_cli(*kept).stdout
+    assert load_manifest(image_folder / "kept.csv").records == manifest.records
 
 
 identities = st.lists(

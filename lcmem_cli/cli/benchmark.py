@@ -33,6 +33,9 @@ from lcmem_cli.cli.options import (
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.benchmark import BenchmarkResult, SetResult
 
+_WIDE = 100
+"""Columns of a terminal from which on tables show intervals."""
+
 
 class PairChoice(str, enum.Enum):
     """Which pairs are made."""
@@ -145,15 +148,13 @@ def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> Non
         render.line(f"{name}: {problem}")
         return
     recall = f"{100 * result.target_recall:g} % recall"
-    columns = [
-        "detector",
-        "AUC (95 % interval)",
-        "best F1: precision",
-        "recall",
-        f"at {recall}: precision",
-        "FPR",
-        *(f"TPR at {100 * at.rate:g} % FPR ({result.fit_split})" for at in parts[0].at_fpr),
-    ]
+    rates = [f"TPR at {100 * at.rate:g} % FPR" for at in parts[0].at_fpr]
+    is_wide = render.width() >= _WIDE
+    columns = ["detector", "AUC (95 % interval)", "best F1: precision", "recall"]
+    columns += [f"at {recall}: precision", "FPR", *(f"{r} ({result.fit_split})" for r in rates)]
+    if not is_wide:
+        columns = ["detector", "AUC", "F1: prec.", "F1: recall", f"prec. at {recall}"]
+        columns += [f"FPR at {recall}", *rates]
     rows: list[list[str]] = []
     values: list[list[float | None]] = []
     for item, part in zip(result.detectors, parts, strict=True):
@@ -167,7 +168,7 @@ def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> Non
             ]
         )
         interval = part.intervals.get("auc")
-        shown = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        shown = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval and is_wide else ""
         rows.append(
             [
                 item.name,

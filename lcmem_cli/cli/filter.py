@@ -57,5 +57,6 @@ def filter_command(
             done = "copied" if result.transfer == "copy" else "linked"
             render.line(f"{result.num_transferred:,} {done} to {output / 'kept'}.")
         render.line(f"See {output / 'keep.csv'} and {output / 'reject.csv'}")
+        render.line(f"As a filelist: {output / 'keep.csv'} with --basedir {result.basedir}")
 
     render.emit(result, as_json=as_json, human=human)

@@ -107,8 +107,11 @@ def infer(
             ]
             render.table(["image a", "image b", "score", "verdict"], rows)
         if result.threshold is None:
-            way = "lcmem calibrate" if detector is None else "lcmem benchmark"
-            render.line(f"threshold  none: {result.detector} has no fitted one ({way} fits some)")
+            render.line(f"threshold  none: {result.detector} brings none")
+            ways = "lcmem audit and lcmem benchmark fit one to their own images"
+            if detector is None:
+                ways = "lcmem calibrate fits some"
+            render.line(f"           {ways}")
         else:
             t = result.threshold
             render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")

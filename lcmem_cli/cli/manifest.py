@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,13 @@ def manifest(
     as_json: JsonOption = False,
 ) -> None:
     """Write a filelist with an identity-disjoint, seeded TRAIN/VAL/TEST split."""
-    from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
+    from lcmem_cli.engine.data.manifest import load_manifest, split_by_identity, write_manifest
 
-    listed = load_manifest(source, basedir=basedir, split_seed=seed)
+    listed = load_manifest(source, basedir=basedir, need_split=False)
+    has_split = listed.records[0].split is not None
+    if not has_split:
+        records = split_by_identity(listed.records, seed=seed)
+        listed = dataclasses.replace(listed, records=tuple(records))
     write_manifest(listed, output)
     counts = {
         split: {
@@ -37,6 +42,8 @@ def manifest(
     def human() -> None:
         rows = [(s, f"{c['images']:,}", f"{c['identities']:,}") for s, c in counts.items()]
         render.table(["split", "images", "identities"], rows)
+        if has_split:
+            render.line("The list has a split already, which is kept.")
         render.line(f"wrote {output}; paths are relative to {listed.basedir}")
 
     values = {"output": str(output), "basedir": str(listed.basedir), "splits": counts}

@@ -129,10 +129,15 @@ def table(
         for column_index, cell in enumerate(row):
             is_best = best.get(column_index) == row_index
             cells.append(
-                Text(_printable(cell) + (" *" if is_best else ""), style="bold" if is_best else "")
+                Text(_printable(cell) + ("*" if is_best else ""), style="bold" if is_best else "")
             )
         view.add_row(*cells)
     _console(sys.stdout).print(view)
+
+
+def width() -> int:
+    """Return how many columns the results may take."""
+    return _console(sys.stdout).width
 
 
 def reporter() -> Reporter:
@@ -317,6 +322,8 @@ class _RichReporter(_PlainReporter):
         self.console.print(Text(_printable(f"{name}  {shown}")))
 
     def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
+        if total == 0:  # all of it was there already
+            return Task()
         return _RichTask(self, description, total, unit)
 
 

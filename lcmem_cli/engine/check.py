@@ -266,6 +266,11 @@ class _Check:
                     "they give no positive pair; add images, or take these ids out",
                 )  # fmt: skip
             if split == "TEST":
+                if single == len(images):
+                    self.add(
+                        "filelist", "warning", "TEST: no pair of one identity, for a benchmark",
+                        "list ids with two images or more in TEST",
+                    )  # fmt: skip
                 continue
             with self.guard(
                 "filelist", f"list more ids in {split}", level="problem" if trains else "warning"
@@ -277,11 +282,12 @@ class _Check:
                 check_batches(batches["TRAIN"], batches["VAL"])
 
     def images(self, manifest: Manifest) -> None:
-        """Decode a draw of the images; missing ones are the filelist's problem."""
+        """Decode a draw of the images; those that a list names in vain are the list's problem."""
+        is_folder = Path(manifest.source).is_dir()
         there = [
             manifest.records[row]
             for row in self._draw(len(manifest))
-            if (manifest.basedir / manifest.records[row].path).is_file()
+            if is_folder or (manifest.basedir / manifest.records[row].path).is_file()
         ]
         if not there:
             return

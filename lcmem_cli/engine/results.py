@@ -101,8 +101,15 @@ class Threshold:
             raise InputError(f"not a threshold: {error}") from error
 
 
-def check_unreadable(unreadable: Sequence[Unreadable], limit: int | None) -> None:
+def check_unreadable(
+    unreadable: Sequence[Unreadable], limit: int | None, *, remark: str = ""
+) -> None:
     """Fail when more images than allowed could not be read.
+
+    Args:
+        unreadable: the images.
+        limit: how many are allowed; ``None``: any number.
+        remark: what else to say.
 
     Raises:
         UnreadableLimitError: naming the first of them.
@@ -115,4 +122,5 @@ def check_unreadable(unreadable: Sequence[Unreadable], limit: int | None) -> Non
     raise UnreadableLimitError(
         f"{images} could not be read, --max-unreadable allows {limit}:{shown}"
         + (f"\n  and {more} more" if more > 0 else "")
+        + (f"\n{remark}" if remark else "")
     )

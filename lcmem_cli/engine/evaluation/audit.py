@@ -27,10 +27,12 @@ from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit_files import write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
+    MAX_PICTURE_CHECKS,
     Null,
     check_size,
     held_out_null,
     leave_one_out_null,
+    same_picture,
     search,
     smallest_rate,
     split_null,
@@ -45,6 +47,7 @@ from lcmem_cli.engine.evaluation.audit_result import (
     NullSummary,
     Times,
     counted,
+    fewest_flagged,
     meaning_of_rate,
     statement,
     verdict,
@@ -190,7 +193,8 @@ def audit(
         raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
     kind: NullKind = "held-out" if held_out is not None else null or "leave-one-out"
     real = listings["held-out" if kind == "held-out" else "training"]
-    check_size(len(real.records), fpr, kind=kind, source=real.source)
+    most = len(real.records) // 2 if kind == "split" else len(real.records)
+    check_size(most, fpr, kind=kind, source=real.source)
     ranks = current_ranks(device)
     reporter = reporter if ranks.is_main else SILENT
     if detector is None:
@@ -446,18 +450,27 @@ class _Study:
             over = found.scores > rule.threshold
         flagged = found.exact | over.any(axis=1)
         over[:, 0] = flagged  # an identical image stands first and is flagged whatever its score
+        resaved = self._resaved(found, flagged)
         image_flags = flagged[queries.rows]
         num_flagged, num_queries = int(image_flags.sum()), len(image_flags)
         num_exact = int(found.exact[queries.rows].sum())
+        num_resaved = int(resaved[queries.rows].sum())
         exposed = Counter(int(found.rows[row, 0]) for row in queries.rows[image_flags])
         interval = clopper_pearson(num_flagged, num_queries)
-        summary = self._null_summary(null)
+        summary = self._null_summary(null, rule)
         shows, does_not_show = what_it_shows(
             summary, approximate=self.approximate, adapted_to=self.adapted_to
         )
         return AuditResult(
             statement=statement(num_flagged, num_queries, rule, null.kind, interval),
-            verdict=verdict(num_flagged, num_exact, rule, num_queries, len(null.rows)),
+            verdict=verdict(
+                num_flagged,
+                rule,
+                num_exact=num_exact,
+                num_resaved=num_resaved,
+                num_queries=num_queries,
+                num_null=len(null.rows),
+            ),
             shows=shows,
             does_not_show=does_not_show,
             warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows])),
@@ -472,6 +485,7 @@ class _Study:
             confidence_interval=interval,
             expected_by_chance=None if bh else self.rate * num_queries,
             num_exact_copies=num_exact,
+            num_resaved_copies=num_resaved,
             num_exposed_images=len(exposed),
             num_exposed_identities=len({training.identity_of(row) for row in exposed}),
             fail_over=fail_over,
@@ -488,6 +502,22 @@ class _Study:
             matches=self._matches(found, over, null_scores, top_k),
             times=Times(started=started.isoformat(timespec="seconds"), seconds=0.0),
         )
+
+    def _resaved(self, found: _Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which flagged images show the picture of their best match, saved anew.
+
+        Compared are those with the highest scores, as many as of the null.
+        """
+        resaved = np.zeros(len(flagged), dtype=np.bool_)
+        if self.ranks.is_main:
+            rows = np.flatnonzero(flagged & ~found.exact)
+            order = np.argsort(-found.best[rows], kind="stable")[:MAX_PICTURE_CHECKS]
+            for row in rows[order]:
+                image = self.queries.files[self.queries.first_image[row]]
+                match = self.training.files[self.training.first_image[found.rows[row, 0]]]
+                resaved[row] = same_picture(image, match)
+        result: NDArray[np.bool_] = self.ranks.broadcast(resaved)
+        return result
 
     def _matches(
         self, found: _Found, over: NDArray[np.bool_], null_scores: Scores, top_k: int
@@ -579,7 +609,7 @@ class _Study:
     def _linear(self, scores: Scores) -> Scores:
         return linear_scale(scores) if self.detector.gives_probability else scores
 
-    def _null_summary(self, null: Null) -> NullSummary:
+    def _null_summary(self, null: Null, rule: FlagRule) -> NullSummary:
         not_searched = self.training.num_distinct - len(null.bank)
         shared: set[str] = set()
         if self.held_out is not None and self.held_out.labelled and self.training.labelled:
@@ -592,7 +622,7 @@ class _Study:
             num_not_searched=not_searched,
             removed=null.removed,
             shared_identities=tuple(sorted(shared)),
-            meaning=meaning_of_rate(null.kind, self.rate, not_searched),
+            meaning=meaning_of_rate(null.kind, rule, not_searched),
         )
 
     def _warnings(
@@ -670,7 +700,7 @@ class _Study:
                 f"The {num_null:,} real images of the null show only {null.num_identities:,} "
                 "identities: the rate is less certain than their number suggests."
             )
-        needed = int(np.ceil(num_queries / (rule.rate * (num_null + 1)) - 1e-9))
+        needed = fewest_flagged(rule.rate, num_queries, num_null)
         if rule.kind == "fdr" and needed > 1:
             found.append(
                 f"With {num_null:,} real images Benjamini-Hochberg can only flag {needed:,} or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from lcmem_cli.engine.evaluation.metrics import largest_count
@@ -167,7 +168,9 @@ class AuditResult(Result):
         confidence_interval: 95 % Clopper-Pearson interval of the share.
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
-        num_exact_copies: generated images whose content is that of a training image.
+        num_exact_copies: generated images that are byte for byte a training image.
+        num_resaved_copies: flagged images that show the picture of their best match saved anew, as
+            an image of the null is told that is also in the training set.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities.
         fail_over: share of flagged images over which the gate fails, if one was asked for.
@@ -196,6 +199,7 @@ class AuditResult(Result):
     confidence_interval: tuple[float, float]
     expected_by_chance: float | None
     num_exact_copies: int
+    num_resaved_copies: int
     num_exposed_images: int
     num_exposed_identities: int
     fail_over: float | None
@@ -292,17 +296,44 @@ def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float
     return float(betabinom.sf(count - 1, num_queries, above, num_null + 1 - above))
 
 
+def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
+    """Return how many images Benjamini-Hochberg flags at least, if any: no p-value is smaller.
+
+    Args:
+        rate: false-discovery rate.
+        num_queries: generated images.
+        num_null: scores of the null.
+    """
+    return math.ceil(num_queries / (rate * (num_null + 1)) - 1e-9)
+
+
 def verdict(
-    num_flagged: int, num_exact: int, rule: FlagRule, num_queries: int, num_null: int
+    num_flagged: int,
+    rule: FlagRule,
+    *,
+    num_exact: int,
+    num_resaved: int,
+    num_queries: int,
+    num_null: int,
 ) -> str:
     """Return how the finding compares with chance."""
     sentences = []
-    others = num_flagged - num_exact
+    num_certain = num_exact + num_resaved
+    others = num_flagged - num_certain
     if num_exact:
         copies = counted(num_exact, "generated image is", "generated images are")
-        sentences.append(f"{copies} identical to a training image.")
+        sentences.append(f"{copies} byte for byte a training image.")
+    if num_resaved:
+        copies = counted(num_resaved, "generated image shows", "generated images show")
+        sentences.append(f"{copies} the picture of a training image saved anew.")
     expected = rule.rate * num_queries
-    if not num_flagged:
+    fewest = fewest_flagged(rule.rate, num_queries, num_null)
+    if not num_flagged and rule.kind == "fdr" and fewest > 1:
+        sentences.append(
+            f"Nothing is flagged; but with {counted(num_null, 'real image')} Benjamini-Hochberg "
+            f"could not have flagged fewer than {fewest:,}."
+        )
+    elif not num_flagged:
         sentences.append("Nothing is flagged.")
     elif not others:
         pass  # chance makes no identical images
@@ -310,7 +341,7 @@ def verdict(
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
         )
-    elif chance_of(others, num_queries - num_exact, rule.rate, num_null) <= _UNLIKELY:
+    elif chance_of(others, num_queries - num_certain, rule.rate, num_null) <= _UNLIKELY:
         sentences.append(f"Chance alone would flag about {expected:.3g}: this is more.")
     else:
         sentences.append(
@@ -320,25 +351,38 @@ def verdict(
     return " ".join(sentences)
 
 
-def meaning_of_rate(kind: NullKind, rate: float, num_not_searched: int) -> str:
+def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
     """Return what the stated rate means with a null."""
-    if kind == "held-out":
-        return (
-            f"Of images that are like the held-out ones and copy nothing, {percent(rate)} at most "
-            "are flagged on average."
+    real = {
+        "held-out": "the held-out ones",
+        "split": "the training images split off",
+        "leave-one-out": "the training images",
+    }[kind]
+    rate = percent(rule.rate)
+    if rule.kind == "fdr":
+        meaning = (
+            f"Of the flagged images {rate} at most copy nothing, on average, if images that copy "
+            f"nothing are like {real}."
+        )
+    elif kind == "leave-one-out":
+        meaning = f"About {rate} of images that copy nothing are flagged."
+    else:
+        meaning = (
+            f"Of images that are like {real} and copy nothing, {rate} at most are flagged on "
+            "average."
         )
     if kind == "split":
-        return (
-            "Of images that are like the training images split off and copy nothing, "
-            f"{percent(rate)} at most are flagged on average. Weaker than with held-out images: "
-            f"{num_not_searched:,} training images were split off, and copies of them are found "
-            "only where the file is identical."
+        meaning += (
+            f" Weaker than with held-out images: {num_not_searched:,} training images were split "
+            "off, and copies of them are found only where the file is identical."
         )
-    return (
-        f"About {percent(rate)} of images that copy nothing are flagged. Weaker than with held-out "
-        "images: each training image was compared with those of other identities, so the rate is "
-        "approximate, and copies are missed where one identity has several labels."
-    )
+    if kind == "leave-one-out":
+        meaning += (
+            " Weaker than with held-out images: each training image was compared with those of "
+            "other identities, so the rate is approximate, and copies are missed where one "
+            "identity has several labels."
+        )
+    return meaning
 
 
 def what_it_shows(

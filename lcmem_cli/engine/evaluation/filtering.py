@@ -38,6 +38,7 @@ class FilterResult(Result):
         num_transferred: kept images that were copied or linked.
         transfer: ``none``, ``copy`` or ``link``.
         output: the folder written to.
+        basedir: the audited folder; with it as ``--basedir`` the lists are filelists.
         unreadable: images that the audit could not read; neither kept nor rejected.
     """
 
@@ -47,6 +48,7 @@ class FilterResult(Result):
     num_transferred: int
     transfer: Transfer
     output: str
+    basedir: str
     unreadable: tuple[Unreadable, ...]
 
 
@@ -133,6 +135,7 @@ def filter_audit(
         num_transferred=count,
         transfer=transfer,
         output=str(output),
+        basedir=str(folder),
         unreadable=unreadable,
     )
 
@@ -229,7 +232,7 @@ def _in_the_way(target: Path) -> InputError:
 
 def _rule(reject_over: float | None, reject_p: float | None) -> str:
     if reject_over is not None:
-        return f"score over {reject_over:g}, or identical to a training image"
+        return f"score over {reject_over:g}, or the same file as a training image"
     if reject_p is not None:
-        return f"p-value of at most {reject_p:g}, or identical to a training image"
+        return f"p-value of at most {reject_p:g}, or the same file as a training image"
     return "flagged by the audit"

@@ -11,10 +11,10 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files, hash_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
 
 IMAGES_PER_SEGMENT = 4096
@@ -195,12 +195,7 @@ def _add(
         passes += embedded.encoder_passes
         if not ranks.is_main:
             index = Index.open(folder)
-    if len(unreadable) > max_unreadable:
-        first = "; ".join(f"{u.path}: {u.reason}" for u in unreadable[:3])
-        raise UnreadableLimitError(
-            f"{len(unreadable)} image(s) could not be read, --max-unreadable is {max_unreadable}: "
-            f"{first} (the readable ones are in the index)"
-        )
+    check_unreadable(unreadable, max_unreadable, remark="the readable ones are in the index")
     return IndexingResult(
         folder=str(folder),
         detector=detector.name,

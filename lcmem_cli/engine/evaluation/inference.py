@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import load_pixels
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.distributed import resolve_workers
@@ -152,7 +152,7 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
     if name is None:
         return next(iter(known.values()), None)
     if name not in known:
-        hint = nearest(name, known) if known else "it has none; fit some with: lcmem calibrate"
+        hint = nearest(name, known) if known else "it has none"
         raise InputError(f"--threshold {name}: {detector.name} has no such threshold; {hint}")
     return known[name]
 
@@ -163,6 +163,8 @@ def read_pairs(path: Path) -> list[tuple[Path, Path]]:
     Raises:
         InputError: unreadable, too large, a missing column, or an incomplete row.
     """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: this is an image; expected a CSV file of pairs")
     try:
         if path.stat().st_size > MAX_PAIRS_BYTES:
             raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")

@@ -139,8 +139,10 @@ class Checkpoint:
             "num_parameters": sum(v.numel() for v in self.network_state.values()),
             "codec": dataclasses.asdict(self.codec),
             "codec_inside": self.codec_state is not None,
-            "thresholds": [dataclasses.asdict(t) for t in self.thresholds],
-            "adapted_thresholds": [dataclasses.asdict(t) for t in self.adapted_thresholds],
+            "thresholds": [{"name": t.name, **dataclasses.asdict(t)} for t in self.thresholds],
+            "adapted_thresholds": [
+                {"name": t.name, **dataclasses.asdict(t)} for t in self.adapted_thresholds
+            ],
             "num_adapted_to": len(self.adapted_to),
             "training": self.training,
         }
