@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -32,9 +33,6 @@ from lcmem_cli.cli.options import (
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.benchmark import BenchmarkResult, SetResult
-
-_WIDE = 100
-"""Columns of a terminal from which on tables show intervals."""
 
 
 class PairChoice(str, enum.Enum):
@@ -147,42 +145,39 @@ def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> Non
     if problem:
         render.line(f"{name}: {problem}")
         return
+    is_wide = render.is_wide()
     recall = f"{100 * result.target_recall:g} % recall"
-    rates = [f"TPR at {100 * at.rate:g} % FPR" for at in parts[0].at_fpr]
-    is_wide = render.width() >= _WIDE
-    columns = ["detector", "AUC (95 % interval)", "best F1: precision", "recall"]
-    columns += [f"at {recall}: precision", "FPR", *(f"{r} ({result.fit_split})" for r in rates)]
-    if not is_wide:
-        columns = ["detector", "AUC", "F1: prec.", "F1: recall", f"prec. at {recall}"]
-        columns += [f"FPR at {recall}", *rates]
-    rows: list[list[str]] = []
-    values: list[list[float | None]] = []
-    for item, part in zip(result.detectors, parts, strict=True):
-        metrics = part.metrics or {}
-        keys = ("auc", "precision_bestF1", "recall_bestF1", "precision_atR")
-        values.append(
-            [
-                *(metrics[key] for key in keys),
-                -metrics["fpr_atR"],
-                *(at.tpr for at in part.at_fpr),
-            ]
-        )
-        interval = part.intervals.get("auc")
-        shown = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval and is_wide else ""
-        rows.append(
-            [
-                item.name,
-                f"{metrics['auc']:.3f}{shown}",
-                *(f"{metrics[key]:.3f}" for key in (*keys[1:], "fpr_atR")),
-                *("-" if at.tpr is None else f"{at.tpr:.3f}" for at in part.at_fpr),
-            ]
-        )
-    best = {}
-    for column in range(len(values[0])):
-        known = [(row[column], -i) for i, row in enumerate(values) if row[column] is not None]
-        if known and len(rows) > 1:
-            best[column + 1] = -max(known)[1]
+    headings = {  # by metric; in a narrow terminal, where one of them is left out
+        "auc": ("AUC (95 % interval)", "AUC"),
+        "precision_bestF1": ("best F1: precision", "F1: prec."),
+        "recall_bestF1": ("recall", "F1: recall"),
+        "precision_atR": (f"at {recall}: precision", None),
+        "fpr_atR": ("FPR", f"FPR at {recall}"),
+    }
+    columns, cells, best = ["detector"], [[item.name for item in result.detectors]], {}
+
+    def add(heading: str, values: Sequence[float | None], *, lower_is_better: bool = False) -> None:
+        known = [(-v if lower_is_better else v, -i) for i, v in enumerate(values) if v is not None]
+        if known and len(values) > 1:
+            best[len(columns)] = -max(known)[1]
+        columns.append(heading)
+        cells.append(["-" if value is None else f"{value:.3f}" for value in values])
+
+    for key, (wide, narrow) in headings.items():
+        heading = wide if is_wide else narrow
+        if heading is not None:
+            metrics = [(part.metrics or {})[key] for part in parts]
+            add(heading, metrics, lower_is_better=key == "fpr_atR")
+    if is_wide:
+        intervals = [part.intervals.get("auc") for part in parts]
+        shown = ["" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})" for ends in intervals]
+        cells[1] = [cell + more for cell, more in zip(cells[1], shown, strict=True)]
+    split = f" ({result.fit_split})" if is_wide else ""
+    for number, at in enumerate(parts[0].at_fpr):
+        rates = [part.at_fpr[number].tpr for part in parts]
+        add(f"TPR at {100 * at.rate:g} % FPR{split}", rates)
     counts = f"{parts[0].num_positives:,} positive, {parts[0].num_negatives:,} negative pairs"
+    rows = [list(row) for row in zip(*cells, strict=True)]
     render.table(columns, rows, title=f"{name}: {counts}", best=best)
     for at in parts[0].at_fpr:
         if at.reason:

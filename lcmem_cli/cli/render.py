@@ -48,6 +48,9 @@ class Settings:
 
 
 settings = Settings()
+_NAME_WIDTH = 9
+"""Columns that a table's first one keeps, whatever the others need."""
+_WIDE = 100
 
 
 def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
@@ -118,11 +121,13 @@ def table(
 
     best = best or {}
     view = Table(title=title, title_justify="left")
+    names = max((len(row[0]) for row in rows), default=0)
     for index, column in enumerate(columns):
         view.add_column(
             Text(_printable(column)),
             justify="left" if align_left or index == 0 else "right",
             overflow="fold",
+            min_width=min(names, _NAME_WIDTH) if index == 0 else None,
         )
     for row_index, row in enumerate(rows):
         cells = []
@@ -135,9 +140,9 @@ def table(
     _console(sys.stdout).print(view)
 
 
-def width() -> int:
-    """Return how many columns the results may take."""
-    return _console(sys.stdout).width
+def is_wide() -> bool:
+    """Return whether results may take so many columns that tables can show all they have."""
+    return _console(sys.stdout).width >= _WIDE
 
 
 def reporter() -> Reporter:
