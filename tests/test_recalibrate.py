@@ -267,6 +267,7 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
     for options, reason in (
         (("--whiten", "--adapt"), "leave --adapt out"),
         (("--bands", 3), "--bands has no effect without --whiten"),
+        (("-o", tmp_path / "out.txt"), "expected a file name that ends in .safetensors"),
     ):
         done = run_cli(
             "calibrate", tmp_path / "start.safetensors", "--filelist", image_folder,

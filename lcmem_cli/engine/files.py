@@ -63,12 +63,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def check_writable(target: Path) -> None:
+def check_writable(target: Path, *, suffix: str = "") -> None:
     """Try to write beside a file that long work ends with, so that it fails at its start.
 
+    Args:
+        target: the file.
+        suffix: that its name must have.
+
     Raises:
+        InputError: its name has another.
         WriteError: nothing can be written there.
     """
+    if not target.name.lower().endswith(suffix):
+        raise InputError(f"{target}: expected a file name that ends in {suffix}")
     with naming_target(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):

@@ -28,6 +28,7 @@ from lcmem_cli.engine.evaluation.judge import (
 )
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
+    SUFFIX,
     Checkpoint,
     halve,
     load_checkpoint,
@@ -110,15 +111,16 @@ def recalibrate(
         reporter: receives progress.
 
     Raises:
-        InputError: VAL holds too few pairs for any threshold, the codec cannot take the size, or
-            ``adapted`` and ``whitened`` are both asked for.
+        InputError: ``output`` is no ``.safetensors`` file, VAL holds too few pairs for any
+            threshold, the codec cannot take the size, or ``adapted`` and ``whitened`` are both
+            asked for.
         CheckpointError: the network's weights do not fit another size.
     """
     if adapted and whitened:
         raise InputError("whitening fits the same layer; leave --adapt out")
     if inner_bands is not None and not whitened:
         raise InputError("--bands has no effect without --whiten")
-    check_writable(output)
+    check_writable(output, suffix=SUFFIX)
     loaded = load_checkpoint(locate_checkpoint(checkpoint))
     if size is not None:
         loaded = loaded.at_size(size)

@@ -28,6 +28,7 @@ from lcmem_cli.engine.results import Threshold
 
 FORMAT_VERSION = 1
 HEADER_KEY = "lcmem"
+SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_DEPTH = 64
 MAX_SIDE, MAX_CHANNELS, MAX_FEATURE_RMS = 65_536, 4096, 10

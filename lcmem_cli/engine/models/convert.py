@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from lcmem_cli.engine.errors import CheckpointError, InputError
-from lcmem_cli.engine.models.checkpoint import Checkpoint, save_checkpoint
+from lcmem_cli.engine.files import check_writable
+from lcmem_cli.engine.models.checkpoint import SUFFIX, Checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import CodecSpec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, load_strictly
 from lcmem_cli.engine.models.weights import read_state_dict
@@ -50,9 +51,11 @@ def convert_reference(
         What was written.
 
     Raises:
-        InputError: no such file, or a size that the codec does not divide.
+        InputError: no such file, ``target`` is no ``.safetensors`` file, or a size that the codec
+            does not divide.
         CheckpointError: a key is missing or unknown; each is named.
     """
+    check_writable(target, suffix=SUFFIX)
     if image_size % _CODEC_DOWNSAMPLING:
         raise InputError(f"--size {image_size} is not divisible by {_CODEC_DOWNSAMPLING}")
     state = {
