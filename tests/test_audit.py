@@ -303,7 +303,7 @@ def test_unreadable_images_are_named_and_limited(sets, tmp_path):
     result = run(tmp_path / "sets", max_unreadable=2, output=tmp_path / "out")
     assert [item.path for item in result.generated.unreadable] == ["broken.png"]
     assert result.generated.unreadable[0].reason
-    assert (result.generated.num_images, result.generated.num_readable) == (36, 35)
+    assert (result.generated.num_images, result.num_queries) == (36, 35)
     assert result.num_queries == 35
     assert "broken.png" in (tmp_path / "out" / "report.html").read_text()
     told = command_line(tmp_path / "sets", tmp_path / "told")

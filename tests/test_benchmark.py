@@ -12,6 +12,7 @@ from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.pairs import reference_pairs
 from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation import benchmark as module
 from lcmem_cli.engine.evaluation.benchmark import benchmark
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
@@ -400,6 +401,55 @@ def test_each_data_set_is_also_scored_adapted_to_its_train_images(
         written = json.loads((out / "benchmark_results.json").read_text())["detectors"]
         assert written[names[1]]["adapted_to"] == kinds
         assert list(json.loads((out / "thresholds.json").read_text())) == names
+
+
+def test_nothing_is_judged_on_what_was_adapted_to(filelist, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapted, "ONE_PICTURE", 1.01)
+    for number, split in enumerate(("TEST", "VAL")):
+        part = load_manifest(filelist, basedir=image_folder).select(split)
+        write_manifest(part, image_folder / "part.csv")
+        names = [f"lcmem?adapt={image_folder / 'part.csv'}"]
+        if split == "VAL":  # a list with splits gives its TRAIN images
+            (image_folder / "part").mkdir()
+            for image, path in enumerate(part.paths()):
+                shutil.copy(path, image_folder / "part" / f"{image}.png")
+            names = [f"joint?adapt={image_folder / 'part'}"]
+        with pytest.raises(InputError, match=r"was adapted to \d+ of the images"):
+            run(filelist, tmp_path / str(number), detectors=names)
+    with pytest.raises(InputError, match="TRAIN is adapted to"):
+        run(filelist, tmp_path / "out", detectors=["lcmem"], adapt=True, split="TRAIN")
+
+
+def test_scores_are_not_taken_for_other_pairs(image_folder, tmp_path):
+    lines = ["path,id,Split"]
+    for record in load_manifest(image_folder).records:
+        number = int(record.id[2:])
+        split = "TEST" if number < 12 else "VAL" if number < 20 else "TRAIN"
+        lines.append(f"{record.path},{number},{split}")
+    filelist = tmp_path / "numbers.csv"
+    filelist.write_text("\n".join(lines))
+    run(filelist, tmp_path / "out")
+    # One TRAIN id that is no number, and the published code orders all ids as text.
+    filelist.write_text("\n".join([*lines[:-1], lines[-1].replace(",23,", ",x,")]))
+    with pytest.raises(InputError, match="holds results of another study"):
+        run(filelist, tmp_path / "out")
+
+
+def test_options_of_detectors_keep_their_commas(filelist, tmp_path, run_cli):
+    done = run_cli(
+        "benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images",
+        "-o", tmp_path / "out", "--detectors",
+        "mse,timm:resnet10t?weights=/no/such.pth&mean=0.5,0.5,0.5,phash", exit_code=2,
+    )  # fmt: skip
+    assert "/no/such.pth" in done.stderr and "three numbers" not in done.stderr
+
+
+def test_without_a_split_to_fit_on_the_table_has_no_columns_for_it(filelist, tmp_path, run_cli):
+    done = run_cli(
+        "benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images",
+        "-o", tmp_path / "out", "--detectors", "mse,phash", "--fit-split", "none",
+    )  # fmt: skip
+    assert "TPR" not in done.stdout and "None" not in done.stdout
 
 
 def test_adapting_detectors_that_cannot_be_is_refused_before_any_work(filelist, tmp_path, run_cli):

@@ -141,6 +141,20 @@ def test_a_changed_weight_is_noticed(tmp_path, tiny_codec):
         ckpt.load_checkpoint(path)
 
 
+def test_a_changed_weight_of_the_codec_inside_is_noticed(run_cli, tmp_path):
+    original = ckpt.embedded_checkpoint()
+    tensors = load_file(original)
+    tensors["codec.encoder.conv_in.weight"][0, 0, 0, 0] += 1
+    path = tmp_path / "edited.safetensors"
+    header = json.dumps(ckpt.read_header(original))
+    save_file(tensors, path, metadata={ckpt.HEADER_KEY: header})
+    for arguments in (("info", path), ("infer", "a.png", "b.png", "--checkpoint", path)):
+        done = run_cli(*arguments, exit_code=1 if arguments[0] == "info" else 2)
+        assert arguments[0] == "infer" or "recorded hash" in done.stderr
+    found = json.loads(run_cli("check", "--checkpoint", path, "--json", exit_code=2).stdout)
+    assert any("recorded hash" in finding["what"] for finding in found["findings"])
+
+
 def test_halving_changes_the_fingerprint_and_drops_thresholds(tmp_path, tiny_codec):
     saved, _ = tiny(tmp_path, tiny_codec)
     halved = ckpt.halve(saved)

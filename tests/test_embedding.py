@@ -20,6 +20,7 @@ from lcmem_cli.engine.data.perturb import Setting
 from lcmem_cli.engine.detectors import embedding
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files, embed_perturbed
 from lcmem_cli.engine.detectors.pixel import MSE, PHash
+from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
@@ -88,6 +89,24 @@ def test_each_content_is_embedded_once_and_nothing_is_dropped_silently(paths: li
     for index in (0, 2, 5, 6):
         expected = detector.embed([paths[index]])[0]
         np.testing.assert_array_equal(found.features[found.rows[index]], expected)
+
+
+def test_a_network_of_ours_without_finite_features_for_an_image_names_it(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = load_detector("joint", device="cpu")
+    Image.new("RGB", (9, 9), (20, 20, 20)).save(paths[3])
+    network = detector.network.network
+    forward = network.forward
+
+    def blind(latents: torch.Tensor) -> torch.Tensor:
+        plain = latents.std(dim=(2, 3)).mean(dim=1) < 0.15
+        return torch.where(plain[:, None], torch.nan, forward(latents))
+
+    monkeypatch.setattr(network, "forward", blind)
+    found = embed_files(detector, paths, batch_size=32, workers=1)
+    reasons = {item.path: item.reason for item in found.unreadable}
+    assert "not finite" in reasons[str(paths[3])] and np.isfinite(found.features).all()
 
 
 class Blind(Counting):

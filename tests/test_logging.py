@@ -163,3 +163,9 @@ def test_progress_lines_are_few(capsys, monkeypatch):
     progress = named(lines, "progress")
     assert 3 <= len(progress) <= 4 and progress[0]["total"] == 100 and progress[0]["loss"] is None
     assert lines[-1]["seconds"] == pytest.approx(20, abs=0.5)
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(run_cli, tmp_path):
+    for options, shown in (((), False), (("--debug",), True)):
+        done = run_cli(*options, "info", tmp_path / "nothing", exit_code=2)
+        assert ("Traceback" in done.stderr) is shown and "no such file" in done.stderr

@@ -17,7 +17,6 @@ from lcmem_cli.engine.evaluation.metrics import (
     rates_at,
     roc_curve,
     smallest_count,
-    tpr_at_fpr,
 )
 
 
@@ -154,15 +153,10 @@ def test_what_has_no_answer_is_explained(scores, labels, target, words):
         pair_metrics(scores, labels, target_recall=target)
 
 
-def test_rates_at_a_threshold_and_at_a_false_positive_rate():
+def test_rates_at_a_threshold():
     scores, labels = [0.9, 0.8, 0.8, 0.3, 0.2], [1, 1, 0, 1, 0]
     assert rates_at(scores, labels, 0.8) == (2 / 3, 1 / 2)
     assert rates_at([0.5], [1], 0.5) == (1.0, None)
-    assert tpr_at_fpr(scores, labels, 0.0) == 1 / 3
-    assert tpr_at_fpr(scores, labels, 0.49) == 1 / 3
-    assert tpr_at_fpr(scores, labels, 0.5) == 1.0
-    with pytest.raises(InputError, match=r"\[0, 1\]"):
-        tpr_at_fpr(scores, labels, 1.5)
 
 
 def naive_interval(scores, labels, first, second, threshold, replicates, seed):

@@ -120,7 +120,7 @@ def test_every_form_gives_the_same_bits(d, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("threads", ["1", "2", "7"])
+@pytest.mark.parametrize("threads", ["1", "2", "7", "2,1", "many"])
 def test_threads_change_nothing(threads, monkeypatch):
     a, b, w = data(40, 500, 100)
     expected = search.weighted_l1_top_k(a, b, w, 3)

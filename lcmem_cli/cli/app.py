@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -65,8 +66,8 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 1
-    if render.settings.debug:
-        return None
+    if render.settings.debug and isinstance(error, (LcmemError, OSError)):
+        traceback.print_exception(error)
     if isinstance(error, LcmemError):
         render.error(str(error))
         return error.exit_code

@@ -10,6 +10,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    AnyUnreadableOption,
     ApproximateOption,
     BasedirOption,
     BatchSizeOption,
@@ -97,15 +98,7 @@ def audit_command(
         Optional[float],  # noqa: UP045
         typer.Option("--fail-over", help="Exit 3 if more than this share of images is flagged."),
     ] = None,
-    max_unreadable: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--max-unreadable",
-            min=0,
-            help="Unreadable images to tolerate (default: any number); they are always listed. "
-            "More: exit 1.",
-        ),
-    ] = None,
+    max_unreadable: AnyUnreadableOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = Device.AUTO,
     batch_size: BatchSizeOption = 32,

@@ -28,7 +28,7 @@ from lcmem_cli.cli.options import (
     SplitOption,
     StrictOption,
     WorkersOption,
-    split_names,
+    split_commas,
 )
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def benchmark_command(
     Writes benchmark_results.json and .csv, scores.csv, thresholds.json, ROC curves and bars. Each
     distinct image is embedded once per detector; a killed run continues.
     """
+    from lcmem_cli.engine.detectors.options import split_names
     from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.benchmark import benchmark
 
@@ -95,7 +96,7 @@ def benchmark_command(
         output=output,
         basedir=basedir,
         detectors=split_names(detectors),
-        ds_names=split_names(ds_name) if ds_name else None,
+        ds_names=split_commas(ds_name) if ds_name else None,
         pairs=pairs.value,
         split=split,
         fit_split=None if fit_split == "none" else fit_split,
@@ -173,12 +174,13 @@ def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> Non
         shown = ["" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})" for ends in intervals]
         cells[1] = [cell + more for cell, more in zip(cells[1], shown, strict=True)]
     split = f" ({result.fit_split})" if is_wide else ""
-    for number, at in enumerate(parts[0].at_fpr):
+    at_fpr = parts[0].at_fpr if result.fit_split is not None else ()
+    for number, at in enumerate(at_fpr):
         rates = [part.at_fpr[number].tpr for part in parts]
         add(f"TPR at {100 * at.rate:g} % FPR{split}", rates)
     counts = f"{parts[0].num_positives:,} positive, {parts[0].num_negatives:,} negative pairs"
     rows = [list(row) for row in zip(*cells, strict=True)]
     render.table(columns, rows, title=f"{name}: {counts}", best=best)
-    for at in parts[0].at_fpr:
+    for at in at_fpr:
         if at.reason:
             render.line(f"{name}: no TPR at {100 * at.rate:g} % FPR: {at.reason}")

@@ -139,6 +139,6 @@ OverwriteOption = Annotated[
 ]
 
 
-def split_names(text: str) -> list[str]:
-    """Return the names of a list separated by commas."""
+def split_commas(text: str) -> list[str]:
+    """Return the parts of a list separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]

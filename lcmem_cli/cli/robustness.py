@@ -27,7 +27,7 @@ from lcmem_cli.cli.options import (
     SplitOption,
     StrictOption,
     WorkersOption,
-    split_names,
+    split_commas,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def robustness_command(
 
     Writes robustness_results.csv and .json, thresholds.json and plots. A killed run continues.
     """
+    from lcmem_cli.engine.detectors.options import split_names
     from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.robustness import robustness
 
@@ -106,7 +107,7 @@ def robustness_command(
         output=output,
         basedir=basedir,
         detectors=split_names(detectors),
-        ds_names=split_names(ds_name) if ds_name else None,
+        ds_names=split_commas(ds_name) if ds_name else None,
         suite=suite.value,
         same_image=same_image,
         only_positives=only_positives,

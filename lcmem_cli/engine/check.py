@@ -33,8 +33,8 @@ from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
 from lcmem_cli.engine.evaluation.benchmark import check_latents
 from lcmem_cli.engine.files import LOCK_NAME, folder_lock
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
-from lcmem_cli.engine.models.codec import PIXELS, CodecSpec, load_codec, needs_download
-from lcmem_cli.engine.models.hub import EMBEDDED, locate_checkpoint
+from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec, load_codec, needs_download
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import resolve_backbone
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable

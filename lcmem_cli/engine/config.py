@@ -187,14 +187,14 @@ class ScheduleSection(Section):
 
 
 class RuntimeSection(Section):
-    """What may change between machines without changing the study."""
+    """How and where a run computes; what of it changes no result: ``NOT_THE_STUDY``."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Of everything random."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     num_workers: int = Field(-1, ge=-1, le=256)
-    """Decoding processes; -1: from the CPUs that this process may use."""
+    """Decoding threads; -1: from the CPUs that this process may use."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """``auto``: only on accelerators that have it; never on a CPU."""
     compile: bool = False

@@ -27,7 +27,9 @@ def describe(name: str | Path | None, *, verify: bool = False) -> dict[str, Any]
     if path.is_file():
         from lcmem_cli.engine.models.checkpoint import load_checkpoint
 
-        return {"kind": "checkpoint", "path": str(path), **load_checkpoint(path).summary()}
+        checkpoint = load_checkpoint(path)
+        checkpoint.codec_model()  # is it the one that it should be?
+        return {"kind": "checkpoint", "path": str(path), **checkpoint.summary()}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
     from lcmem_cli.engine.store.latents import LatentStore

@@ -120,5 +120,10 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     return "valid: " + ", ".join(names[:_MOST_NAMES]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 class NotFiniteError(LcmemError):
     """A network returned NaN or infinity, for at least one of the images of a batch."""

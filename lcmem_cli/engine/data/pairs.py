@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.files import sha256_bytes
 
 UNNAMED_DATASET = "test"
 MAX_PAIRS = 50_000_000
@@ -69,6 +70,13 @@ class PairSet:
         An identity with two images gives its positive pair twice.
         """
         return len(self) - len(np.unique(self._unordered()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pairs in their order."""
+        columns = (self.first, self.second, self.labels, self.dataset)
+        content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+        return sha256_bytes(content + repr(self.names).encode("utf-8", "surrogateescape"))
 
     def select(self, keep: NDArray[np.bool_]) -> PairSet:
         """Return the pairs where ``keep`` ``[n]`` is true."""

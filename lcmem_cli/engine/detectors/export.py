@@ -18,7 +18,7 @@ from torch import nn
 from lcmem_cli.engine.detectors.external import open_session
 from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
-from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError
+from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError, first_line
 from lcmem_cli.engine.files import atomic_path, check_writable, sha256_bytes
 from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.siamese import SiameseNetwork
@@ -240,7 +240,7 @@ def _trace(detector: LCMemDetector, kind: Format) -> torch.export.ExportedProgra
             )
     except Exception as error:  # the tracer raises whatever it meets in a model
         raise LcmemError(
-            f"{detector.name}: its network cannot be traced for export: {_first_line(error)}"
+            f"{detector.name}: its network cannot be traced for export: {first_line(error)}"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names paths on this machine
@@ -262,7 +262,7 @@ def _to_onnx(program: torch.export.ExportedProgram, header: ExportHeader) -> tup
         assert exported is not None
         model: Any = exported.model_proto
     except Exception as error:  # the exporter raises whatever it meets in a model
-        raise LcmemError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
+        raise LcmemError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
     _tidy(model)
     model.metadata_props.add(key=EXPORT_KEY, value=header.to_json())
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -311,7 +311,3 @@ def _archive_runner(content: bytes) -> Callable[[torch.Tensor], NDArray[np.float
 def _difference(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:
     differences = [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)]
     return float(np.max(differences))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -22,7 +22,7 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader, HeadDetector
 from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing, check_features
 from lcmem_cli.engine.distributed import available_cpus, resolve_device
-from lcmem_cli.engine.errors import CheckpointError, InputError, MissingExtraError
+from lcmem_cli.engine.errors import CheckpointError, InputError, MissingExtraError, first_line
 from lcmem_cli.engine.files import sha256_bytes, sha256_file
 
 
@@ -54,7 +54,7 @@ class TorchScriptDetector(NetworkDetector):
                 self.model: Any = load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: cannot be loaded as TorchScript: {_first_line(error)}"
+                f"{path}: cannot be loaded as TorchScript: {first_line(error)}"
             ) from error
         if "size" not in options:
             raise InputError(
@@ -209,7 +209,7 @@ class OnnxDetector(NetworkDetector):
         except Exception as error:  # onnxruntime has no common base for its errors
             raise InputError(
                 f"detector '{self.name}': the network refuses an input of the shape "
-                f"{list(inputs.shape)}: {_first_line(error)}"
+                f"{list(inputs.shape)}: {first_line(error)}"
             ) from error
 
     def _only_input(self) -> Any:
@@ -300,7 +300,7 @@ def open_session(content: bytes, *, source: str, device: str = "cpu") -> Any:
     except Exception as error:  # onnxruntime has no common base for its errors
         raise CheckpointError(
             f"{source}: cannot be loaded as ONNX (its weights must be inside the file): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -396,7 +396,3 @@ def _onnx_size(shape: list[Any], layout: str, wanted: int | None, name: str) -> 
 
 def _cuda(available: list[str]) -> list[str]:
     return [provider for provider in available if provider == "CUDAExecutionProvider"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.detectors.adapted import AdaptedHead
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.detectors.vectors import check_features
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
@@ -89,6 +90,7 @@ class LCMemDetector(HeadDetector):
 
         Raises:
             InputError: wrong number of dimensions or channels.
+            NotFiniteError: values that are not finite.
         """
         channels = self.checkpoint.network.in_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
@@ -96,8 +98,9 @@ class LCMemDetector(HeadDetector):
                 f"latents must have the shape [n, {channels}, h, w], not {list(latents.shape)}"
             )
         latents = latents.to(self.device, torch.float32)
-        features: NDArray[np.float32] = self.network(latents).cpu().numpy()
-        return features
+        return check_features(
+            self.network(latents), len(latents), self.num_features, source=self.name
+        )
 
     def approximate(self) -> ApproximateLCMem:
         """Return this detector with a search that is approximate; its scores are the same."""

@@ -6,26 +6,14 @@ variance to the last bit, and a score is the same with the two images exchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
-
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile on first use and keep the code on disk, where that is possible."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no writable place for compiled code
-            return numba.njit(**options)(function)
-
-    return decorate
+from lcmem_cli.engine.compiled import compiled
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _smooth_row(x: Any, y: Any, row: Any, weights: Any, column_sums: Any, out: Any) -> None:
     """Average ``x * y`` with the window along one row: first down the columns, then along it."""
     for column in range(column_sums.shape[0]):
@@ -40,7 +28,7 @@ def _smooth_row(x: Any, y: Any, row: Any, weights: Any, column_sums: Any, out: A
             out[column] += weights[k] * column_sums[column + k]
 
 
-@_compiled()
+@compiled()
 def smooth(x: Any, y: Any, weights: Any, out: Any) -> None:
     """Write the local averages of ``x * y``.
 
@@ -56,7 +44,7 @@ def smooth(x: Any, y: Any, weights: Any, out: Any) -> None:
             _smooth_row(x[channel], y[channel], row, weights, column_sums, out[channel, row])
 
 
-@_compiled(error_model="numpy")
+@compiled(error_model="numpy")
 def similarity(
     x: Any, mean_x: Any, var_x: Any, y: Any, mean_y: Any, var_y: Any, weights: Any, c1: Any, c2: Any
 ) -> Any:

@@ -44,11 +44,6 @@ class SetSummary:
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
 
-    @property
-    def num_readable(self) -> int:
-        """Images that were used."""
-        return self.num_images - len(self.unreadable)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedPicture:

@@ -56,6 +56,7 @@ from lcmem_cli.engine.evaluation.study import (
     open_results,
     pack_json,
     pack_unreadable,
+    refuse_adapted_to,
     score_dense,
     unpack_json,
     unpack_unreadable,
@@ -235,6 +236,7 @@ class _Study:
     """Images and pairs of both splits; rows point into ``records``."""
 
     records: tuple[Record, ...]
+    num_paired: int
     basedir: Path
     test: PairSet
     fit: PairSet | None
@@ -336,6 +338,8 @@ def benchmark(
         raise InputError(
             f"--fit-split: thresholds must not be fitted on the split that is judged ({split})"
         )
+    if adapt and "TRAIN" in (split, fit_split):
+        raise InputError("--adapt: TRAIN is adapted to, so it cannot be judged or fitted on")
     ranks = current_ranks(device)
     reporter = reporter if ranks.is_main else SILENT
     store = None if latents is None else LatentStore.open(latents)
@@ -362,6 +366,8 @@ def benchmark(
         "images_digest": content_digest(study.records, study.basedir, workers=workers),
         "latents_digest": store.manifest_digest if store is not None else None,
         "pairs": pairs,
+        "pairs_digest": study.test.digest,
+        "fit_pairs_digest": None if study.fit is None else study.fit.digest,
         "split": split,
         "fit_split": fit_split,
         "seed": seed,
@@ -510,6 +516,7 @@ def _make_study(
             records += chosen
     return _Study(
         records=tuple(records),
+        num_paired=len(judged) + len(fit_from),
         basedir=manifest.basedir,
         test=test,
         fit=fit,
@@ -563,6 +570,7 @@ def _score(
         features, rows[needed] = embedded.features, embedded.rows
         for row, content in zip(needed, embedded.content_hashes, strict=True):
             contents[row] = content
+        refuse_adapted_to(detector, study.records[: study.num_paired], contents[: study.num_paired])
         unreadable = named_unreadable(chosen, study.basedir, embedded.unreadable)
         reporter.event(
             "embedded",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lcmem_cli.engine.compiled import compiled
 from lcmem_cli.engine.errors import InputError
 
 DEFAULT_TARGET_RECALL = 0.99
@@ -105,25 +106,6 @@ def roc_curve(
     fpr = np.concatenate([[0.0], counts.false / counts.num_negatives])
     tpr = np.concatenate([[0.0], counts.true / counts.num_positives])
     return fpr, tpr, np.concatenate([[np.inf], counts.thresholds])
-
-
-def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> float:
-    """Return the largest true-positive rate whose false-positive rate is at most ``fpr``.
-
-    The operating point is picked on these scores; there is no interpolation.
-
-    Args:
-        scores: ``[n]``.
-        labels: ``[n]``.
-        fpr: in [0, 1].
-
-    Raises:
-        InputError: ``fpr`` outside [0, 1], or as ``pair_metrics``.
-    """
-    if not 0 <= fpr <= 1:
-        raise InputError(f"a false-positive rate lies in [0, 1], not {fpr}")
-    rates, tpr, _ = roc_curve(scores, labels)
-    return float(tpr[np.searchsorted(rates, fpr, side="right") - 1])
 
 
 def rates_at(
@@ -398,12 +380,7 @@ def _draws(groups: NDArray[Any], replicates: int, rng: np.random.Generator) -> N
 @functools.cache
 def _compiled() -> Any:
     """Return ``_replicates`` compiled, on first use; the compiled code is kept between runs."""
-    import numba
-
-    try:
-        return numba.njit(cache=True)(_replicates)
-    except RuntimeError:  # no writable place for compiled code
-        return numba.njit(_replicates)
+    return compiled()(_replicates)
 
 
 def _replicates(

@@ -47,6 +47,7 @@ from lcmem_cli.engine.evaluation.study import (
     named_unreadable,
     open_results,
     pack_unreadable,
+    refuse_adapted_to,
     unpack_unreadable,
 )
 from lcmem_cli.engine.files import write_json
@@ -393,6 +394,8 @@ def robustness(
         "images_digest": content_digest(study.records, study.basedir, workers=workers),
         "same_image": same_image,
         "only_positives": only_positives,
+        "pairs_digest": study.test.digest,
+        "fit_pairs_digest": study.fit.digest,
         "split": split,
         "fit_split": fit_split,
         "seed": seed,
@@ -597,6 +600,7 @@ def _score(
     ends = [end for pairs in (study.test, study.fit) for end in (pairs.first, pairs.second)]
     needed = np.unique(np.concatenate(ends))
     plain = _embed(detector, study, needed, None, run)
+    refuse_adapted_to(detector, [study.records[row] for row in needed], plain.content_hashes)
     rows = _rows(study, needed, plain)
     edited_rows = np.unique(study.test.second)
     with run.reporter.task(f"settings ({detector.name})", len(missing), unit="setting") as task:

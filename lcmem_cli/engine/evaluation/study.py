@@ -337,6 +337,28 @@ def content_digest(records: Sequence[Record], basedir: Path, *, workers: int = -
         return sha256_bytes(b"\0\0".join(pool.map(line, records)))
 
 
+def refuse_adapted_to(
+    detector: Detector, records: Sequence[Record], contents: Iterable[str | None]
+) -> None:
+    """Refuse a detector that was adapted to images that it is to be judged on.
+
+    Args:
+        detector: to be judged.
+        records: what it is judged on.
+        contents: SHA-256 of the file of each.
+
+    Raises:
+        InputError: there are such images.
+    """
+    used = [r for r, c in zip(records, contents, strict=True) if c in detector.adapted_to]
+    if used:
+        raise InputError(
+            f"{detector.name} was adapted to {len(used):,} of the images that it would be judged "
+            f"on or that its thresholds would be fitted on, {used[0].path!r} first; adapt it to "
+            "others, such as those of TRAIN"
+        )
+
+
 def pack_json(value: Any) -> NDArray[np.uint8]:
     """Return a JSON value as bytes, to be kept beside arrays."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -449,7 +471,7 @@ def _difference(
     fingerprints: Mapping[str, str],
 ) -> str:
     """Say in what two studies differ; empty if they are the same."""
-    for key in {**before, **now}:
+    for key in sorted({**before, **now}, key=lambda key: "digest" in key):  # words say more
         if before.get(key) != now.get(key):
             if "digest" in key:
                 return f"{key.removesuffix('_digest').replace('_', ' ')}: other content"

@@ -16,7 +16,7 @@ from torch import nn
 
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError
 from lcmem_cli.engine.files import atomic_path
-from lcmem_cli.engine.models.codec import CodecSpec, build_model
+from lcmem_cli.engine.models.codec import CodecSpec, build_model, hash_encoder
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
@@ -107,7 +107,11 @@ class Checkpoint:
         return copy.with_fingerprint()
 
     def codec_model(self) -> nn.Module | None:
-        """Return the autoencoder that is inside the file (encoder only), or ``None``."""
+        """Return the autoencoder that is inside the file (encoder only), or ``None``.
+
+        Raises:
+            CorruptFileError: it is not the one that the network was trained with.
+        """
         if self.codec_config is None or self.codec_state is None:
             return None
         source = "codec inside the checkpoint"
@@ -116,6 +120,11 @@ class Checkpoint:
         model = self._encoder()
         state = {key: value.to(torch.float32) for key, value in self.codec_state.items()}
         load_strictly(model, state, source=source)
+        if self.codec.weights_hash not in ("", hash_encoder(model)):
+            raise CorruptFileError(
+                f"{source}: its weights do not match their recorded hash: the file is damaged or "
+                "was edited; get it again"
+            )
         return model
 
     def _encoder(self) -> nn.Module:

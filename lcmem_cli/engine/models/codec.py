@@ -98,7 +98,7 @@ class Codec:
             config: Any = model.config
             channels = int(config.latent_channels)
             factor = 2 ** (len(_block_widths(model)) - 1)
-            digest = _hash_model(model)
+            digest = hash_encoder(model)
         self.encoder = model
         if model is not None and class_name == "AutoencoderKL" and posterior == "mean":
             self.encoder = _mean_encoder(model)
@@ -433,7 +433,7 @@ def _block_widths(model: torch.nn.Module) -> list[int]:
     return list(config.block_out_channels if is_kl else config.encoder_block_out_channels)
 
 
-def _hash_model(model: torch.nn.Module) -> str:
+def hash_encoder(model: torch.nn.Module) -> str:
     """Hash the encoder's weights: two codecs with equal hashes make equal latents."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for key, value in sorted(model.state_dict().items()):

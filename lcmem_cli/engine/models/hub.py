@@ -18,10 +18,10 @@ from lcmem_cli.engine.errors import HubError, InputError, WeightsUnavailableErro
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.models.card import model_card
 from lcmem_cli.engine.models.checkpoint import embedded_checkpoint, load_checkpoint
+from lcmem_cli.engine.models.codec import EMBEDDED
 from lcmem_cli.engine.models.weights import hub_answers
 from lcmem_cli.engine.results import Result
 
-EMBEDDED = "embedded"
 PREFIX = "hf:"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"

@@ -16,28 +16,19 @@ too, and ``bench_search.py`` shows five times the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 
+from lcmem_cli.engine.compiled import compiled
 from lcmem_cli.engine.store.search import LANES, PASS
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TILE_ROWS = 64
 _SCREEN_ROWS = 512
 _ZERO = np.float32(0)
 
 
-def _compiled(function: Function) -> Function:
-    """Compile without the interpreter's lock, so that Python threads can share the work."""
-    try:
-        kernel: Function = numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no writable place for compiled code
-        kernel = numba.njit(nogil=True)(function)
-    return kernel
+_compiled = compiled(nogil=True)  # without the interpreter's lock, threads can share the work
 
 
 @_compiled

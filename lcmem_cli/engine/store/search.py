@@ -324,7 +324,8 @@ def _in_passes(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _in_threads(work: Callable[[int, int], None], count: int) -> None:
     """Run ``work(start, stop)`` over ``range(count)`` in as many threads as one may use."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested regions, perhaps
+    threads = int(wanted) if wanted.isdecimal() else available_cpus()
     parts = max(1, min(threads, count))
     bounds = [count * part // parts for part in range(parts + 1)]
     if parts == 1:
