@@ -388,7 +388,7 @@ def test_leave_one_out_reaches_past_a_large_identity(tmp_path, monkeypatch):
     assert result.metrics.null_scores.largest < 0.9
     # However few neighbours are asked for before an identity is searched by itself.
     monkeypatch.setattr(audit_null, "_MOST_NEIGHBOURS", 8)
-    monkeypatch.setattr(audit_null, "_BANK_ROWS", 7)
+    monkeypatch.setattr(audit_null, "_BANK_BYTES", 2000)
     again = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
     assert dataclasses.replace(again, times=result.times) == result
 

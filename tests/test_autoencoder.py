@@ -1,5 +1,7 @@
 """The codec that starts from pixels: nothing is lost before training begins."""
 
+import json
+
 import pytest
 import torch
 
@@ -79,7 +81,14 @@ def test_a_state_of_another_run_is_not_continued(image_folder, tmp_path):
     ]  # fmt: skip
     options = {"basedir": None, "output": tmp_path / "codec"}
     first = load_config("mini/codec", CodecConfig, overrides=settings)
-    autoencoder.train_codec_on(first, image_folder, **options)
+    result = autoencoder.train_codec_on(first, image_folder, **options)
+    written = json.loads((tmp_path / "codec" / "training.json").read_text())
+    assert written["val_psnr"] == result.val_psnr and written["steps"] == 1
+    assert {p.name for p in (tmp_path / "codec" / "codec").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    assert not list((tmp_path / "codec").glob("tmp*"))
+    autoencoder.train_codec_on(first, image_folder, resume=True, **options)  # writes it anew
     (tmp_path / "codec" / "run.json").unlink()
     other = load_config("mini/codec", CodecConfig, overrides=[*settings, "runtime.seed=5"])
     with pytest.raises(InputError, match="is of another run"):

@@ -14,6 +14,7 @@ from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation import benchmark as module
+from lcmem_cli.engine.evaluation import study
 from lcmem_cli.engine.evaluation.benchmark import benchmark
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
 
@@ -418,6 +419,22 @@ def test_nothing_is_judged_on_what_was_adapted_to(filelist, image_folder, tmp_pa
             run(filelist, tmp_path / str(number), detectors=names)
     with pytest.raises(InputError, match="TRAIN is adapted to"):
         run(filelist, tmp_path / "out", detectors=["lcmem"], adapt=True, split="TRAIN")
+
+
+def test_a_detector_that_embeds_images_to_load_is_loaded_once(
+    filelist, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(adapted, "ONE_PICTURE", 1.01)
+    load, loaded = study.load_detector, []
+    monkeypatch.setattr(
+        study, "load_detector", lambda name, **more: (loaded.append(name), load(name, **more))[1]
+    )
+    shutil.copytree(image_folder / "id20", image_folder.parent / "kind")
+    for number in range(6, 10):
+        shutil.copytree(image_folder / f"id{number:02d}", image_folder.parent / f"kind/{number}")
+    name = f"lcmem?adapt={image_folder.parent / 'kind'}"
+    run(filelist, tmp_path / "out", detectors=["mse", name, "phash"])
+    assert sorted(loaded) == sorted(["mse", name, "phash", "phash"])
 
 
 def test_scores_are_not_taken_for_other_pairs(image_folder, tmp_path):

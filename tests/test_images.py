@@ -162,6 +162,9 @@ def test_dicom_window_and_inversion(tmp_path):
     # DICOM PS3.3 C.11.2.1.2.1: from centre - 0.5 - (width - 1) / 2, over width - 1.
     expected = ((values - 499.5) / 199 + 0.5).clip(0, 1) * 255
     np.testing.assert_allclose(pixels(tmp_path / "window.dcm")[..., 0], expected, atol=1)
+    notes = {p.stem: load_image(p).info.get(DEPTH_NOTE) for p in tmp_path.glob("*.dcm")}
+    assert notes["window"] is None
+    assert "without a window" in notes["plain"] and "without a window" in notes["inverted"]
 
 
 def huge_png(path, width, height):
@@ -220,7 +223,7 @@ def test_bad_files_are_listed_and_never_fatal_under_the_limit(
     (image_folder / "id03" / "text.dcm").unlink()
     common = ["latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 32]
     refused = run_cli(*common, "-o", tmp_path / "refused", exit_code=1)
-    assert "5 image(s) could not be read" in refused.stderr
+    assert "5 images could not be read" in refused.stderr
     out = run_cli(*common, "-o", tmp_path / "kept", "--max-unreadable", 5, "--json")
     listed = {entry["path"]: entry["reason"] for entry in json.loads(out.stdout)["unreadable"]}
     names = ("empty.png", "text.png", "cut.png", "cut.jpg", "bomb.png")

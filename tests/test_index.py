@@ -178,6 +178,21 @@ def test_index_commands(run_cli, image_folder, tmp_path):
         assert "no index there" in run_cli("index", "info", other, exit_code=2).stderr
 
 
+def test_a_query_with_an_unreadable_image_can_be_made_to_fail(run_cli, image_folder, tmp_path):
+    index, asked = tmp_path / "index", tmp_path / "asked"
+    run_cli("index", "build", image_folder / "id03", "-o", index, "--detector", "phash")
+    asked.mkdir()
+    (asked / "a.png").write_bytes((image_folder / "id03" / "0.png").read_bytes())
+    (asked / "b.png").write_bytes(b"no image")
+    done = run_cli("index", "query", index, asked, "--json")
+    assert len(json.loads(done.stdout)["unreadable"]) == 1
+    refused = run_cli("index", "query", index, asked, "--max-unreadable", 0, exit_code=1)
+    assert "b.png" in refused.stderr
+    (tmp_path / "list.csv").write_text("path,id\na.png,1\n")
+    listed = ("index", "query", index, tmp_path / "list.csv", "--basedir", asked, "--json")
+    assert len(json.loads(run_cli(*listed).stdout)["matches"]) == 1
+
+
 def test_an_approximate_query_finds_the_image_itself(run_cli, image_folder, tmp_path):
     pytest.importorskip("faiss", reason="needs the extra [search]")
     index, asked = tmp_path / "index", image_folder / "id03" / "2.png"

@@ -33,6 +33,19 @@ def test_pairs_of_a_large_data_set_are_drawn_as_those_of_a_small_one(monkeypatch
     assert chosen(within_pairs(records), 0) == negatives
 
 
+def test_many_positive_pairs_are_those_of_some_images_of_each_identity(monkeypatch):
+    records = [Record(path=f"{n}.png", id=f"id{n % 3}") for n in range(90)]
+    monkeypatch.setattr(judge, "_MAX_ENUMERATED", 5)
+    assert within_pairs(records).labels.sum() == 3 * 30 * 29 // 2
+    monkeypatch.setattr(judge, "_MAX_POSITIVES", 300)
+    drawn = within_pairs(records)
+    positives = chosen(drawn, 1)
+    assert 200 < len(positives) <= 300 and len(set(positives)) == len(positives)
+    assert {records[a].id for a, _ in positives} == {"id0", "id1", "id2"}
+    assert all(records[a].id == records[b].id for a, b in positives)
+    assert chosen(within_pairs(records), 1) == positives
+
+
 def test_intervals_of_a_data_set_do_not_depend_on_the_others():
     rng = np.random.default_rng(0)
     records = [Record(path=f"{n}.png", id=f"id{n // 3}", ds_name="own") for n in range(30)]

@@ -4,6 +4,7 @@ import signal
 import tarfile
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +339,15 @@ def test_the_package_holds_this_stores_files_only(encode, tmp_path):
         assert archive.getmember("store/meta.json").mtime == 0
     assert result.package == str(tmp_path / "store.tar.gz")
     assert len(names) == 3 + 2 * result.num_shards and "store/notes.txt" not in names
+
+
+def test_the_package_of_the_current_folder_is_called_as_it(encode, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = encode(Path(), package=True)
+    assert result.package == str(tmp_path / "here.tar.gz")
+    with tarfile.open(result.package) as archive:
+        assert {name.partition("/")[0] for name in archive.getnames()} == {"here"}
 
 
 def command(image_folder, tiny_codec, output):

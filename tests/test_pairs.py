@@ -165,6 +165,11 @@ def test_all_pairs_are_all_pairs_within_data_sets(records):
 def test_too_many_pairs_are_refused_before_memory_is_taken():
     with pytest.raises(InputError, match="10 pairs, more than the limit of 9"):
         all_pairs(make(*[("d", "a")] * 5), max_pairs=9)
+    people = make(*[("d", "a")] * 4, *[("d", "b")] * 3, *[("e", "b")] * 2, ("e", "c"))
+    with pytest.raises(InputError, match="make 20 pairs, more than the limit of 19"):
+        identity_pairs(people, max_pairs=19)
+    assert len(identity_pairs(people, max_pairs=20)) == 20
+    assert len(identity_pairs(people, negatives=False, max_pairs=10)) == 10
 
 
 @settings(max_examples=60, deadline=None)

@@ -232,7 +232,7 @@ def test_unreadable_images_are_listed_and_counted(run_cli, image_folder, tiny_co
         tmp_path / "s",
         exit_code=1,
     )
-    assert "id00/0.png" in refused.stderr and "--max-unreadable is 0" in refused.stderr
+    assert "id00/0.png" in refused.stderr and "--max-unreadable allows 0" in refused.stderr
     out = make_latents(
         run_cli, image_folder, tiny_codec, tmp_path / "s", "--max-unreadable", 1, "--json"
     )

@@ -89,6 +89,17 @@ def test_adapting_needs_no_identities(run_cli, image_folder, tmp_path):
     assert load_checkpoint(tmp_path / "out.safetensors").thresholds == ()
 
 
+def test_unreadable_images_can_be_made_to_fail(run_cli, image_folder, tmp_path):
+    make(tmp_path / "start.safetensors")
+    bad = load_manifest(image_folder).select("TEST").paths()[0]
+    bad.write_bytes(b"no image")
+    arguments = ["calibrate", tmp_path / "start.safetensors", "--filelist", image_folder]
+    arguments += ["-o", tmp_path / "out.safetensors"]
+    assert bad.name in run_cli(*arguments, "--max-unreadable", 0, exit_code=1).stderr
+    assert not (tmp_path / "out.safetensors").exists()
+    assert f"unreadable {bad.parent.name}/{bad.name}" in run_cli(*arguments).stdout
+
+
 def test_adapting_refuses_what_it_cannot_do(image_folder, tmp_path):
     checkpoint = make(tmp_path / "start.safetensors")
     manifest = load_manifest(image_folder).select("TRAIN")

@@ -10,6 +10,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    AnyUnreadableOption,
     BasedirOption,
     Device,
     DeviceOption,
@@ -128,6 +129,7 @@ def calibrate(
         ),
     ] = None,
     seed: SeedOption = 0,
+    max_unreadable: AnyUnreadableOption = None,
     workers: WorkersOption = -1,
     device: DeviceOption = Device.AUTO,
     as_json: JsonOption = False,
@@ -146,6 +148,7 @@ def calibrate(
         whitened=whiten,
         inner_bands=bands,
         seed=seed,
+        max_unreadable=max_unreadable,
         workers=workers,
         device=device.value,
         reporter=render.reporter(),

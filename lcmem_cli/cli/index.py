@@ -9,6 +9,7 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
+    AnyUnreadableOption,
     ApproximateOption,
     BasedirOption,
     BatchSizeOption,
@@ -97,6 +98,8 @@ def query(
     image: Annotated[Path, typer.Argument(help="Image, folder or filelist to ask about.")],
     top_k: Annotated[int, typer.Option(min=1, help="Matches per image.")] = 5,
     approximate: ApproximateOption = False,
+    basedir: BasedirOption = None,
+    max_unreadable: AnyUnreadableOption = None,
     batch_size: BatchSizeOption = 32,
     workers: WorkersOption = -1,
     device: DeviceOption = Device.AUTO,
@@ -113,6 +116,8 @@ def query(
         load_detector(Index.open(index).detector, device=device.value),
         top_k=top_k,
         approximate=approximate,
+        basedir=basedir,
+        max_unreadable=max_unreadable,
         batch_size=batch_size,
         workers=workers,
         reporter=render.reporter(),

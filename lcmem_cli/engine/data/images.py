@@ -253,10 +253,7 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
         tags: Any = getattr(image, "tag_v2", {})
         if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
             pixels = 255 - pixels
-        result = Image.fromarray(pixels).convert("RGB")
-        if note:
-            result.info[DEPTH_NOTE] = note
-        return result
+        return _noted(Image.fromarray(pixels).convert("RGB"), note)
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
@@ -303,16 +300,29 @@ def _load_dicom(path: Path, max_pixels: int) -> Image.Image:
         return Image.fromarray(_to_bytes(values, 0, np.iinfo(values.dtype).max))
     if values.ndim == 3:
         return Image.fromarray(_to_bytes(values, 0, 2 ** int(data.BitsStored) - 1))
-    return Image.fromarray(_to_bytes(_dicom_grey(path, data, values), 0, 1)).convert("RGB")
+    grey, note = _dicom_grey(path, data, values)
+    return _noted(Image.fromarray(_to_bytes(grey, 0, 1)).convert("RGB"), note)
 
 
-def _dicom_grey(path: Path, data: Dataset, stored: NDArray[Any]) -> NDArray[np.float64]:
-    """Return a grey DICOM image as it is meant to be shown, black 0 and white 1."""
+def _noted(image: Image.Image, note: str | None) -> Image.Image:
+    if note:
+        image.info[DEPTH_NOTE] = note
+    return image
+
+
+def _dicom_grey(
+    path: Path, data: Dataset, stored: NDArray[Any]
+) -> tuple[NDArray[np.float64], str | None]:
+    """Return a grey DICOM image as it is meant to be shown, black 0 and white 1.
+
+    And what had to be guessed for that, if anything.
+    """
     from pydicom.pixels import apply_modality_lut, apply_voi
 
     values = np.asarray(apply_modality_lut(stored, data))
     if not np.isfinite(values).all():
         raise UnreadableImageError(path, "holds values that are not finite")
+    note = None
     if "VOILUTSequence" in data:
         bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
         unit = np.asarray(apply_voi(values, data), dtype=np.float64) / (2**bits - 1)
@@ -328,9 +338,11 @@ def _dicom_grey(path: Path, data: Dataset, stored: NDArray[Any]) -> NDArray[np.f
         if "PixelPaddingValue" in data and (stored != data.PixelPaddingValue).any():
             shown = values[stored != data.PixelPaddingValue]
         low, high = float(shown.min()), float(shown.max())
+        note = "values of a DICOM without a window stretched to their range"
         unit = (values.astype(np.float64) - low) / max(high - low, 1e-12)
     shown_unit: NDArray[np.float64] = unit.clip(0, 1)
-    return 1 - shown_unit if data.PhotometricInterpretation == "MONOCHROME1" else shown_unit
+    is_inverted = data.PhotometricInterpretation == "MONOCHROME1"
+    return 1 - shown_unit if is_inverted else shown_unit, note
 
 
 def _window(

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from lcmem_cli.engine.files import sha256_bytes
 
 UNNAMED_DATASET = "test"
 MAX_PAIRS = 50_000_000
+MAX_LISTED_PAIRS = 5_000_000
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*", re.ASCII)
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _INTEGER_RANGES = ((-(2**63), 2**63), (0, 2**64))
@@ -180,6 +182,7 @@ def identity_pairs(
     *,
     column: Iterable[str] | None = None,
     negatives: bool = True,
+    max_pairs: int = MAX_LISTED_PAIRS,
 ) -> PairSet:
     """Return all pairs within identities, each followed by a negative with the same first image.
 
@@ -188,10 +191,19 @@ def identity_pairs(
         seed: of the negatives, drawn among all images of other identities.
         column: as in ``reference_pairs``.
         negatives: whether to draw negatives.
+        max_pairs: about 150 bytes of memory each while they are listed.
 
     Raises:
-        InputError: a data set with a single identity, if negatives are drawn.
+        InputError: a data set with a single identity, if negatives are drawn, or there would be
+            more pairs than ``max_pairs``.
     """
+    sizes = Counter((dataset_name(record), record.id) for record in records).values()
+    total = sum(size * (size - 1) // 2 for size in sizes) * (2 if negatives else 1)
+    if total > max_pairs:
+        raise InputError(
+            f"the identities of {len(records):,} images make {total:,} pairs, more than the limit "
+            f"of {max_pairs:,}; take fewer images of each, or fewer data sets at a time"
+        )
 
     def positives(identity: Sequence[int]) -> Iterator[tuple[int, int]]:
         return itertools.combinations(identity, 2)

@@ -150,6 +150,7 @@ class AdaptedHead(HeadDetector):
         self.network = network
         self.adaptation = adaptation
         self.name = network.name
+        self.device = network.device
         self.fingerprint = sha256_bytes(
             f"adapted/{network.fingerprint}/{adaptation.fingerprint}".encode()
         )

@@ -44,6 +44,7 @@ class Detector(abc.ABC):
             drawn and compared as logits.
         measures_distance: whether what a score is below that of an image with itself (as logit, for
             probabilities) is a distance, so that ratios of two of them mean something.
+        device: where its network computes.
         is_adaptable: whether ``adapted`` may succeed.
         adapted_to: SHA-256 of the image files that it was adapted to.
         search_recall: lowest share, over all searches so far, of the exact best matches that were
@@ -56,6 +57,7 @@ class Detector(abc.ABC):
     input_size: int
     num_features: int
     feature_dtype: type[np.generic] = np.float32
+    device: torch.device = torch.device("cpu")
     gives_probability: bool = False
     measures_distance: bool = True
     is_adaptable: bool = False

@@ -88,7 +88,7 @@ def embed_files(
         NotFiniteError: the network has no finite features for any image so far.
     """
     num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
-    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
+    batching = Batching(batch_size, detector.device, reporter=reporter)
 
     def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
         return iter_images(
@@ -149,7 +149,7 @@ def embed_perturbed(
     if setting is not None:
         check_setting(setting)
     num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
-    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
+    batching = Batching(batch_size, detector.device, reporter=reporter)
 
     def edit(image: torch.Tensor, _: int) -> torch.Tensor:
         assert setting is not None

@@ -79,6 +79,7 @@ class JointDetector(Detector):
         self.scale = scale
         self.is_adaptable, self.adapted_to = network.is_adaptable, network.adapted_to
         self.name = name
+        self.device = network.device
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2
         settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *scale, RISE)}"

@@ -44,7 +44,7 @@ _PICTURE_SIZE = 16
 _FIRST_NEIGHBOURS = 8
 _MOST_NEIGHBOURS = 128
 """Beyond these, an image is searched among those of other identities alone."""
-_BANK_ROWS = 65_536
+_BANK_BYTES = 256 << 20
 _PAIR_BYTES = 32 << 20
 
 
@@ -242,8 +242,9 @@ def _search_without(
     """Find the two best matches of training images among those of other identities."""
     queries = training.features[rows]
     parts: list[TopK] = []
-    for start in range(0, training.num_distinct, _BANK_ROWS):
-        others = start + np.flatnonzero(training.groups[start : start + _BANK_ROWS] != group)
+    block = max(1, _BANK_BYTES // training.features[:1].nbytes)
+    for start in range(0, training.num_distinct, block):
+        others = start + np.flatnonzero(training.groups[start : start + block] != group)
         if len(others):
             found = search(detector, queries, training.features[others], 2, ranks)
             parts.append(TopK(found.scores, others[found.rows]))

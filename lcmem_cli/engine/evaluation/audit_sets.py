@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit_result import SetSummary
@@ -20,6 +20,8 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.store.index import Index, is_index
+
+_COPIED_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,17 @@ class ImageSet:
         return len(self.hashes)
 
     def features_of(self, rows: NDArray[np.int64]) -> FloatArray:
-        """Return features of distinct rows in ascending order; no copy where they are all."""
-        return self.features if len(rows) == self.num_distinct else self.features[rows]
+        """Return features of distinct rows in ascending order; no copy where they are all.
+
+        A copy that is large goes to a temporary file, as the features themselves do.
+        """
+        if len(rows) == self.num_distinct:
+            return self.features
+        chosen = allocate_features((len(rows), self.features.shape[1]), self.features.dtype.type)
+        for start in range(0, len(rows), _COPIED_ROWS):
+            part = slice(start, start + _COPIED_ROWS)
+            chosen[part] = self.features[rows[part]]
+        return chosen
 
     @cached_property
     def first_image(self) -> NDArray[np.int64]:

@@ -216,6 +216,8 @@ def query_index(
     *,
     top_k: int = 5,
     approximate: bool = False,
+    basedir: Path | None = None,
+    max_unreadable: int | None = None,
     batch_size: int = 32,
     workers: int = -1,
     reporter: Reporter = SILENT,
@@ -228,21 +230,28 @@ def query_index(
         detector: the one that the index was built with.
         top_k: matches per image.
         approximate: see ``audit``.
+        basedir: folder that a filelist's paths start from.
+        max_unreadable: unreadable images to tolerate; ``None``: any number.
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
         reporter: receives progress.
 
     Raises:
         InputError: nothing readable to ask about.
+        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FingerprintMismatchError: the index is another detector's.
     """
     index = Index.open(folder)
     index.check(detector.fingerprint)
     is_image = query.is_file() and query.suffix.lower() not in (".csv", ".parquet", ".pq")
-    paths = [query] if is_image else load_manifest(query, need_split=False).paths()
+    paths = [query]
+    if not is_image:
+        listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
+        paths = listed.paths()
     embedded = embed_files(
         detector, paths, batch_size=batch_size, workers=workers, reporter=reporter
     )
+    check_unreadable(embedded.unreadable, max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
         raise InputError(f"{query}: no readable image ({reasons})")

@@ -14,6 +14,7 @@ from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
+from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.distributed import resolve_workers
 from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.files import atomic_path
@@ -94,7 +95,7 @@ def score_pairs(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
             f"{chosen.name}, at which unlike images pass as often as it says below"
         )
-    batching = Batching(batch_size, getattr(detector, "device", "cpu"), reporter=reporter)
+    batching = Batching(batch_size, detector.device, reporter=reporter)
     number: dict[Path, int] = {}
     for pair in pairs:
         for path in pair:
@@ -116,7 +117,7 @@ def score_pairs(
                 if pieces:
                     made = np.concatenate(pieces)
                     if not features.shape[1]:
-                        features = np.zeros((len(files), made.shape[1]), dtype=made.dtype)
+                        features = allocate_features((len(files), made.shape[1]), made.dtype.type)
                     features[indices] = made
             task.advance(len(batch.indices) + len(batch.unreadable))
     unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())

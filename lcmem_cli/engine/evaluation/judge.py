@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ OVERALL = "overall"
 MAX_NEGATIVES_PER_DATASET = 20_000
 _MAX_ENUMERATED = 3_000
 """Images of a data set up to which all of its pairs are listed and negatives chosen among them."""
+_MAX_POSITIVES = 2_000_000
+"""Of a larger data set; beyond that they are those of a draw of each identity's images."""
 FITTED_RATES: tuple[tuple[str, float], ...] = (("fpr", 0.01), ("fpr", 0.001), ("recall", 0.95))
 
 
@@ -120,11 +123,15 @@ def _drawn_pairs(identity: NDArray[np.int64], rng: np.random.Generator) -> Drawn
     """Return the same without a list of all pairs, which would not fit into memory."""
     order = np.argsort(identity, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(identity[order])) + 1)
+    same = sum(len(group) * (len(group) - 1) // 2 for group in groups)
+    possible = len(identity) * (len(identity) - 1) // 2 - same
+    if same > _MAX_POSITIVES:  # of each identity as large a part of its images
+        part = math.sqrt(_MAX_POSITIVES / same)
+        groups = [rng.permutation(group)[: max(2, int(part * len(group)))] for group in groups]
     positives = [
         np.stack([group[i] for i in np.triu_indices(len(group), 1)], axis=1) for group in groups
     ]
     negatives: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
-    possible = (len(identity) ** 2 - sum(len(group) ** 2 for group in groups)) // 2
     while len(negatives) < min(possible, MAX_NEGATIVES_PER_DATASET):
         drawn = np.sort(rng.integers(len(identity), size=(MAX_NEGATIVES_PER_DATASET, 2)), axis=1)
         drawn = drawn[identity[drawn[:, 0]] != identity[drawn[:, 1]]]

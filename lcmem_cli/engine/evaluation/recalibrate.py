@@ -38,7 +38,7 @@ from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.models.whitening import whitened_projection
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
 _BATCH = 32
 _ALTERED = "strong"
@@ -83,6 +83,7 @@ def recalibrate(
     whitened: bool = False,
     inner_bands: int | None = None,
     seed: int = 0,
+    max_unreadable: int | None = None,
     workers: int = -1,
     device: str = "auto",
     reporter: Reporter = SILENT,
@@ -106,11 +107,13 @@ def recalibrate(
             thresholds, for which that layer is adapted to the data set's TRAIN images.
         inner_bands: for ``Whitening``.
         seed: for ``Whitening``.
+        max_unreadable: unreadable VAL and TEST images to tolerate; ``None``: any number.
         workers: decoding threads.
         device: where to compute.
         reporter: receives progress.
 
     Raises:
+        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         InputError: ``output`` is no ``.safetensors`` file, VAL holds too few pairs for any
             threshold, the codec cannot take the size, or ``adapted`` and ``whitened`` are both
             asked for.
@@ -124,7 +127,7 @@ def recalibrate(
     loaded = load_checkpoint(locate_checkpoint(checkpoint))
     if size is not None:
         loaded = loaded.at_size(size)
-    manifest = load_manifest(filelist, basedir=basedir)
+    manifest = load_manifest(filelist, basedir=basedir, max_missing=max_unreadable)
     train = manifest.select("TRAIN")
     if adapted:
         loaded = adapt(loaded, train, workers=workers, device=device, reporter=reporter)
@@ -145,6 +148,7 @@ def recalibrate(
         device=device,
         reporter=reporter,
     )
+    check_unreadable(judged.unreadable, max_unreadable)
     if judged.thresholds:
         _warn_of_missing(judged.thresholds, reporter)
     else:

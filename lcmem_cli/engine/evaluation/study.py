@@ -68,7 +68,8 @@ class Available:
         fingerprints: by name, in the order asked for.
         skipped: those that cannot run.
         adaptable: those that may be adapted to a kind of images.
-        first: the first one, which is kept because it is used next.
+        kept: those that are loaded: the first one, which is used next, and such as cost much to
+            load.
         device: where they compute.
         input_size: of the pixel measures.
     """
@@ -78,7 +79,7 @@ class Available:
         fingerprints: dict[str, str],
         skipped: Sequence[Skipped],
         adaptable: Collection[str],
-        first: Detector | None,
+        kept: Mapping[str, Detector],
         *,
         device: str,
         input_size: int,
@@ -86,16 +87,15 @@ class Available:
         self.fingerprints = fingerprints
         self.skipped = tuple(skipped)
         self.adaptable = frozenset(adaptable)
-        self._first = first
+        self._kept = dict(kept)
         self._device = device
         self._input_size = input_size
 
     def take(self, name: str) -> Detector:
-        """Return a detector; none is held here any more, so that memory holds one at a time."""
-        first, self._first = self._first, None
-        if first is not None and first.name == name:
-            return first
-        return load_detector(name, device=self._device, input_size=self._input_size)
+        """Return a detector; it is not held here any more, to save memory."""
+        return self._kept.pop(name, None) or load_detector(
+            name, device=self._device, input_size=self._input_size
+        )
 
 
 class ResultsFolder:
@@ -265,7 +265,7 @@ def check_names(names: Sequence[str]) -> None:
 def find_detectors(
     names: Sequence[str], *, device: str, input_size: int, strict: bool, reporter: Reporter = SILENT
 ) -> Available:
-    """Find out which detectors can run; each is loaded and let go again, to bound memory.
+    """Find out which detectors can run; most are loaded and let go again, to bound memory.
 
     Args:
         names: detectors, checked by ``check_names``.
@@ -281,12 +281,13 @@ def find_detectors(
     fingerprints: dict[str, str] = {}
     skipped: list[Skipped] = []
     adaptable: list[str] = []
-    first: Detector | None = None
+    kept: dict[str, Detector] = {}
     for name in names:
         try:
             detector = load_detector(name, device=device, input_size=input_size)
             fingerprints[name] = detector.fingerprint
-            first = first or detector
+            if not kept or detector.adapted_to:
+                kept[name] = detector
             if detector.is_adaptable:
                 adaptable.append(name)
         except (WeightsUnavailableError, MissingExtraError) as error:
@@ -297,7 +298,7 @@ def find_detectors(
     if not fingerprints:
         reasons = "\n".join(f"  {item.name}: {item.reason}" for item in skipped)
         raise WeightsUnavailableError(f"none of the detectors can run here:\n{reasons}")
-    return Available(fingerprints, skipped, adaptable, first, device=device, input_size=input_size)
+    return Available(fingerprints, skipped, adaptable, kept, device=device, input_size=input_size)
 
 
 def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record, ...]:

@@ -37,12 +37,11 @@ from lcmem_cli.engine.errors import (
     LcmemError,
     MissingExtraError,
     NotFiniteError,
-    UnreadableLimitError,
 )
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 
 FORMAT_VERSION = 1
 META_NAME, PLAN_NAME, INDEX_NAME, SHARD_FOLDER = "meta.json", "plan.json", "index.parquet", "shards"
@@ -305,7 +304,7 @@ def encode_latents(
             shards,
             num_encoded_now=encoded_now,
             max_unreadable=max_unreadable,
-            archive=Path(f"{output}.tar.gz") if package else None,
+            archive=Path(f"{output.resolve()}.tar.gz") if package else None,
             is_main=ranks.is_main,
         )
 
@@ -319,12 +318,7 @@ def _finish(
     is_main: bool,
 ) -> EncodingResult:
     store = LatentStore.open(shards.folder)
-    if len(store.unreadable) > max_unreadable:
-        first = "; ".join(f"{u.path}: {u.reason}" for u in store.unreadable[:3])
-        raise UnreadableLimitError(
-            f"{len(store.unreadable)} image(s) could not be read, --max-unreadable is "
-            f"{max_unreadable}: {first}"
-        )
+    check_unreadable(store.unreadable, max_unreadable)
     if archive is not None and is_main:
         _write_package(shards, archive)
     return EncodingResult(
@@ -718,6 +712,6 @@ def _write_package(shards: _Shards, archive: Path) -> None:
     ):
         for name in sorted(names):
             data = (shards.folder / name).read_bytes()
-            info = tarfile.TarInfo(f"{shards.folder.name}/{name}")
+            info = tarfile.TarInfo(f"{shards.folder.resolve().name}/{name}")
             info.size, info.mode = len(data), 0o644
             tar.addfile(info, io.BytesIO(data))

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,20 +28,17 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.distributed import current_ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, TrainingDivergedError
-from lcmem_cli.engine.files import naming_target, write_text
+from lcmem_cli.engine.files import naming_target, write_json, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.report.plots import plot_codec_losses
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result
-from lcmem_cli.engine.training.run import (
-    check_unreadable,
-    open_training_folder,
-    readable_part,
-)
+from lcmem_cli.engine.results import Result, check_unreadable
+from lcmem_cli.engine.training.run import open_training_folder, readable_part
 from lcmem_cli.engine.training.state import read_state, unreadable_state, write_state
 
 STATE_NAME = "state.pt"
 CODEC_FOLDER = "codec"
+RESULT_NAME = "training.json"
 HISTORY_NAME = "history.csv"
 STEPS_BETWEEN_RECORDS = 50
 SECONDS_BETWEEN_STATES = 60.0
@@ -229,19 +227,28 @@ def train_codec(
         trainer = _CodecTrainer(config, list(train_paths), output, run_digest, reporter)
         trainer.run()
         trainer.model.eval()
-        error, psnr = _reconstruction_error(trainer, val_paths[:MAX_VALIDATION_IMAGES])
+        count = min(len(val_paths), MAX_VALIDATION_IMAGES)
+        rng = np.random.default_rng(config.runtime.seed)
+        drawn = np.sort(rng.choice(len(val_paths), count, replace=False))
+        error, psnr = _reconstruction_error(trainer, [val_paths[row] for row in drawn])
         folder = output / CODEC_FOLDER
         model: Any = trainer.model.cpu()
-        with naming_target(folder):
-            model.save_pretrained(folder)
+        with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
+            made = Path(temporary) / CODEC_FOLDER
+            model.save_pretrained(made)
+            if folder.exists():
+                folder.rename(Path(temporary) / "former")
+            made.rename(folder)
         codec = Codec(model, name=str(folder), input_range=config.input_range)
-        return CodecTrainingResult(
+        result = CodecTrainingResult(
             codec=codec.spec,
             num_encoder_parameters=sum(v.numel() for v in codec.encoder_state().values()),
             val_mean_absolute_error=error,
             val_psnr=psnr,
             steps=config.schedule.steps,
         )
+        write_json(output / RESULT_NAME, result.to_dict())
+        return result
 
 
 def check_inputs(config: CodecConfig, num_train: int, num_val: int) -> None:

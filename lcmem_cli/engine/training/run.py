@@ -13,7 +13,7 @@ from lcmem_cli.engine.config import Section, resumable_settings
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import CorruptFileError, InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import CorruptFileError, InputError
 from lcmem_cli.engine.files import folder_lock, write_json
 from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Unreadable
@@ -153,12 +153,3 @@ def readable_part(
         Unreadable(path=manifest.records[row].path, reason=reason) for row, reason in bad.items()
     )
     return Manifest(kept, manifest.basedir, manifest.source), unreadable
-
-
-def check_unreadable(unreadable: tuple[Unreadable, ...], limit: int) -> None:
-    """Raise ``UnreadableLimitError`` where more images are unreadable than tolerated."""
-    if len(unreadable) > limit:
-        first = "; ".join(f"{u.path}: {u.reason}" for u in unreadable[:3])
-        raise UnreadableLimitError(
-            f"{len(unreadable)} image(s) cannot be read, --max-unreadable is {limit}: {first}"
-        )

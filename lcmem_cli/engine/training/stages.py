@@ -46,12 +46,11 @@ from lcmem_cli.engine.models.siamese import (
     use_checkpointing,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
 from lcmem_cli.engine.training.loop import EpochRecord, Trainer, TrainingOutcome
 from lcmem_cli.engine.training.run import (
-    check_unreadable,
     open_training_folder,
     readable_part,
 )
@@ -150,7 +149,7 @@ def train_stage1(
         records: Sequence[Record] = manifest.records
     else:
         spec, size, digest, codec = store.spec, store.image_size, store.manifest_digest, None
-        records, unreadable = store.records, store.unreadable
+        records, unreadable = store.records, store.unreadable  # tolerated when it was made
         check_store(config, store)
         if config.codec.name not in ("embedded", store.spec.name):
             reporter.event(
