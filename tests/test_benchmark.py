@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Listener
+from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from lcmem_cli.cli import render
+from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.pairs import reference_pairs
 from lcmem_cli.engine.detectors import adapted
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation import benchmark as module
@@ -450,6 +454,38 @@ def test_scores_are_not_taken_for_other_pairs(image_folder, tmp_path):
     filelist.write_text("\n".join([*lines[:-1], lines[-1].replace(",23,", ",x,")]))
     with pytest.raises(InputError, match="holds results of another study"):
         run(filelist, tmp_path / "out")
+
+
+def test_what_is_judged_is_not_adapted_to_under_another_name(filelist, image_folder, tmp_path):
+    manifest = load_manifest(filelist, basedir=image_folder)
+    train, test = (manifest.select(split, ["one"]).paths() for split in ("TRAIN", "TEST"))
+    shutil.copy(test[0], train[0])
+    seen = []
+    adapt = LCMemDetector.adapted
+
+    def adapted_to(self, features, contents):
+        seen.append(set(contents))
+        return adapt(self, features, contents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapted, "ONE_PICTURE", 1.01)
+        patch.setattr(LCMemDetector, "adapted", adapted_to)
+        result = run(filelist, tmp_path / "out", detectors=["lcmem"], adapt=True)
+    assert result.detectors[1].adapted_to == {"one": 20, "two": 21}
+    assert content_hash(test[0]) not in set.union(*seen)
+
+
+def test_a_narrow_terminal_gets_a_table_that_fits(filelist, tmp_path, run_cli, monkeypatch):
+    monkeypatch.setattr(
+        render, "_console", lambda stream: Console(file=stream, width=80, highlight=False)
+    )
+    done = run_cli(
+        "benchmark", "--filelist", filelist, "--basedir", filelist.parent / "images",
+        "-o", tmp_path / "out", "--detectors", "mse,phash,ncc", "--input-size", 32,
+    )  # fmt: skip
+    table = [line for line in done.stdout.splitlines() if line[:1] in "┏┃┡│└" and line]
+    assert table and all(len(line) == 80 for line in table)
+    assert "detector" in table[1] + table[2] + table[3] and "phash" in done.stdout
 
 
 def test_options_of_detectors_keep_their_commas(filelist, tmp_path, run_cli):

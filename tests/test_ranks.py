@@ -224,6 +224,11 @@ MEASURES = ("--detectors", "mse,phash", "--input-size", 16, "--workers", 1, "--d
     [
         ("benchmark", MEASURES, ("scores.csv", "benchmark_results.csv", "benchmark_results.json")),
         ("robustness", (*MEASURES, "--fit-rate", 0.4), ("robustness_results.csv",)),
+        (
+            "benchmark",
+            ("--detectors", "lcmem", "--adapt", "--workers", 1, "--device", "cpu"),
+            ("benchmark_results.json",),
+        ),
     ],
 )
 def test_studies_of_two_ranks_are_those_of_one(server, images, tmp_path, name, options, files):

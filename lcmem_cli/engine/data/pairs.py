@@ -7,6 +7,7 @@ one data set: across data sets it would be trivially easy.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import random
 import re
@@ -19,7 +20,6 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.files import sha256_bytes
 
 UNNAMED_DATASET = "test"
 MAX_PAIRS = 50_000_000
@@ -76,9 +76,10 @@ class PairSet:
     @property
     def digest(self) -> str:
         """SHA-256 of the pairs in their order."""
-        columns = (self.first, self.second, self.labels, self.dataset)
-        content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
-        return sha256_bytes(content + repr(self.names).encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(repr(self.names).encode("utf-8", "surrogateescape"))
+        for column in (self.first, self.second, self.labels, self.dataset):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def select(self, keep: NDArray[np.bool_]) -> PairSet:
         """Return the pairs where ``keep`` ``[n]`` is true."""

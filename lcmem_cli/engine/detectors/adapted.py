@@ -160,6 +160,7 @@ class AdaptedHead(HeadDetector):
         self.thresholds = tuple(
             dataclasses.replace(threshold, fingerprint=self.fingerprint)
             for threshold in network.adapted_thresholds
+            if threshold.fingerprint == network.fingerprint
         )
         self.adapted_to = network.adapted_to | adaptation.contents
 

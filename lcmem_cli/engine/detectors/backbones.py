@@ -275,7 +275,7 @@ class SiameseCorrelation(VectorDetector):
 
     def __init__(self, detector: LCMemDetector, *, name: str) -> None:
         self.detector = detector
-        self.device = detector.device
+        self.device, self.adapted_to = detector.device, detector.adapted_to
         self.name = name
         self.fingerprint = sha256_bytes(f"correlation/{detector.fingerprint}".encode())
         self.input_size = detector.input_size

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +24,10 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.distributed import Ranks, current_ranks
+from lcmem_cli.engine.distributed import Ranks, available_cpus, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit_files import write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
-    MAX_PICTURE_CHECKS,
     Null,
     check_size,
     held_out_null,
@@ -504,18 +504,19 @@ class _Study:
         )
 
     def _resaved(self, found: _Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which flagged images show the picture of their best match, saved anew.
-
-        Compared are those with the highest scores, as many as of the null.
-        """
+        """Return which flagged images show the picture of their best match, saved anew."""
         resaved = np.zeros(len(flagged), dtype=np.bool_)
         if self.ranks.is_main:
             rows = np.flatnonzero(flagged & ~found.exact)
-            order = np.argsort(-found.best[rows], kind="stable")[:MAX_PICTURE_CHECKS]
-            for row in rows[order]:
-                image = self.queries.files[self.queries.first_image[row]]
-                match = self.training.files[self.training.first_image[found.rows[row, 0]]]
-                resaved[row] = same_picture(image, match)
+            matches = found.rows[rows, 0]
+            with ThreadPoolExecutor(available_cpus()) as pool:
+                resaved[rows] = list(
+                    pool.map(
+                        same_picture,
+                        [self.queries.files[i] for i in self.queries.first_image[rows]],
+                        [self.training.files[i] for i in self.training.first_image[matches]],
+                    )
+                )
         result: NDArray[np.bool_] = self.ranks.broadcast(resaved)
         return result
 

@@ -165,7 +165,8 @@ class AuditResult(Result):
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
         num_resaved_copies: flagged images that show the picture of their best match saved anew, as
-            an image of the null is told that is also in the training set.
+            an image of the null is told that is also in the training set; of an index only where
+            both files still are what and where they were.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities.
         fail_over: share of flagged images over which the gate fails, if one was asked for.

@@ -49,6 +49,7 @@ from lcmem_cli.engine.evaluation.study import (
     Skipped,
     check_names,
     content_digest,
+    content_hashes,
     feature_cache,
     find_detectors,
     fit_records,
@@ -236,7 +237,7 @@ class _Study:
     """Images and pairs of both splits; rows point into ``records``."""
 
     records: tuple[Record, ...]
-    num_paired: int
+    paired: tuple[Record, ...]
     basedir: Path
     test: PairSet
     fit: PairSet | None
@@ -314,7 +315,8 @@ def benchmark(
         strict: fail where a detector's weights cannot be had, instead of leaving it out.
         cache: keep features in the user's cache, so that other runs need no encoder pass.
         overwrite: replace the results of another study in ``output``.
-        max_unreadable: unreadable images to tolerate; ``None``: any number.
+        max_unreadable: unreadable images to tolerate, with ``adapt`` those of TRAIN as well;
+            ``None``: any number.
         device: where to compute.
         batch_size: images per network call; scores change by rounding at most.
         workers: decoding threads; -1 from the CPUs.
@@ -361,9 +363,10 @@ def benchmark(
         raise NotAdaptableError(
             "--adapt: none of the detectors can be adapted; only LCMem networks, and joint, can be"
         )
+    contents = content_hashes(study.records, study.basedir, workers=workers)
     inputs = {
         "command": "benchmark",
-        "images_digest": content_digest(study.records, study.basedir, workers=workers),
+        "images_digest": content_digest(study.records, contents),
         "latents_digest": store.manifest_digest if store is not None else None,
         "pairs": pairs,
         "pairs_digest": study.test.digest,
@@ -410,9 +413,11 @@ def benchmark(
             )
             if not ranks.broadcast(is_done):
                 detector = available.take(name)
+                refuse_adapted_to(detector, study.paired, contents[: len(study.paired)])
                 made = _score(
                     detector,
                     study,
+                    contents,
                     store if isinstance(detector, LCMemDetector) else None,
                     adapted=len(asked) > 1,
                     cache=cache,
@@ -516,7 +521,7 @@ def _make_study(
             records += chosen
     return _Study(
         records=tuple(records),
-        num_paired=len(judged) + len(fit_from),
+        paired=(*judged.records, *fit_from),
         basedir=manifest.basedir,
         test=test,
         fit=fit,
@@ -529,6 +534,7 @@ def _make_study(
 def _score(
     detector: Detector,
     study: _Study,
+    contents: Sequence[str | None],
     store: LatentStore | None,
     *,
     adapted: bool,
@@ -550,7 +556,6 @@ def _score(
         ends += [np.asarray(records, dtype=np.int64) for records in study.train.values()]
     needed = np.unique(np.concatenate(ends))
     rows = np.full(len(study.records), -1, dtype=np.int64)
-    contents: list[str | None] = [record.path for record in study.records]
     if store is not None:
         assert isinstance(detector, LCMemDetector)
         features, rows[needed], unreadable = _embed_stored(
@@ -568,9 +573,6 @@ def _score(
             reporter=reporter,
         )
         features, rows[needed] = embedded.features, embedded.rows
-        for row, content in zip(needed, embedded.content_hashes, strict=True):
-            contents[row] = content
-        refuse_adapted_to(detector, study.records[: study.num_paired], contents[: study.num_paired])
         unreadable = named_unreadable(chosen, study.basedir, embedded.unreadable)
         reporter.event(
             "embedded",
@@ -584,9 +586,12 @@ def _score(
     scores = [[study.score(detector, features, rows, pairs) for pairs in pair_sets]]
     adapted_to: list[dict[str, int] | None] = [None]
     if adapted:
-        kinds = AdaptedToSets(
-            detector, features, rows, contents, study.train, reporter=reporter
-        )  # fmt: skip
+        paired = set(contents[: len(study.paired)])
+        train = {
+            name: [row for row in own if contents[row] not in paired]
+            for name, own in study.train.items()
+        }
+        kinds = AdaptedToSets(detector, features, rows, contents, train, reporter=reporter)
         scores.append([kinds.scores(pairs, study.score) for pairs in pair_sets])
         adapted_to.append(kinds.num_images)
     return [
@@ -693,7 +698,9 @@ def _conclude(
     unreadable = {item.path: item for part in scored for item in part.unreadable}
     check_unreadable(list(unreadable.values()), limit)
     if unreadable:
-        reporter.warn(f"{len(unreadable)} image(s) could not be read; their pairs are dropped")
+        reporter.warn(
+            f"{len(unreadable)} image(s) could not be read; they are left out, with their pairs"
+        )
     keep = ~np.any([np.isnan(part.test) for part in scored], axis=0)
     test = study.test.select(keep)
     if not len(test):

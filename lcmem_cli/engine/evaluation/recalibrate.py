@@ -14,7 +14,12 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
-from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
+from lcmem_cli.engine.detectors.adapted import (
+    MIN_IMAGES,
+    picture_weights,
+    shrunk_whitening,
+    some_images,
+)
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
@@ -373,6 +378,14 @@ def _check_remainder(manifest: Manifest) -> None:
             )
 
 
+def _own_part(manifest: Manifest, name: str | None) -> Manifest:
+    """Return the images of a data set; of those of TRAIN only as many as are adapted to."""
+    own = [record for record in manifest.records if record.ds_name == name]
+    train = some_images([record for record in own if record.split == "TRAIN"])
+    rest = [record for record in own if record.split != "TRAIN"]
+    return dataclasses.replace(manifest, records=(*train, *rest))
+
+
 def _strangers_thresholds(
     whitening: Whitening,
     manifest: Manifest,
@@ -397,9 +410,7 @@ def _strangers_thresholds(
         detector = LCMemDetector(
             whitening.fitted(without=name), name="checkpoint", device=resolve_device(device)
         )
-        own = dataclasses.replace(
-            manifest, records=tuple(r for r in manifest.records if r.ds_name == name)
-        )
+        own = _own_part(manifest, name)
         rows, features, _ = embed_split(detector, own, "VAL", workers=workers, reporter=reporter)
         if not rows:
             continue

@@ -41,6 +41,7 @@ from lcmem_cli.engine.evaluation.study import (
     Skipped,
     check_names,
     content_digest,
+    content_hashes,
     feature_cache,
     find_detectors,
     fit_records,
@@ -389,9 +390,10 @@ def robustness(
     available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
+    contents = content_hashes(study.records, study.basedir, workers=workers)
     inputs = {
         "command": "robustness",
-        "images_digest": content_digest(study.records, study.basedir, workers=workers),
+        "images_digest": content_digest(study.records, contents),
         "same_image": same_image,
         "only_positives": only_positives,
         "pairs_digest": study.test.digest,
@@ -428,6 +430,7 @@ def robustness(
             missing = ranks.broadcast(_missing_parts(folder, study, name, fingerprint))
             if missing:
                 detector = available.take(name)
+                refuse_adapted_to(detector, study.records, contents)
                 run = _Run(
                     cache=feature_cache(detector) if cache else None,
                     batch_size=batch_size,
@@ -600,7 +603,6 @@ def _score(
     ends = [end for pairs in (study.test, study.fit) for end in (pairs.first, pairs.second)]
     needed = np.unique(np.concatenate(ends))
     plain = _embed(detector, study, needed, None, run)
-    refuse_adapted_to(detector, [study.records[row] for row in needed], plain.content_hashes)
     rows = _rows(study, needed, plain)
     edited_rows = np.unique(study.test.second)
     with run.reporter.task(f"settings ({detector.name})", len(missing), unit="setting") as task:

@@ -317,25 +317,40 @@ def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record
     return tuple(r for r in manifest.records if dataset_name(r) not in set(left_out))
 
 
-def content_digest(records: Sequence[Record], basedir: Path, *, workers: int = -1) -> str:
-    """Return a SHA-256 over a list of images: names, identities, data sets and file contents.
+def content_hashes(
+    records: Sequence[Record], basedir: Path, *, workers: int = -1
+) -> list[str | None]:
+    """Return the SHA-256 of each image's file, ``None`` where it cannot be read.
 
     Args:
-        records: the images; a file that cannot be read counts as such.
+        records: the images.
         basedir: folder that their paths start from.
         workers: threads; -1 from the CPUs.
     """
 
-    def line(record: Record) -> bytes:
+    def content(record: Record) -> str | None:
         try:
-            content = content_hash(basedir / record.path)
+            return content_hash(basedir / record.path)
         except UnreadableImageError:
-            content = "unreadable"
-        cells = (record.path, record.id, record.split or "", record.ds_name or "", content)
-        return "\0".join(cells).encode("utf-8", "surrogateescape")
+            return None
 
     with ThreadPoolExecutor(max(1, resolve_workers(workers))) as pool:
-        return sha256_bytes(b"\0\0".join(pool.map(line, records)))
+        return list(pool.map(content, records))
+
+
+def content_digest(records: Sequence[Record], contents: Sequence[str | None]) -> str:
+    """Return a SHA-256 over a list of images: names, identities, data sets and file contents.
+
+    Args:
+        records: the images.
+        contents: of each, see ``content_hashes``.
+    """
+    lines = []
+    for record, content in zip(records, contents, strict=True):
+        cells = (record.path, record.id, record.split or "", record.ds_name or "")
+        text = "\0".join((*cells, content or "unreadable"))
+        lines.append(text.encode("utf-8", "surrogateescape"))
+    return sha256_bytes(b"\0\0".join(lines))
 
 
 def refuse_adapted_to(

@@ -33,7 +33,8 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_DEPTH = 64
 MAX_SIDE, MAX_CHANNELS, MAX_FEATURE_RMS = 65_536, 4096, 10
 MAX_EMBEDDED_CODEC_BYTES = 32 << 20
-_NETWORK, _CODEC = "network.", "codec."
+_NETWORK, _CODEC, _ADAPTED_TO = "network.", "codec.", "adapted_to"
+_DIGEST_BYTES = 32
 Stage = Literal["stage1", "finetune", "converted"]
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "stage": str,
@@ -196,6 +197,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     tensors = {_NETWORK + k: _dense(v) for k, v in checkpoint.network_state.items()}
     if checkpoint.codec_state is not None:
         tensors |= {_CODEC + k: _dense(v) for k, v in checkpoint.codec_state.items()}
+    if checkpoint.adapted_to:  # too much for a header where there are many images
+        raw = bytes.fromhex("".join(checkpoint.adapted_to))
+        tensors[_ADAPTED_TO] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     header = {
         "format": FORMAT_VERSION,
         "stage": checkpoint.stage,
@@ -206,7 +210,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         "thresholds": [dataclasses.asdict(t) for t in checkpoint.thresholds],
         "adapted_thresholds": [dataclasses.asdict(t) for t in checkpoint.adapted_thresholds],
         "training": checkpoint.training,
-        "adapted_to": checkpoint.adapted_to,
         "fingerprint": checkpoint.fingerprint,
     }
     text = json.dumps(header, sort_keys=True)
@@ -260,7 +263,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 Threshold.from_dict(t) for t in header.get("adapted_thresholds", ())
             ),
             training=header["training"],
-            adapted_to=tuple(header.get("adapted_to", ())),
+            adapted_to=_digests(tensors.get(_ADAPTED_TO)),
             fingerprint=header["fingerprint"],
         )
         found = compute_fingerprint(checkpoint)
@@ -329,7 +332,6 @@ def _check_header(header: dict[str, Any]) -> None:
     for thresholds in (header["thresholds"], header.get("adapted_thresholds", [])):
         text = json.dumps(thresholds).encode()
         TypeAdapter(list[Threshold]).validate_json(text, strict=True)
-    TypeAdapter(list[str]).validate_python(header.get("adapted_to", []), strict=True)
     network, codec = header["network"], header["codec"]
     for name, value, highest in (
         ("image_size", header["image_size"], MAX_SIDE),
@@ -384,6 +386,21 @@ def halve(checkpoint: Checkpoint) -> Checkpoint:
         for k, v in checkpoint.network_state.items()
     }
     return checkpoint.changed(network_state=state)
+
+
+def _digests(packed: torch.Tensor | None) -> tuple[str, ...]:
+    """Return SHA-256 digests that stand one behind the other.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if packed is None:
+        return ()
+    if packed.dtype != torch.uint8 or packed.numel() % _DIGEST_BYTES:
+        raise ValueError(f"{_ADAPTED_TO} holds no digests")
+    text = _bytes(packed).hex()
+    width = 2 * _DIGEST_BYTES
+    return tuple(text[start : start + width] for start in range(0, len(text), width))
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

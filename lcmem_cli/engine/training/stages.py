@@ -269,15 +269,13 @@ def finetune(
         return _image_source(config, manifest, rows, encoder, size, ranks)
 
     def finish(outcome: TrainingOutcome) -> Checkpoint:
-        return dataclasses.replace(
-            start,
+        return start.changed(
             stage="finetune",
             network=network.spec,
             network_state=mix_weights(
                 outcome.state, start.network_state, config.regularisation.start_share
             ),
             image_size=size,
-            thresholds=(),
             training={
                 **_provenance(config, digest, listed, outcome),
                 "started_from": {
