@@ -1,5 +1,6 @@
 """The commands as a user runs them, on small drawn images."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.models.checkpoint import load_checkpoint
+from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import freeze_modules
 from lcmem_cli.engine.store.latents import LatentStore
@@ -86,14 +87,18 @@ def test_the_whole_pipeline_from_images_to_a_verdict(run_cli, image_folder, stag
 
 def test_frozen_modules_stay_as_they_were(run_cli, image_folder, stage1, tmp_path):
     names = ("head", "backbone.conv1", "backbone.bn1", "backbone.layer1")
-    start = stage1 / "checkpoint.safetensors"
+    start = tmp_path / "start.safetensors"
+    made = load_checkpoint(stage1 / "checkpoint.safetensors")
+    save_checkpoint(start, dataclasses.replace(made, adapted_thresholds=made.thresholds))
     run_cli(
         "finetune", start, "--filelist", image_folder, "-o", tmp_path / "tuned",
         "--set=schedule.epochs=1", "--set=schedule.batch_size=8",
         f"--set=optimiser.frozen={json.dumps(names)}",
     )  # fmt: skip
     before = load_checkpoint(start).network_state
-    after = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors").network_state
+    tuned = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors")
+    assert tuned.adapted_thresholds == ()  # they belong to the weights of before
+    after = tuned.network_state
     for key in before:  # running statistics of batch normalisation too
         changed = not torch.equal(before[key], after[key])
         assert changed != key.startswith(tuple(f"{name}." for name in names)), key
