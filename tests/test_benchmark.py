@@ -347,22 +347,21 @@ def checkpoint(run_cli, image_folder, tiny_codec, tmp_path) -> Path:
         "train-stage1", "--latents", tmp_path / "store", "-o", tmp_path / "stage1",
         "--set=schedule.epochs=1", "--set=image.size=32", "--set=network.backbone=test_resnet",
         "--set=network.num_features=16", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
+        "--set=network.feature_rms=1.5",
     )  # fmt: skip
     return tmp_path / "stage1" / "checkpoint.safetensors"
 
 
 def test_stored_latents_give_the_scores_of_the_images(
-    checkpoint, image_folder, tiny_codec, tmp_path, run_cli
+    checkpoint, image_folder, tiny_codec, tmp_path, run_cli, monkeypatch
 ):
+    monkeypatch.setattr(adapted, "ONE_PICTURE", 1.01)  # to few weights all are much alike
     name = f"lcmem:{checkpoint}"
-    common = {"detectors": [name], "workers": 0, "cache": False}
-    benchmark(image_folder, output=tmp_path / "images-out", **common)
-    benchmark(image_folder, output=tmp_path / "out", latents=tmp_path / "store", **common)
-    first, second = (
-        [float(row[name]) for row in rows_of(tmp_path / folder / "scores.csv")]
-        for folder in ("images-out", "out")
-    )
-    np.testing.assert_allclose(first, second, atol=1e-6)
+    common = {"detectors": [name], "workers": 0, "cache": False, "adapt": True}
+    write_manifest(load_manifest(image_folder), image_folder / "list.csv")
+    stored = {"latents": tmp_path / "store", **common}
+    results = [benchmark(image_folder, output=tmp_path / "images-out", **common)]
+    results.append(benchmark(image_folder, output=tmp_path / "out", **stored))
     run_cli(
         "latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 48,
         "-o", tmp_path / "large",
@@ -372,6 +371,18 @@ def test_stored_latents_give_the_scores_of_the_images(
         "--latents", tmp_path / "large", "-o", tmp_path / "refused", exit_code=2,
     )  # fmt: skip
     assert "48 pixels" in refused.stderr and "takes 32" in refused.stderr
+    for path in image_folder.rglob("*.png"):  # latents are enough
+        path.unlink()
+    results.append(benchmark(image_folder / "list.csv", output=tmp_path / "gone", **stored))
+    first, *others = (
+        [[float(row[key]) for key in (name, f"{name} (adapted)")] for row in rows_of(path)]
+        for path in (tmp_path / f / "scores.csv" for f in ("images-out", "out", "gone"))
+    )
+    np.testing.assert_allclose(others, [first, first], atol=1e-6)
+    counts = [list(result.detectors[1].adapted_to.values()) for result in results]
+    assert counts == [counts[0]] * 3 and counts[0][0] > 10
+    difference = np.abs(np.subtract(*np.transpose(first)))
+    assert difference.max() > 0.01
 
 
 def test_each_data_set_is_also_scored_adapted_to_its_train_images(

@@ -25,7 +25,7 @@ class AdaptedToSets:
         detector: made the features.
         features: ``[d, n]`` of all images.
         rows: ``[records]`` row of each image, or -1 where it is unreadable.
-        contents: what tells the content of each record from others.
+        contents: SHA-256 of each record's file, ``None`` where only its latents are there.
         train: records to adapt to, by data set.
         reporter: told of each data set that it is not adapted to.
 
@@ -46,7 +46,9 @@ class AdaptedToSets:
         self._features, self._rows = features, rows
         self._kinds: dict[str, Adapted] = {}
         for name, records in train.items():
-            content_of = {int(rows[r]): str(contents[r]) for r in records if rows[r] >= 0}
+            content_of = {
+                int(rows[r]): contents[r] or f"record {r}" for r in records if rows[r] >= 0
+            }
             order = sorted(content_of)
             try:
                 kind = detector.adapted(features[order], [content_of[row] for row in order])

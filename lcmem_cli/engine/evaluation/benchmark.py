@@ -586,7 +586,7 @@ def _score(
     scores = [[study.score(detector, features, rows, pairs) for pairs in pair_sets]]
     adapted_to: list[dict[str, int] | None] = [None]
     if adapted:
-        paired = set(contents[: len(study.paired)])
+        paired = {content for content in contents[: len(study.paired)] if content is not None}
         train = {
             name: [row for row in own if contents[row] not in paired]
             for name, own in study.train.items()
