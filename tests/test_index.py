@@ -204,13 +204,12 @@ def test_an_approximate_query_finds_the_image_itself(run_cli, image_folder, tmp_
         "best match found for 100.0%"
         in run_cli("index", "query", index, asked, "--approximate").stdout
     )
-    name, index = f"lcmem?adapt={image_folder}", tmp_path / "adapted"
-    run_cli("index", "build", image_folder, "-o", index, "--detector", name)
+    adapted, index = load_detector(f"lcmem?adapt={image_folder}"), tmp_path / "adapted"
+    add_to_index(image_folder, index, adapted)
     exact, rough = (
-        json.loads(run_cli("index", "query", index, asked, "--json", *more).stdout)
-        for more in ((), ("--approximate",))
+        query_index(index, asked, adapted, approximate=approximate) for approximate in (False, True)
     )
-    assert rough["matches"] == exact["matches"]  # 72 images are one cell of the inverted file
+    assert rough.matches == exact.matches  # 72 images are one cell of the inverted file
 
 
 def test_equal_ids_of_two_data_sets_stay_two_identities(image_folder, tmp_path, detector):
