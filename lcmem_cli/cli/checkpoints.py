@@ -136,6 +136,7 @@ def calibrate(
 ) -> None:
     """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer."""
     from lcmem_cli.engine.evaluation.recalibrate import recalibrate
+    from lcmem_cli.engine.results import named_thresholds
 
     result = recalibrate(
         checkpoint,
@@ -155,8 +156,7 @@ def calibrate(
     )
 
     def human() -> None:
-        named = [(t.name, t) for t in result.thresholds]
-        named += [(f"{t.name} (adapted)", t) for t in result.adapted_thresholds]
+        named = named_thresholds(result.thresholds, result.adapted_thresholds)
         rows = [
             (
                 name,

@@ -101,6 +101,13 @@ class Threshold:
             raise InputError(f"not a threshold: {error}") from error
 
 
+def named_thresholds(
+    thresholds: Sequence[Threshold], adapted: Sequence[Threshold]
+) -> list[tuple[str, Threshold]]:
+    """Return thresholds of a network and of the adapted network, each with its name."""
+    return [(t.name, t) for t in thresholds] + [(f"{t.name} (adapted)", t) for t in adapted]
+
+
 def check_unreadable(
     unreadable: Sequence[Unreadable], limit: int | None, *, remark: str = ""
 ) -> None:

@@ -109,7 +109,6 @@ def load_manifest(
     source: Path,
     *,
     basedir: Path | None = None,
-    split_seed: int = 0,
     need_split: bool = True,
     max_missing: int | None = 0,
 ) -> Manifest:
@@ -120,7 +119,6 @@ def load_manifest(
             case, others are ignored), or a folder: a subfolder is an identity with everything
             below it, and an image that lies in the folder itself is its own identity.
         basedir: folder that relative paths start from; by default the filelist's folder.
-        split_seed: of the split that is made where there is none.
         need_split: make an identity-disjoint split where there is none; otherwise the records'
             ``split`` stays ``None``.
         max_missing: listed files that may be missing, to be found unreadable later; ``None``: any
@@ -130,7 +128,7 @@ def load_manifest(
         ManifestError: the list is unusable; the message holds every problem found, with counts.
     """
     manifest, problems = _load(
-        Path(source), basedir, split_seed=split_seed, need_split=need_split, max_missing=max_missing
+        Path(source), basedir, need_split=need_split, max_missing=max_missing
     )
     if problems:
         raise _manifest_error(manifest.source, problems)
@@ -147,7 +145,7 @@ def inspect_manifest(
         problems that ``load_manifest`` would raise.
     """
     try:
-        return _load(Path(source), basedir, split_seed=0, need_split=True, max_missing=0)
+        return _load(Path(source), basedir, need_split=True, max_missing=0)
     except ManifestError as error:
         return None, error.problems
 
@@ -156,7 +154,6 @@ def _load(
     source: Path,
     basedir: Path | None,
     *,
-    split_seed: int,
     need_split: bool,
     max_missing: int | None,
 ) -> tuple[Manifest, tuple[str, ...]]:
@@ -175,7 +172,7 @@ def _load(
             raise ManifestError(f"--basedir: {_no_such(base, 'folder')}")
         records, problems = _read_filelist(source, base, max_missing=max_missing)
     if need_split and records and records[0].split is None:
-        records = split_by_identity(records, seed=split_seed)
+        records = split_by_identity(records)
     return Manifest(tuple(records), base, source), tuple(problems)
 
 

@@ -593,7 +593,7 @@ class _Study:
     def _neighbours(self, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:
         """Return the score of training rows with their nearest other row of the bank."""
         distinct, inverse = np.unique(rows, return_inverse=True)
-        top = self._search(self.training.features[distinct], bank, 2)
+        top = self._search(self.training.features_of(distinct), bank, 2)
         itself = bank[top.rows[:, 0]] == distinct
         scores: Scores = np.where(itself, top.scores[:, 1], top.scores[:, 0])
         return scores[inverse]

@@ -178,7 +178,7 @@ def split_null(
 ) -> Null:
     """Take identities out of the training set, see ``split_rows``, and search them in the rest."""
     rows, bank = split_rows(training, rate=rate, seed=seed)
-    found = search(detector, training.features[rows], training.features[bank], 2, ranks)
+    found = search(detector, training.features_of(rows), training.features_of(bank), 2, ranks)
     null = Null(
         kind="split",
         bank=bank,
@@ -206,7 +206,8 @@ def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ran
     pending = np.arange(len(sample))
     k = min(count, _FIRST_NEIGHBOURS)
     while len(pending) and k <= _MOST_NEIGHBOURS:
-        found = search(detector, training.features[sample[pending]], training.features, k, ranks)
+        queries = training.features_of(sample[pending])
+        found = search(detector, queries, training.features, k, ranks)
         other = training.groups[found.rows] != training.groups[sample[pending]][:, None]
         settled = (other.sum(axis=1) >= 2) | (k == count)
         for position in np.flatnonzero(settled):
@@ -240,7 +241,7 @@ def _search_without(
     detector: Detector, training: ImageSet, rows: NDArray[np.int64], group: int, ranks: Ranks
 ) -> TopK:
     """Find the two best matches of training images among those of other identities."""
-    queries = training.features[rows]
+    queries = training.features_of(rows)
     parts: list[TopK] = []
     block = max(1, _BANK_BYTES // training.features[:1].nbytes)
     for start in range(0, training.num_distinct, block):

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.adapted import (
@@ -31,6 +30,7 @@ from lcmem_cli.engine.evaluation.judge import (
     judge,
     score_within,
 )
+from lcmem_cli.engine.evaluation.study import content_hashes
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
     SUFFIX,
@@ -226,11 +226,11 @@ def adapt(
         **checkpoint.training,
         "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
-    contents = {content_hash(path) for path in manifest.paths()}
+    contents = content_hashes(manifest.records, manifest.basedir, workers=workers)
     return checkpoint.changed(
         network_state=checkpoint.network_state | replaced,
         training=training,
-        adapted_to=tuple(sorted(contents.union(checkpoint.adapted_to))),
+        adapted_to=tuple(sorted({*filter(None, contents), *checkpoint.adapted_to})),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lcmem_cli.engine.files import dump_json
 from lcmem_cli.engine.models.checkpoint import Checkpoint
+from lcmem_cli.engine.results import named_thresholds
 
 _FRONT_MATTER = """---
 library_name: lcmem
@@ -60,8 +61,7 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
 
 
 def _thresholds(checkpoint: Checkpoint) -> str:
-    named = [(threshold.name, threshold) for threshold in checkpoint.thresholds]
-    named += [(f"{t.name} (adapted)", t) for t in checkpoint.adapted_thresholds]
+    named = named_thresholds(checkpoint.thresholds, checkpoint.adapted_thresholds)
     if not named:
         return "None are fitted. Fit some on your own images with `lcmem calibrate`.\n"
     rows = [
