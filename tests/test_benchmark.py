@@ -1,4 +1,5 @@
 import csv
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,11 +17,12 @@ from lcmem_cli.engine.data.pairs import reference_pairs
 from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation import benchmark as module
 from lcmem_cli.engine.evaluation import study
 from lcmem_cli.engine.evaluation.benchmark import benchmark
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
+from lcmem_cli.engine.store.latents import LatentStore
 
 FILES = ("benchmark_results.json", "benchmark_results.csv", "scores.csv", "thresholds.json")
 PICTURES = ("roc.png", "roc.pdf", "bars.png", "bars.pdf")
@@ -371,6 +373,12 @@ def test_stored_latents_give_the_scores_of_the_images(
         "--latents", tmp_path / "large", "-o", tmp_path / "refused", exit_code=2,
     )  # fmt: skip
     assert "48 pixels" in refused.stderr and "takes 32" in refused.stderr
+    changed = image_folder / load_manifest(image_folder).select("TEST").records[0].path
+    kept = changed.read_bytes()
+    changed.write_bytes(kept + b"-")
+    with pytest.raises(InputError, match=r"1 image.* have changed since their latents"):
+        benchmark(image_folder, output=tmp_path / "changed", **stored)
+    changed.write_bytes(kept)
     for path in image_folder.rglob("*.png"):  # latents are enough
         path.unlink()
     results.append(benchmark(image_folder / "list.csv", output=tmp_path / "gone", **stored))
@@ -383,6 +391,28 @@ def test_stored_latents_give_the_scores_of_the_images(
     assert counts == [counts[0]] * 3 and counts[0][0] > 10
     difference = np.abs(np.subtract(*np.transpose(first)))
     assert difference.max() > 0.01
+
+
+def test_a_stored_latent_without_finite_features_is_named(
+    checkpoint, image_folder, tmp_path, monkeypatch
+):
+    store = LatentStore.open(tmp_path / "store")
+    tests = [row for row, record in enumerate(store.records) if record.split == "TEST"]
+    broken, read_latents = tests[1], LatentStore.latents
+
+    def latents(self, rows):
+        found = read_latents(self, rows)
+        found[[row == broken for row in rows]] = float("nan")
+        return found
+
+    monkeypatch.setattr(LatentStore, "latents", latents)
+    common = {"detectors": [f"lcmem:{checkpoint}"], "workers": 0, "cache": False}
+    run_it = functools.partial(benchmark, image_folder, latents=tmp_path / "store", **common)
+    with pytest.raises(UnreadableLimitError, match=store.records[broken].path):
+        run_it(output=tmp_path / "refused", max_unreadable=0)
+    result = run_it(output=tmp_path / "out", max_unreadable=1)
+    assert [bad.path for bad in result.unreadable] == [store.records[broken].path]
+    assert "not finite" in result.unreadable[0].reason
 
 
 def test_each_data_set_is_also_scored_adapted_to_its_train_images(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Listener, draw_identity
 
-from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.errors import (
     CorruptFileError,
     FolderBusyError,
@@ -19,7 +19,7 @@ from lcmem_cli.engine.errors import (
     NotFiniteError,
     UnreadableLimitError,
 )
-from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.files import folder_lock, sha256_file
 from lcmem_cli.engine.models.codec import Codec, load_codec
 from lcmem_cli.engine.store import latents
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
@@ -289,6 +289,54 @@ def test_unreadable_images_are_listed_and_taken_when_they_can_be_read(
     (tmp_path / "kept").replace(image_folder / "id05" / "1.png")
     assert encode(tmp_path / "store").num_encoded_now == 10
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_shards_of_changed_images_are_made_anew(encode, image_folder, tmp_path):
+    first, second = image_folder / "id05" / "0.png", image_folder / "id05" / "1.png"
+    encode(tmp_path / "store")
+    before = LatentStore.open(tmp_path / "store")
+    paths = [record.path for record in before.records]
+    rows = [paths.index("id05/0.png"), paths.index("id05/1.png")]
+    assert [before.contents[row] for row in rows] == [sha256_file(first), sha256_file(second)]
+    latents_before = before.latents(rows)
+    old = first.read_bytes(), second.read_bytes()
+    first.write_bytes(old[1])
+    second.write_bytes(old[0])
+    with pytest.raises(InputError, match=r"2 image\(s\) have changed.*id05/0\.png"):
+        before.check_unchanged(rows, [sha256_file(first), sha256_file(second)])
+    before.check_unchanged(rows, [None, before.contents[rows[1]]])
+    listening = Listener()
+    assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 10
+    assert "2 image(s) have changed" in listening.warnings[0]
+    after = LatentStore.open(tmp_path / "store")
+    assert torch.equal(after.latents(rows), latents_before.flip(0))
+    encode(tmp_path / "other")
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
+def test_an_image_that_is_gone_leaves_its_latents(image_folder, tiny_codec, tmp_path):
+    write_manifest(load_manifest(image_folder), image_folder / "list.csv")
+    codec = load_codec(str(tiny_codec), device="cpu")
+
+    def num_encoded():
+        manifest = load_manifest(image_folder / "list.csv", max_missing=1)
+        return encode_latents(manifest, codec, tmp_path / "store", image_size=16).num_encoded_now
+
+    assert num_encoded() == 72
+    (image_folder / "id05" / "0.png").unlink()
+    assert num_encoded() == 0
+
+
+def test_a_store_of_an_earlier_version_is_kept_and_read(encode, tmp_path):
+    encode(tmp_path / "store")
+    for side in (tmp_path / "store" / "shards").glob("*.json"):
+        values = json.loads(side.read_text())
+        del values["contents"]
+        side.write_text(json.dumps(values))
+    assert encode(tmp_path / "store").num_encoded_now == 0
+    store = LatentStore.open(tmp_path / "store")
+    assert set(store.contents) == {None}
+    store.check_unchanged([0], ["another"])
 
 
 def test_an_unreadable_shard_is_empty_and_not_fatal(encode, image_folder, tmp_path):

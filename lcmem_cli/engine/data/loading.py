@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
     UnreadableImageError,
+    content_hash,
     load_image,
     pixels_to_tensor,
     resized_pixels,
 )
+from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, MissingExtraError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
@@ -27,12 +30,12 @@ Transform = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedBatch:
-    """Images of ``batch_size`` consecutive paths, those that could not be read left out.
+    """Images of consecutive paths, those that could not be read left out.
 
     Attributes:
         indices: position of each image in the list of paths, ascending.
-        images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform made of
-            each; perhaps of length zero.
+        images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
+            made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
         notes: position and remark of each image whose bit depth had to be guessed.
     """
@@ -167,3 +170,35 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
         ],
         notes=[(index, outcome.note) for index, outcome in readable if outcome.note is not None],
     )
+
+
+def hash_files(
+    paths: Sequence[Path], workers: int, ranks: Ranks | None = None
+) -> tuple[list[str | None], dict[int, str]]:
+    """Hash files in threads, each process its share.
+
+    Args:
+        paths: files.
+        workers: threads; 0 counts as 1.
+        ranks: processes that share the work; by default this one alone.
+
+    Returns:
+        The SHA-256 of each file, ``None`` where it cannot be read; and the reasons, by position.
+    """
+    ranks = ranks or Ranks()
+
+    def digest(index: int) -> tuple[int, str | None, str]:
+        try:
+            return index, content_hash(paths[index]), ""
+        except UnreadableImageError as error:
+            return index, None, error.reason
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        mine = list(pool.map(digest, ranks.share(range(len(paths)))))
+    hashes: list[str | None] = [None] * len(paths)
+    failed: dict[int, str] = {}
+    for index, content, reason in itertools.chain.from_iterable(ranks.gather(mine)):
+        hashes[index] = content
+        if content is None:
+            failed[index] = reason
+    return hashes, failed

@@ -8,7 +8,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import UnreadableImageError, content_hash, guesses_text
-from lcmem_cli.engine.data.loading import LoadedBatch, iter_images
+from lcmem_cli.engine.data.images import guesses_text
+from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
@@ -197,7 +196,7 @@ def _embed(
     reporter: Reporter,
     description: str,
 ) -> EmbeddedFiles:
-    hashes, failed_files = hash_files(paths, max(1, workers), ranks)
+    hashes, failed_files = hash_files(paths, workers, ranks)
     first: dict[str, int] = {}
     for index, content in enumerate(hashes):
         if content is not None:
@@ -354,37 +353,6 @@ class _Features:
             used += 1
         self.features, self.guessed = self.features[:used], self.guessed[:used]
         return numbers
-
-
-def hash_files(
-    paths: Sequence[Path], workers: int, ranks: Ranks
-) -> tuple[list[str | None], dict[int, str]]:
-    """Hash files in threads, each process its share.
-
-    Args:
-        paths: files.
-        workers: threads, at least 1.
-        ranks: processes that share the work.
-
-    Returns:
-        The SHA-256 of each file, ``None`` where it cannot be read; and the reasons, by position.
-    """
-
-    def digest(index: int) -> tuple[int, str | None, str]:
-        try:
-            return index, content_hash(paths[index]), ""
-        except UnreadableImageError as error:
-            return index, None, error.reason
-
-    with ThreadPoolExecutor(workers) as pool:
-        mine = list(pool.map(digest, ranks.share(range(len(paths)))))
-    hashes: list[str | None] = [None] * len(paths)
-    failed: dict[int, str] = {}
-    for index, content, reason in itertools.chain.from_iterable(ranks.gather(mine)):
-        hashes[index] = content
-        if content is None:
-            failed[index] = reason
-    return hashes, failed
 
 
 def allocate_features(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:

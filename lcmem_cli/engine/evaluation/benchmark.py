@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
+from lcmem_cli.engine.data.loading import LoadedBatch
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import (
     PairSet,
@@ -363,7 +364,11 @@ def benchmark(
         raise NotAdaptableError(
             "--adapt: none of the detectors can be adapted; only LCMem networks, and joint, can be"
         )
-    contents = content_hashes(study.records, study.basedir, workers=workers)
+    contents = content_hashes(study.records, study.basedir, workers=workers, ranks=ranks)
+    if store is not None:
+        content_of = dict(zip((record.path for record in study.records), contents, strict=True))
+        rows = [row for row, record in enumerate(store.records) if record.path in content_of]
+        store.check_unchanged(rows, [content_of[store.records[row].path] for row in rows])
     inputs = {
         "command": "benchmark",
         "images_digest": content_digest(study.records, contents),
@@ -615,7 +620,7 @@ def _embed_stored(
     ranks: Ranks,
     reporter: Reporter,
 ) -> tuple[NDArray[Any], NDArray[np.int64], list[Unreadable]]:
-    """Embed stored latents; images that the store's encoding left out are unreadable."""
+    """Embed stored latents; left-out images, and those without finite features, are unreadable."""
     check_latents(detector, store)
     known = {record.path: row for row, record in enumerate(store.records)}
     left_out = {item.path: item.reason for item in store.unreadable}
@@ -632,21 +637,33 @@ def _embed_stored(
             f"first is {missing[0]!r}; make them with lcmem latents on the same filelist"
         )
     present = [position for position, path in enumerate(paths) if path in known]
-    mine = list(ranks.share(range(len(present))))
+    mine = list(ranks.share(present))
     batching = Batching(batch_size, detector.device, reporter=reporter)
     parts: list[NDArray[Any]] = []
+    kept: list[int] = []
+    failed: list[tuple[int, str]] = []
     with reporter.task(f"embedding latents ({detector.name})", len(mine), unit="image") as task:
         for start in range(0, len(mine), batching.loaded):
-            part = [known[paths[present[i]]] for i in mine[start : start + batching.loaded]]
-            parts.append(batching.call(detector.embed_latents, store.latents(part)))
-            task.advance(len(part))
+            numbers = mine[start : start + batching.loaded]
+            latents = store.latents([known[paths[number]] for number in numbers])
+            indices, pieces, bad = batching.embed(
+                detector.embed_latents,
+                LoadedBatch(indices=numbers, images=latents, unreadable=[]),
+            )
+            kept += indices
+            parts += pieces
+            failed += bad
+            task.advance(len(numbers))
     features = np.zeros((len(present), detector.num_features), dtype=np.float32)
-    for numbers, rows in ranks.gather((mine, parts)):
-        if numbers:
-            features[numbers] = np.concatenate(rows)
     row_of = np.full(len(paths), -1, dtype=np.int64)
-    row_of[present] = np.arange(len(present))
-    return features, row_of, unreadable
+    used = 0
+    for numbers, rows, bad in ranks.gather((kept, parts, failed)):
+        if numbers:
+            row_of[numbers] = np.arange(used, used + len(numbers))
+            features[row_of[numbers]] = np.concatenate(rows)
+            used += len(numbers)
+        unreadable += [Unreadable(path=paths[number], reason=reason) for number, reason in bad]
+    return features[:used], row_of, unreadable
 
 
 def check_latents(detector: LCMemDetector, store: LatentStore) -> None:

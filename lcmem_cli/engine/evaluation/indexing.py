@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
-from lcmem_cli.engine.detectors.embedding import embed_files, hash_files
+from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError
@@ -137,7 +138,7 @@ def _add(
     paths = [path.absolute() for path in manifest.paths()]
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    contents, _ = hash_files(paths, max(1, resolve_workers(workers, ranks.local_size)), ranks)
+    contents, _ = hash_files(paths, resolve_workers(workers, ranks.local_size), ranks)
     known_paths = {entry.path for entry in index.entries}
     others = known_paths.difference(map(str, paths)) if only_listed else set()
     if others:

@@ -390,7 +390,7 @@ def robustness(
     available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
-    contents = content_hashes(study.records, study.basedir, workers=workers)
+    contents = content_hashes(study.records, study.basedir, workers=workers, ranks=ranks)
     inputs = {
         "command": "robustness",
         "images_digest": content_digest(study.records, contents),

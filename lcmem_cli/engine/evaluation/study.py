@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import NOT_EMBEDDED
-from lcmem_cli.engine.data.images import UnreadableImageError, content_hash, load_image
+from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
 from lcmem_cli.engine.detectors.base import Detector
@@ -318,7 +318,7 @@ def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record
 
 
 def content_hashes(
-    records: Sequence[Record], basedir: Path, *, workers: int = -1
+    records: Sequence[Record], basedir: Path, *, workers: int = -1, ranks: Ranks | None = None
 ) -> list[str | None]:
     """Return the SHA-256 of each image's file, ``None`` where it cannot be read.
 
@@ -326,16 +326,11 @@ def content_hashes(
         records: the images.
         basedir: folder that their paths start from.
         workers: threads; -1 from the CPUs.
+        ranks: processes that share the work; by default this one alone.
     """
-
-    def content(record: Record) -> str | None:
-        try:
-            return content_hash(basedir / record.path)
-        except UnreadableImageError:
-            return None
-
-    with ThreadPoolExecutor(max(1, resolve_workers(workers))) as pool:
-        return list(pool.map(content, records))
+    ranks = ranks or Ranks()
+    paths = [basedir / record.path for record in records]
+    return hash_files(paths, resolve_workers(workers, ranks.local_size), ranks)[0]
 
 
 def content_digest(records: Sequence[Record], contents: Sequence[str | None]) -> str:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import UnreadableImageError, guesses_text, load_image
-from lcmem_cli.engine.data.loading import LoadedBatch, Transform, iter_images
+from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
 from lcmem_cli.engine.errors import (
@@ -50,6 +50,7 @@ SHARD_BYTES = 1 << 26
 STD_FLOOR = 1e-12
 _LIGHT_BYTES = 16 << 20
 _COLUMNS = ("path", "id", "Split", "ds_name")
+_CONTENT = "content"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ class LatentStore:
     Attributes:
         folder: where it is.
         records: images in the store, in list order.
+        contents: SHA-256 of the file that each image's latent was made from; ``None`` in a store
+            that does not know (written by an earlier version).
         spec: codec that made the latents.
         image_size: side in pixels of what was encoded.
         mean: per channel ``[C]``.
@@ -113,6 +116,7 @@ class LatentStore:
             Record(*(_to_text(value) for value in row))  # type: ignore[arg-type]
             for row in zip(*(columns[name] for name in _COLUMNS), strict=True)
         )
+        self.contents = tuple(columns.get(_CONTENT) or [None] * len(self.records))
         self._shard = np.asarray(columns["shard"], dtype=np.int64)
         self._row = np.asarray(columns["row"], dtype=np.int64)
         # Shards stay mapped, a few hundred at most, so that reading costs no open call.
@@ -162,6 +166,28 @@ class LatentStore:
         return torch.from_numpy(
             np.stack([self._map(int(self._shard[r]))[self._row[r]] for r in rows])
         )
+
+    def check_unchanged(self, rows: Sequence[int], contents: Sequence[str | None]) -> None:
+        """Refuse images that are not those that the latents were made from.
+
+        Args:
+            rows: of ``records``.
+            contents: SHA-256 of each one's file now; ``None`` where there is none any more.
+
+        Raises:
+            InputError: files have changed; names the first.
+        """
+        changed = [
+            row
+            for row, content in zip(rows, contents, strict=True)
+            if None not in (content, self.contents[row]) and content != self.contents[row]
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder}: {len(changed):,} image(s) have changed since their latents were "
+                f"made, the first is {self.records[changed[0]].path!r}; run the same lcmem latents "
+                "command again, which makes them anew"
+            )
 
     def measure(self) -> None:
         """Compare the shape of every shard with the index, which takes no reading of it.
@@ -237,10 +263,11 @@ def encode_latents(
     """Encode every image of a list, continuing what an earlier run left unfinished.
 
     Shards that are there and match their checksum are kept; the others are made anew, and so are
-    those that lack an image which can be read by now. A shard's bytes depend neither on the number
-    of processes nor on where an earlier run was stopped. While the codec works on a batch, the next
-    is decoded and the last shard is written. A light codec on a CPU works in the decoding threads,
-    each on one image, so that all cores are busy with whatever is to be done.
+    those that lack an image which can be read by now, or hold one whose file has changed. A shard's
+    bytes depend neither on the number of processes nor on where an earlier run was stopped. While
+    the codec works on a batch, the next is decoded and the last shard is written. A light codec on
+    a CPU works in the decoding threads, each on one image, so that all cores are busy with whatever
+    is to be done.
 
     Args:
         manifest: images to encode.
@@ -271,17 +298,18 @@ def encode_latents(
             _check_plan(output, plan)
         ranks.barrier()  # the plan is there
         shards = _Shards(output, len(manifest), plan["shard_records"])
-        paths = manifest.paths()
-        finished = ranks.gather(
-            [
-                number
-                for number in ranks.share(range(len(shards)))
-                if shards.is_whole(number) and not _readable_now(shards, number, paths)
-            ]
-        )
-        known = set(itertools.chain.from_iterable(finished))
+        paths, threads = manifest.paths(), resolve_workers(workers, ranks.local_size)
+        whole = [number for number in ranks.share(range(len(shards))) if shards.is_whole(number)]
+        changed = {number: _changed(shards, number, paths, threads) for number in whole}
+        finished = [
+            number
+            for number in whole
+            if not changed[number] and not _readable_now(shards, number, paths)
+        ]
+        known = set(itertools.chain.from_iterable(ranks.gather(finished)))
+        num_changed = sum(ranks.gather(sum(changed.values())))
         if ranks.is_main:
-            _tell_what_is_there(shards, known, reporter)
+            _tell_what_is_there(shards, known, num_changed, reporter)
         made = _encode_shards(
             ranks.share([number for number in range(len(shards)) if number not in known]),
             shards,
@@ -289,7 +317,7 @@ def encode_latents(
             codec,
             image_size=image_size,
             batch_size=batch_size,
-            workers=resolve_workers(workers, ranks.local_size),
+            workers=threads,
             seed=seed,
             reporter=reporter,
         )
@@ -383,6 +411,7 @@ class _Shards:
         number: int,
         batches: Sequence[NDArray[np.float32]],
         kept: list[int],
+        contents: list[str | None],
         unreadable: list[dict[str, str]],
     ) -> None:
         """Write a shard; its side file comes last, so that a shard that has one is complete.
@@ -393,6 +422,7 @@ class _Shards:
             number: of the shard.
             batches: its latents, ``[n, C, h, w]`` each, at least one.
             kept: rows of the list that they belong to.
+            contents: SHA-256 of each of these rows' files.
             unreadable: images of the shard that gave none.
         """
         path = self.path(number)
@@ -422,6 +452,7 @@ class _Shards:
                 "file": path.name,
                 "sha256": digest.hexdigest(),
                 "rows": kept,
+                "contents": contents,
                 "unreadable": unreadable,
                 "pixels": len(kept) * height * width,
                 "sum": total.tolist(),
@@ -439,10 +470,25 @@ def _readable_now(shards: _Shards, number: int, paths: Sequence[Path]) -> bool:
     return False
 
 
-def _tell_what_is_there(shards: _Shards, known: set[int], reporter: Reporter) -> None:
-    """Report shards that an earlier run left, and damaged ones, which are made anew."""
+def _changed(shards: _Shards, number: int, paths: Sequence[Path], workers: int) -> int:
+    """Return how many files of a shard are not what they were when it was made."""
+    side = shards.side(number)
+    now, _ = hash_files([paths[row] for row in side["rows"]], workers)
+    before = side.get("contents", now)  # an earlier version wrote none
+    return sum(a is not None and a != b for a, b in zip(now, before, strict=True))
+
+
+def _tell_what_is_there(
+    shards: _Shards, known: set[int], num_changed: int, reporter: Reporter
+) -> None:
+    """Report shards that an earlier run left, and those that are made anew."""
     if known:
         reporter.event("continuing", shards_found=len(known), shards=len(shards))
+    if num_changed:
+        reporter.warn(
+            f"{shards.folder}: {num_changed:,} image(s) have changed since they were encoded; "
+            "their shards are made anew"
+        )
     damaged = [
         shards.path(number).name
         for number in range(len(shards))
@@ -480,11 +526,15 @@ def _encode_shards(
     stop = threading.Event()
     is_light = codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
 
+    contents: dict[int, list[str | None]] = {}
+
     def load() -> Iterator[tuple[int, LoadedBatch]]:
         # Batches never span shards, so their composition does not depend on what is left to do.
         for number in numbers:
             rows = shards.rows(number)
             names = [manifest.records[row].path for row in rows]
+            # Before they are decoded: a file that changes meanwhile is found out by the next run.
+            contents[number], _ = hash_files([paths[row] for row in rows], workers)
             batches = iter_images(
                 [paths[row] for row in rows],
                 image_size,
@@ -525,7 +575,9 @@ def _encode_shards(
                 task.advance(len(batch.indices) + len(batch.unreadable))
             if writing is not None:
                 writing.result()
-            writing = writer.submit(shards.write, number, collected, kept, unreadable)
+            hashes = contents.pop(number)
+            known = [hashes[row - rows.start] for row in kept]
+            writing = writer.submit(shards.write, number, collected, kept, known, unreadable)
             num_encoded += len(kept)
         if writing is not None:
             writing.result()
@@ -654,7 +706,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
     import pyarrow
     import pyarrow.parquet
 
-    listed, unreadable, rows = [], [], []
+    listed, unreadable, rows, contents = [], [], [], []
     channels = codec.spec.latent_channels
     total, square, pixels = np.zeros(channels), np.zeros(channels), 0
     for number in range(len(shards)):
@@ -662,6 +714,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
         listed.append({"file": side["file"], "sha256": side["sha256"]})
         unreadable += side["unreadable"]
         rows += [(r, number, i) for i, r in enumerate(side["rows"])]
+        contents += side.get("contents", [None] * len(side["rows"]))
         total += np.asarray(side["sum"])  # in shard order: the same for any number of processes
         square += np.asarray(side["sum_of_squares"])
         pixels += side["pixels"]
@@ -675,6 +728,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
                 column: pyarrow.array([_to_bytes(r[place]) for r in records], pyarrow.binary())
                 for place, column in enumerate(_COLUMNS)
             },
+            _CONTENT: pyarrow.array(contents, pyarrow.string()),
             "shard": pyarrow.array([s for _, s, _ in rows], pyarrow.int64()),
             "row": pyarrow.array([i for _, _, i in rows], pyarrow.int64()),
         }

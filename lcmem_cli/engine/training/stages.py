@@ -23,6 +23,7 @@ from lcmem_cli.engine.config import (
 )
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
+from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
 from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, LcmemError
@@ -585,8 +586,9 @@ def _fit_teacher(
         )
     seed, count = config.runtime.seed, config.network.align_stem
     workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
-    explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     paths = [manifest.basedir / store.records[row].path for row in rows]
+    store.check_unchanged(rows, hash_files(paths, workers, ranks)[0])
+    explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():
         teacher = Teacher.load(known).to(device)
