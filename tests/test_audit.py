@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -547,6 +548,58 @@ def test_benjamini_hochberg_flags_the_copies_and_says_what_it_holds(sets, tmp_pa
     assert nothing.rule.threshold is None and nothing.num_flagged == 0
     assert any("can only flag 25 or more" in warning for warning in nothing.warnings)
     assert "could not have flagged fewer than 25" in nothing.verdict
+    assert nothing.statement.startswith("Undecided: none of 30") and nothing.is_undecided
+    assert 'class="verdict unsure"' in (tmp_path / "out" / "report.html").read_text()
+    assert not result.is_undecided and not any("than at least" in line for line in nothing.shows)
+
+
+def test_a_gate_that_benjamini_hochberg_cannot_fail_is_refused(sets):
+    # 60 real images: no p-value is under 1/61, so at a rate of 0.05 the 35 pass 12 at a time
+    options = {"bh": True, "fpr": 0.05, "held_out": sets / "held-out"}
+    with pytest.raises(InputError, match=r"at 1 flagged image.* only flag 12 .* give 699 held-out"):
+        run(sets, fail_over=0, **options)
+    assert run(sets, fail_over=0.32, **options).fail_over == 0.32  # fails at 12
+    with pytest.raises(InputError, match="at 11 flagged images"):
+        run(sets, fail_over=0.3, **options)
+
+
+def test_a_folder_with_another_audit_is_refused(sets, tmp_path):
+    run(sets, output=tmp_path, top_k=2)
+    run(sets, output=tmp_path, fail_over=0.5)  # the same finding
+    before = (tmp_path / "audit.json").read_bytes()
+    with pytest.raises(
+        InputError, match=r"another audit \(fpr: 0.05 there, 0.1 now\).*--overwrite"
+    ):
+        run(sets, output=tmp_path, fpr=0.1)
+    with pytest.raises(InputError, match=r"another audit \(generated: "):
+        audit(
+            sets / "held-out", sets / "train", fpr=0.1, detector=SmallCorrelation(), output=tmp_path
+        )
+    assert (tmp_path / "audit.json").read_bytes() == before
+    assert run(sets, output=tmp_path, fpr=0.1, overwrite=True).rule.rate == 0.1
+    (tmp_path / "config.toml").unlink()
+    with pytest.raises(InputError, match="another audit"):
+        run(sets, output=tmp_path, fpr=0.1)
+
+
+def test_how_many_real_images_are_less_close_than_any_flagged_one_is_counted(sets):
+    (line,) = (line for line in run(sets, fpr=0.5).shows if "than at least" in line)
+    below = int(re.search(r"than at least (\d+) of 60 real", line)[1])
+    assert 30 <= below < 60  # the threshold is the 31st of 60 scores, and not exceeded by itself
+    (line,) = (line for line in run(sets, fpr=1 / 61).shows if "than at least" in line)
+    assert "than at least 60 of 60 real" in line
+
+
+def test_identities_of_a_flat_folder_are_not_counted(sets, tmp_path):
+    flat = run(sets)
+    assert flat.num_exposed_identities is flat.training.num_identities is None
+    assert any("different people" in line for line in flat.does_not_show)
+    people = identity_folder(tmp_path / "people", identities=12, each=3)
+    labelled = audit(
+        sets / "generated", people, held_out=sets / "held-out", fpr=0.05,
+        detector=SmallCorrelation(),
+    )  # fmt: skip
+    assert labelled.training.num_identities == 12
 
 
 def test_few_identities_in_the_null_are_warned_about(tmp_path, sets):
@@ -669,7 +722,7 @@ def test_probabilities_are_drawn_and_subtracted_as_logits(sets, tmp_path):
     for name in ("smallest", "median", "largest"):
         logits = getattr(result.metrics.generated_ratio, name)
         assert logits == pytest.approx(getattr(plain.metrics.generated_ratio, name), abs=1e-5)
-    assert "best-match score, as logit" in (tmp_path / "report.html").read_text()
+    assert "best-match score, on a logit scale" in (tmp_path / "report.html").read_text()
 
 
 def test_ratios_of_what_is_no_distance_are_left_out(sets, tmp_path):
@@ -719,9 +772,10 @@ def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tm
     assert failed.exit_code == 3, failed.output
     assert "match a training image more closely than held-out" in failed.stdout
     assert "Detector ncc, flagged: score over 0." in failed.stdout
-    assert "Gate failed: more than 10 % of the images are flagged." in failed.stdout
+    assert "Gate failed: 22.9 % of the images are flagged, over 10 %." in failed.stdout
     passed = command(*arguments, "0.9")
     assert passed.exit_code == 0, passed.output
+    assert "Gate passed: 22.9 % of the images are flagged, not over 90 %." in passed.stdout
     as_json = command(*arguments, "0.1", "--json")
     assert as_json.exit_code == 3
     document = json.loads(as_json.stdout)

@@ -681,6 +681,15 @@ def test_infer_scores_with_any_detector(run_cli, image_folder, tmp_path):
     assert "does not go with" in run_cli("infer", *pair, *both, exit_code=2).stderr
     hint = run_cli("infer", *pair, "--detector", "my.safetensors", exit_code=2).stderr
     assert "lcmem:my.safetensors" in hint
+    (tmp_path / "same.png").write_bytes(pair[0].read_bytes())
+    same = run_cli("infer", pair[0], tmp_path / "same.png", "--detector", "ncc")
+    assert "byte for byte" in same.stdout
+    assert "byte for byte" not in run_cli("infer", *pair, "--detector", "ncc").stdout
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(deep)
+    assert "brightness was guessed" in " ".join(
+        run_cli("infer", pair[0], deep, "--detector", "ncc").stderr.split()
+    )
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     done = run_cli(

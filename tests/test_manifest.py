@@ -6,6 +6,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Listener
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,7 @@ from lcmem_cli.engine.data.manifest import (
     Manifest,
     Record,
     load_manifest,
+    make_filelist,
     split_by_identity,
     write_manifest,
 )
@@ -179,6 +181,41 @@ def test_the_command_writes_a_split_that_reads_back(run_cli, image_folder, tmp_p
     kept = ("manifest", image_folder / "list.csv", "-o", image_folder / "kept.csv", "--seed", 4)
     assert "has a split already, which is kept" in run_cli(*kept).stdout
     assert load_manifest(image_folder / "kept.csv").records == manifest.records
+    refused = run_cli(*kept, "--id-regex", "id", exit_code=2)
+    assert "has a split, made for the ids that it lists" in refused.stderr
+
+
+def test_ids_are_found_in_file_names(tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for patient in range(8):
+        for image in range(3):
+            (flat / f"p{patient:02d}_{image}.png").write_bytes(b"")
+    listening = Listener()
+    plain = make_filelist(flat, tmp_path / "plain.csv", reporter=listening)
+    assert sum(size.identities for size in plain.splits.values()) == 24
+    assert "every image counts as an identity of its own" in listening.warnings[0]
+    listening = Listener()
+    for regex in ("^(p[0-9]+)_", "^p[0-9]+"):
+        found = make_filelist(flat, tmp_path / "list.csv", id_regex=regex, reporter=listening)
+        assert sum(size.identities for size in found.splits.values()) == 8
+        records = load_manifest(tmp_path / "list.csv", basedir=flat).records
+        assert {record.id for record in records} == {f"p{number:02d}" for number in range(8)}
+        assert len({(record.id, record.split) for record in records}) == 8
+    assert not listening.warnings
+    for regex, words in (("(", "no regular expression"), ("x", "finds no id in 'p0")):
+        with pytest.raises(InputError, match=words):
+            make_filelist(flat, tmp_path / "no.csv", id_regex=regex)
+    assert not (tmp_path / "no.csv").exists()
+
+
+def test_splits_that_stay_empty_are_warned_of(tmp_path):
+    for number in range(2):
+        (tmp_path / "images" / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "one" / f"{number}.png").write_bytes(b"")
+    listening = Listener()
+    make_filelist(tmp_path / "images", tmp_path / "list.csv", reporter=listening)
+    assert listening.warnings == ["no image in VAL and TEST: too few identities to split"]
 
 
 identities = st.lists(

@@ -273,6 +273,7 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     ("arguments", "code", "word"),
     [
         (["infer", "a.png"], 2, "two images"),
+        (["infer", "a.png", "--pairs", "pairs.csv"], 2, "not both"),
         (["infer", "nosuch.png", "b.png"], 2, "nosuch.png"),
         (["latents", "--filelist", "nosuch", "-o", "x"], 2, "nosuch"),
         (["train-stage1", "-o", "x", "--config", "stage1"], 2, "--latents"),

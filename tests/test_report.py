@@ -3,6 +3,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import re
 import shutil
 
@@ -113,7 +114,7 @@ def test_the_plot_shows_shares_and_the_threshold_in_place():
             generated=np.array([0.0, 0.0, 1.0, 1.0]),
             null=np.array([0.0] * 30 + [1.0] * 10),
             threshold=0.5,
-            label="score",
+            as_logit=False,
         )
     )
     assert [(bar.generated, bar.null) for bar in plot.bars] == [(0.5, 0.75), (0.5, 0.25)]
@@ -123,22 +124,51 @@ def test_the_plot_shows_shares_and_the_threshold_in_place():
     assert max(numbers(plot.null_path)) == plot.width - plot.right
 
 
+def test_no_bin_holds_scores_on_both_sides_of_the_threshold():
+    null = np.array([0.1, 0.2, 0.37, 0.37])
+    generated = np.array([0.05, 0.36, 0.371, 0.9])
+    plot = draw_distribution(
+        Distribution(generated=generated, null=null, threshold=0.37, as_logit=False)
+    )
+    assert sum(bar.null for bar in plot.bars) == sum(bar.generated for bar in plot.bars) == 1
+    assert max(bar.high for bar in plot.bars if bar.null) == pytest.approx(0.37)
+    beyond = [bar for bar in plot.bars if bar.low >= 0.37 - 1e-9]
+    assert sum(bar.generated for bar in beyond) == 0.5
+
+
+def test_probabilities_are_drawn_at_their_logits_and_read_as_they_are():
+    scores = np.log(np.array([0.01, 0.5, 0.9]) / (1 - np.array([0.01, 0.5, 0.9])))
+    plot = draw_distribution(
+        Distribution(generated=scores, null=scores, threshold=0.0, as_logit=True)
+    )
+    places = [math.log(float(label) / (1 - float(label))) for _, label in plot.x_ticks]
+    per_unit = {
+        (x - plot.threshold_x) / place for (x, _), place in zip(plot.x_ticks, places, strict=True)
+    }
+    assert len(places) > 3 and min(per_unit) == pytest.approx(max(per_unit), rel=0.01)
+    assert 0.4 < max(bar.high for bar in plot.bars if bar.high < 0.6) <= 0.5
+
+
 def test_ticks_that_lie_close_have_labels_of_their_own():
     scores = 1 - np.linspace(0, 3e-7, 5)
     plot = draw_distribution(
-        Distribution(generated=scores, null=scores, threshold=None, label="score")
+        Distribution(generated=scores, null=scores, threshold=None, as_logit=False)
     )
     labels = [label for _, label in plot.x_ticks]
     assert len(set(labels)) == len(labels) > 2
 
 
-@pytest.mark.parametrize("values", [[], [0.3], [1e-12, 2e-12], [-40, 40], [5, 5, 5]])
-def test_the_plot_can_be_drawn_for_any_scores(values):
+@pytest.mark.parametrize("as_logit", [False, True])
+@pytest.mark.parametrize(
+    "values", [[], [0.3], [1e-12, 2e-12], [-40, 40], [5, 5, 5], [40, 40], [-40, -40]]
+)
+def test_the_plot_can_be_drawn_for_any_scores(values, as_logit):
     scores = np.array(values, dtype=float)
     plot = draw_distribution(
-        Distribution(generated=scores, null=scores[:1], threshold=None, label="score")
+        Distribution(generated=scores, null=scores[:1], threshold=None, as_logit=as_logit)
     )
-    assert "nan" not in plot.generated_path and plot.x_ticks
+    assert "nan" not in plot.generated_path
+    assert plot.x_ticks or (as_logit and min(values) == max(values))  # nothing but 0 or 1
     assert plot.threshold_x is None
 
 

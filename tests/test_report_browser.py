@@ -256,7 +256,7 @@ def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
         pairs=pairs,
         most_copied=[],
         pictures=[None],
-        distribution=Distribution(generated=scores, null=scores, threshold=0.9, label="score"),
+        distribution=Distribution(generated=scores, null=scores, threshold=0.9, as_logit=False),
     )
     (tmp_path / "many.html").write_text(text, encoding="utf-8")
     page = browser.new_page()

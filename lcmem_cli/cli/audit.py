@@ -19,6 +19,7 @@ from lcmem_cli.cli.options import (
     DeviceOption,
     JsonOption,
     OutputOption,
+    OverwriteOption,
     SeedOption,
     WorkersOption,
 )
@@ -104,6 +105,7 @@ def audit_command(
     batch_size: BatchSizeOption = 32,
     workers: WorkersOption = -1,
     cache: CacheOption = True,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find generated images that match a training image more closely than real images do.
@@ -134,6 +136,7 @@ def audit_command(
         workers=workers,
         cache=cache,
         output=output,
+        overwrite=overwrite,
         reporter=render.reporter(),
     )
     if current_ranks(device.value).is_main:
@@ -152,10 +155,10 @@ def _show(result: AuditResult, output: Path) -> None:
     adapted = "" if result.adapted_to is None else " adapted to the training images"
     render.line(f"Detector {result.detector}{adapted}{limit}.")
     if result.num_flagged:
-        render.line(
-            f"Exposed: {counted(result.num_exposed_images, 'training image')} of "
-            f"{counted(result.num_exposed_identities, 'identity', 'identities')}."
-        )
+        exposed = counted(result.num_exposed_images, "training image")
+        if result.num_exposed_identities is not None:
+            exposed += f" of {counted(result.num_exposed_identities, 'identity', 'identities')}"
+        render.line(f"Exposed: {exposed}.")
     render.line()
     for title, lines in (
         ("What this shows", result.shows),
@@ -172,7 +175,7 @@ def _show(result: AuditResult, output: Path) -> None:
                 name,
                 f"{images.num_images:,}",
                 f"{images.num_distinct:,}",
-                f"{images.num_identities:,}",
+                "-" if images.num_identities is None else f"{images.num_identities:,}",
                 f"{len(images.unreadable):,}",
                 images.source,
             ]
@@ -195,10 +198,11 @@ def _show(result: AuditResult, output: Path) -> None:
             ],
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
         )
-    if result.gate_failed:
-        assert result.fail_over is not None
+    if result.fail_over is not None:
+        ended, compared = ("failed", "over") if result.gate_failed else ("passed", "not over")
         render.line(
-            f"Gate failed: more than {percent(result.fail_over)} of the images are flagged."
+            f"Gate {ended}: {percent(result.share_flagged)} of the images are flagged, {compared} "
+            f"{percent(result.fail_over)}."
         )
     render.line(f"See {output / 'report.html'}")
 
@@ -231,7 +235,7 @@ def _figures(result: AuditResult) -> list[list[str]]:
             number(median(metrics.null_scores)),
         ],
         ["AuthPct", number(metrics.auth_pct, ".1f"), number(metrics.null_auth_pct, ".1f")],
-        ["C_T (below -3: copying)", number(copying, "+.2f"), "-"],
+        ["C_T (below -3: copying; within 3: nothing)", number(copying, "+.2f"), "-"],
         [
             "first / second neighbour, median",
             number(median(metrics.generated_ratio), ".3f"),

@@ -50,10 +50,11 @@ def infer(
     as_json: JsonOption = False,
 ) -> None:
     """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?"""
-    if (pairs is None) == (image_a is None or image_b is None):
+    images = [image for image in (image_a, image_b) if image is not None]
+    if len(images) != (2 if pairs is None else 0):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
-    for image in (image_a, image_b):
-        if image is not None and (image.is_dir() or not image.exists()):
+    for image in images:
+        if image.is_dir() or not image.exists():
             raise typer.BadParameter(
                 f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
             )
@@ -100,6 +101,8 @@ def infer(
         if len(result.pairs) == 1 and result.pairs[0].score is not None:
             render.line(f"score      {result.pairs[0].score:.6f}")
             render.line(f"verdict    {verdict_text(result.pairs[0])}")
+            if result.pairs[0].identical:
+                render.line("           both files are the same, byte for byte")
         else:
             rows = [
                 (p.path_a, p.path_b, "-" if p.score is None else f"{p.score:.6f}", verdict_text(p))

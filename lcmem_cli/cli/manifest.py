@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,33 +17,33 @@ def manifest(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="CSV or Parquet file to write.")],
     basedir: BasedirOption = None,
+    id_regex: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--id-regex",
+            help="Find the id in each path, for example '([0-9]+)_[0-9]+[.]png' (its first group).",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write a filelist with an identity-disjoint, seeded TRAIN/VAL/TEST split."""
-    from lcmem_cli.engine.data.manifest import load_manifest, split_by_identity, write_manifest
+    from lcmem_cli.engine.data.manifest import make_filelist
 
-    listed = load_manifest(source, basedir=basedir, need_split=False)
-    has_split = listed.records[0].split is not None
-    if not has_split:
-        records = split_by_identity(listed.records, seed=seed)
-        listed = dataclasses.replace(listed, records=tuple(records))
-    write_manifest(listed, output)
-    counts = {
-        split: {
-            "images": len(part),
-            "identities": len({record.identity for record in part.records}),
-        }
-        for split in ("TRAIN", "VAL", "TEST")
-        for part in [listed.select(split)]
-    }
+    result = make_filelist(
+        source,
+        output,
+        basedir=basedir,
+        id_regex=id_regex,
+        seed=seed,
+        reporter=render.reporter(),
+    )
 
     def human() -> None:
-        rows = [(s, f"{c['images']:,}", f"{c['identities']:,}") for s, c in counts.items()]
+        rows = [(s, f"{c.images:,}", f"{c.identities:,}") for s, c in result.splits.items()]
         render.table(["split", "images", "identities"], rows)
-        if has_split:
+        if result.kept_split:
             render.line("The list has a split already, which is kept.")
-        render.line(f"wrote {output}; paths are relative to {listed.basedir}")
+        render.line(f"wrote {output}; paths are relative to {result.basedir}")
 
-    values = {"output": str(output), "basedir": str(listed.basedir), "splits": counts}
-    render.emit(values, as_json=as_json, human=human)
+    render.emit(result, as_json=as_json, human=human)

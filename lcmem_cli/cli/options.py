@@ -135,7 +135,7 @@ CacheOption = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep features for other runs.")
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace results of another study in the folder.")
+    bool, typer.Option("--overwrite", help="Replace other results in the folder.")
 ]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, begins_as_image
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.files import atomic_path, write_csv_rows
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 SPLIT_SHARES = (0.60, 0.15, 0.25)
@@ -174,6 +177,99 @@ def _load(
     if need_split and records and records[0].split is None:
         records = split_by_identity(records)
     return Manifest(tuple(records), base, source), tuple(problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitSize:
+    """How many images and identities a split has."""
+
+    images: int
+    identities: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilelistResult(Result):
+    """A filelist that was written.
+
+    Attributes:
+        output: the file.
+        basedir: folder that its paths are relative to.
+        kept_split: whether the source had a split, which was kept.
+        splits: size of ``TRAIN``, ``VAL`` and ``TEST``.
+    """
+
+    output: str
+    basedir: str
+    kept_split: bool
+    splits: dict[str, SplitSize]
+
+
+def make_filelist(
+    source: Path,
+    output: Path,
+    *,
+    basedir: Path | None = None,
+    id_regex: str | None = None,
+    seed: int = 0,
+    reporter: Reporter = SILENT,
+) -> FilelistResult:
+    """Write the filelist of a folder, or of a list without a split, with a split by identity.
+
+    Args:
+        source: see ``load_manifest``.
+        output: CSV or Parquet file to write.
+        basedir: see ``load_manifest``.
+        id_regex: regular expression that is searched for in each path; its first group, or all of
+            it where it has none, is the identity.
+        seed: of the split.
+        reporter: warned of what the split cannot keep apart.
+
+    Raises:
+        InputError: the expression does not fit, or would change the identities of a given split.
+        ManifestError: see ``load_manifest``.
+    """
+    listed = load_manifest(source, basedir=basedir, need_split=False)
+    kept_split = listed.records[0].split is not None
+    records = list(listed.records)
+    if id_regex is not None:
+        if kept_split:
+            raise InputError(f"--id-regex: {source} has a split, made for the ids that it lists")
+        records = _named_by(records, id_regex)
+    if not kept_split:
+        records = split_by_identity(records, seed=seed)
+    manifest = Manifest(tuple(records), listed.basedir, listed.source)
+    write_manifest(manifest, output)
+    num_identities = len({record.identity for record in records})
+    if source.is_dir() and id_regex is None and num_identities == len(records) > 1:
+        reporter.warn(
+            "every image counts as an identity of its own, so pictures of one person or object may "
+            "be in several splits; put those of each into a folder, or tell them by --id-regex"
+        )
+    splits = {}
+    for name in SPLITS:
+        part = manifest.select(name).records
+        splits[name] = SplitSize(images=len(part), identities=len({r.identity for r in part}))
+    empty = [name for name, size in splits.items() if not size.images]
+    if empty:
+        reporter.warn(f"no image in {' and '.join(empty)}: too few identities to split")
+    return FilelistResult(
+        output=str(output), basedir=str(manifest.basedir), kept_split=kept_split, splits=splits
+    )
+
+
+def _named_by(records: Sequence[Record], id_regex: str) -> list[Record]:
+    try:
+        pattern = re.compile(id_regex)
+    except re.error as error:
+        raise InputError(f"--id-regex {id_regex!r} is no regular expression: {error}") from None
+    named = []
+    for record in records:
+        found = pattern.search(record.path)
+        name = found[min(1, pattern.groups)] if found else None
+        if not name:
+            raise InputError(f"--id-regex {id_regex!r} finds no id in {record.path!r}")
+        named.append(record._replace(id=name))
+    return named
 
 
 def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Record]:

@@ -26,9 +26,10 @@ from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, available_cpus, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit_files import write_audit
+from lcmem_cli.engine.evaluation.audit_files import refuse_other_audit, write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
     Null,
+    check_gate,
     check_size,
     held_out_null,
     leave_one_out_null,
@@ -81,6 +82,8 @@ from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.search import TopK
 
 MOST_COPIED = 12
+_NEARER = 3.0
+"""``C_T`` above which the real images are nearer to the training set by more than chance."""
 _MOSTLY = 0.5
 """Share of generated images below all real ones from which the two are of different kinds."""
 DEFAULT_DETECTOR = "joint"
@@ -128,6 +131,7 @@ def audit(
     workers: int = -1,
     cache: bool = True,
     output: str | Path | None = None,
+    overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> AuditResult:
     """Find generated images that match a training image more closely than real images do.
@@ -168,10 +172,12 @@ def audit(
         cache: keep features in the user's cache.
         output: folder for ``audit.json``, ``matches.csv``, ``matches.parquet`` and
             ``report.html``.
+        overwrite: replace another audit in ``output``.
         reporter: told progress and warnings.
 
     Raises:
-        InputError: an argument is wrong, a set is empty, or the null is too small for the rate.
+        InputError: an argument is wrong, a set is empty, the null is too small for the rate or the
+            gate, or ``output`` holds another audit.
         NotAdaptableError: ``adapt`` is asked for and not possible.
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FolderBusyError: another process writes to ``output``.
@@ -216,9 +222,23 @@ def audit(
         if listing.index is not None:
             listing.index.check(detector.fingerprint)
     folder = None if output is None else Path(output)
+    asked = {
+        **{what: listing.source for what, listing in listings.items()},
+        "basedir": None if base is None else str(base),
+        "null": kind,
+        "fpr": fpr,
+        "bh": bh,
+        "detector": detector.name,
+        "input_size": detector.input_size,
+        "adapt": adapt,
+        "approximate": approximate,
+        "seed": seed,
+    }
     with contextlib.ExitStack() as stack:
         if folder is not None and ranks.is_main:
             stack.enter_context(folder_lock(folder))
+            if not overwrite:
+                refuse_other_audit(folder, asked)
         known = feature_cache(detector) if cache else None
         sets = {
             what: embed_set(
@@ -260,6 +280,8 @@ def audit(
             source=real.source,
             num_removed=len(real_images.removed),
         )
+        if bh and fail_over is not None:
+            check_gate(fail_over, fpr, len(study.queries.rows), len(real_images.rows))
         found = study.best_matches(real_images.bank, max(2, top_k))
         result = study.conclude(
             real_images, found, bh=bh, top_k=top_k, fail_over=fail_over, started=started
@@ -278,16 +300,11 @@ def audit(
                 training_files=study.training.file_of,
                 distribution=study.distribution(real_images, found, result.rule),
                 settings={
-                    **{what: listing.source for what, listing in listings.items()},
-                    "null": kind,
-                    "fpr": fpr,
-                    "bh": bh,
-                    "detector": detector.name,
+                    **asked,
+                    "top_k": top_k,
+                    "fail_over": fail_over,
                     "fingerprint": study.detector.fingerprint,
                     "adapted_to": study.adapted_to,
-                    "approximate": approximate,
-                    "top_k": top_k,
-                    "seed": seed,
                 },
                 workers=workers,
                 reporter=reporter,
@@ -428,7 +445,7 @@ class _Study:
             generated=self._linear(found.best[self.queries.rows]),
             null=self._linear(null.scores[:, 0]),
             threshold=threshold,
-            label="best-match score" + (", as logit" if self.detector.gives_probability else ""),
+            as_logit=self.detector.gives_probability,
         )
 
     def conclude(
@@ -458,11 +475,20 @@ class _Study:
         exposed = Counter(int(found.rows[row, 0]) for row in queries.rows[image_flags])
         interval = clopper_pearson(num_flagged, num_queries)
         summary = self._null_summary(null, rule)
+        metrics = self._set_metrics(null, found)
+        copying = None if metrics.copying is None else metrics.copying.value
+        lowest = found.scores[flagged, 0].min(initial=np.inf)
         shows, does_not_show = what_it_shows(
-            summary, approximate=self.approximate, adapted_to=self.adapted_to
+            summary,
+            approximate=self.approximate,
+            adapted_to=self.adapted_to,
+            num_below=int((null_scores < lowest).sum()) if num_flagged else None,
+            may_share_identities=self.held_out is not None and not self._knows_both_identities(),
         )
         return AuditResult(
-            statement=statement(num_flagged, num_queries, rule, null.kind, interval),
+            statement=statement(
+                num_flagged, num_queries, rule, null.kind, interval, len(null.rows)
+            ),
             verdict=verdict(
                 num_flagged,
                 rule,
@@ -473,7 +499,7 @@ class _Study:
             ),
             shows=shows,
             does_not_show=does_not_show,
-            warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows])),
+            warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows], copying)),
             detector=self.detector.name,
             fingerprint=self.detector.fingerprint,
             adapted_to=self.adapted_to,
@@ -487,12 +513,16 @@ class _Study:
             num_exact_copies=num_exact,
             num_resaved_copies=num_resaved,
             num_exposed_images=len(exposed),
-            num_exposed_identities=len({training.identity_of(row) for row in exposed}),
+            num_exposed_identities=(
+                None
+                if training.summary.num_identities is None
+                else len({training.identity_of(row) for row in exposed})
+            ),
             fail_over=fail_over,
             generated=queries.summary,
             training=training.summary,
             held_out=None if self.held_out is None else self.held_out.summary,
-            metrics=self._set_metrics(null, found),
+            metrics=metrics,
             most_copied=tuple(
                 CopiedImage(path=training.name_of(row), id=training.id_of(row), count=count)
                 for row, count in sorted(
@@ -610,10 +640,14 @@ class _Study:
     def _linear(self, scores: Scores) -> Scores:
         return linear_scale(scores) if self.detector.gives_probability else scores
 
+    def _knows_both_identities(self) -> bool:
+        return self.held_out is not None and self.held_out.labelled and self.training.labelled
+
     def _null_summary(self, null: Null, rule: FlagRule) -> NullSummary:
         not_searched = self.training.num_distinct - len(null.bank)
         shared: set[str] = set()
-        if self.held_out is not None and self.held_out.labelled and self.training.labelled:
+        if self._knows_both_identities():
+            assert self.held_out is not None
             both = set(self.held_out.identities) & set(self.training.identities)
             shared = {" ".join(filter(None, key)) for key in both}
         return NullSummary(
@@ -627,7 +661,12 @@ class _Study:
         )
 
     def _warnings(
-        self, null: Null, summary: NullSummary, rule: FlagRule, best: Scores
+        self,
+        null: Null,
+        summary: NullSummary,
+        rule: FlagRule,
+        best: Scores,
+        copying: float | None,
     ) -> list[str]:
         """Return what weakens the finding, one sentence each."""
         found = []
@@ -677,6 +716,12 @@ class _Study:
                 "Every training image counts as an identity of its own. Where several show the "
                 "same, they match each other closely and copies may be missed: put the images of "
                 "each identity into a folder of its own, or give --held-out."
+            )
+        if copying is not None and copying > _NEARER:
+            found.append(
+                "The real images lie nearer to the training set than the generated ones do "
+                f"(C_T {copying:+.1f}), so copies may be missed. Were sets mixed up, or do "
+                "held-out images show what training images show?"
             )
         below = float(np.mean(best < null.scores[:, 0].min()))
         if below > _MOSTLY:

@@ -23,7 +23,7 @@ from lcmem_cli.engine.files import atomic_path, write_csv_rows, write_json, writ
 from lcmem_cli.engine.report.html import Distribution, ReportCopied, ReportPair, render_report
 from lcmem_cli.engine.report.thumbnails import make_thumbnails
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.runs import write_run_files
+from lcmem_cli.engine.runs import as_written, read_run_config, write_run_files
 
 JSON_NAME = "audit.json"
 CSV_NAME = "matches.csv"
@@ -101,6 +101,28 @@ def write_audit(
     )
     write_text(folder / REPORT_NAME, page)
     write_json(folder / JSON_NAME, result.to_dict())
+
+
+def refuse_other_audit(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds an audit of other sets, or by other settings.
+
+    Args:
+        folder: that is to be written to.
+        settings: what the audit is asked to do.
+
+    Raises:
+        InputError: there is another audit.
+    """
+    if not (folder / JSON_NAME).is_file():
+        return
+    before, now = read_run_config(folder), as_written(settings)
+    for name in settings:
+        there, wanted = (values.get(name, "not set") for values in (before, now))
+        if there != wanted:
+            raise InputError(
+                f"{folder}: holds another audit ({name.replace('_', '-')}: {there} there, {wanted} "
+                "now); choose another folder, or pass --overwrite to replace it"
+            )
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -31,7 +31,13 @@ from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit_result import NullKind, SharedPicture, percent
+from lcmem_cli.engine.evaluation.audit_result import (
+    NullKind,
+    SharedPicture,
+    counted,
+    fewest_flagged,
+    percent,
+)
 from lcmem_cli.engine.evaluation.audit_sets import ImageSet
 from lcmem_cli.engine.evaluation.calibration import required_null_size
 from lcmem_cli.engine.store.search import TopK, merge_top_k
@@ -339,6 +345,29 @@ def check_size(
         f"real images, {gives}{lost}; {allows}; give more real images with --held-out, or accept "
         "a larger rate"
     )
+
+
+def check_gate(fail_over: float, rate: float, num_queries: int, num_null: int) -> None:
+    """Refuse a gate that Benjamini-Hochberg cannot fail where the rate per image could.
+
+    Args:
+        fail_over: share of flagged images over which the gate fails.
+        rate: false-discovery rate.
+        num_queries: generated images.
+        num_null: real images.
+
+    Raises:
+        InputError: so few flagged images as would fail the gate cannot be flagged.
+    """
+    fails_at = math.floor(fail_over * num_queries + 1e-9) + 1
+    fewest = fewest_flagged(rate, num_queries, num_null)
+    if fewest > fails_at:
+        needed = math.ceil(num_queries / (rate * fails_at) - 1e-9) - 1
+        raise InputError(
+            f"--fail-over {fail_over:g} is to fail at {counted(fails_at, 'flagged image')}, but "
+            f"with {counted(num_null, 'real image')} --bh can only flag {fewest:,} or more at "
+            f"once; give {needed:,} held-out images, or leave --bh out"
+        )
 
 
 def smallest_rate(count: int) -> float:

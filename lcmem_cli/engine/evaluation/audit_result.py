@@ -28,7 +28,8 @@ class SetSummary:
         folder: absolute folder that the paths of its images are relative to.
         num_images: images listed.
         num_distinct: different contents among the readable ones.
-        num_identities: different labels; every image its own where there are no labels.
+        num_identities: different labels; ``None`` where a folder's images have none, each being
+            its own identity.
         duplicates: groups of paths with the same content, in order of their first image.
         unreadable: images that could not be used.
         num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
@@ -39,7 +40,7 @@ class SetSummary:
     folder: str
     num_images: int
     num_distinct: int
-    num_identities: int
+    num_identities: int | None
     duplicates: tuple[tuple[str, ...], ...]
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
@@ -168,7 +169,7 @@ class AuditResult(Result):
             an image of the null is told that is also in the training set; of an index only where
             both files still are what and where they were.
         num_exposed_images: training images that are the best match of a flagged image.
-        num_exposed_identities: their identities.
+        num_exposed_identities: their identities; ``None`` where those are not known.
         fail_over: share of flagged images over which the gate fails, if one was asked for.
         generated: the generated set.
         training: the training set.
@@ -197,7 +198,7 @@ class AuditResult(Result):
     num_exact_copies: int
     num_resaved_copies: int
     num_exposed_images: int
-    num_exposed_identities: int
+    num_exposed_identities: int | None
     fail_over: float | None
     generated: SetSummary
     training: SetSummary
@@ -211,6 +212,16 @@ class AuditResult(Result):
     def gate_failed(self) -> bool:
         """Whether more images are flagged than ``fail_over`` allows."""
         return self.fail_over is not None and self.share_flagged > self.fail_over
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether nothing is flagged because so small a null could hardly flag anything."""
+        rule = self.rule
+        return (
+            rule.kind == "fdr"
+            and not self.num_flagged
+            and fewest_flagged(rule.rate, self.num_queries, self.null.num_scores) > 1
+        )
 
     @property
     def flagged(self) -> tuple[Match, ...]:
@@ -232,6 +243,7 @@ class AuditResult(Result):
             "schema": AUDIT_SCHEMA,
             **values,
             "gate_failed": self.gate_failed,
+            "undecided": self.is_undecided,
             "flagged": [dataclasses.asdict(match) for match in self.flagged],
             "times": times,
         }
@@ -253,8 +265,16 @@ def statement(
     rule: FlagRule,
     null: NullKind,
     interval: tuple[float, float],
+    num_null: int,
 ) -> str:
     """Return the finding in one sentence."""
+    fewest = fewest_flagged(rule.rate, num_queries, num_null)
+    if rule.kind == "fdr" and not num_flagged and fewest > 1:
+        return (
+            f"Undecided: none of {counted(num_queries, 'generated image')} is flagged at a "
+            f"false-discovery rate of {percent(rule.rate)}, but single ones cannot be with "
+            f"{counted(num_null, 'real image')} to compare with."
+        )
     verb = "matches" if num_flagged == 1 else "match"
     compared = {
         "held-out": "held-out real images do",
@@ -382,31 +402,51 @@ def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> st
 
 
 def what_it_shows(
-    null: NullSummary, *, approximate: bool, adapted_to: int | None
+    null: NullSummary,
+    *,
+    approximate: bool,
+    adapted_to: int | None,
+    num_below: int | None,
+    may_share_identities: bool,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what the finding supports and what it does not, in sentences."""
+    """Return what the finding supports and what it does not, in sentences.
+
+    Args:
+        null: the real images.
+        approximate: whether the search was.
+        adapted_to: training images that the detector was adapted to, if it was.
+        num_below: real images that score less than every flagged one; ``None`` if none is flagged.
+        may_share_identities: whether held-out images may show whom training images show.
+    """
     compared = (
         "with the training images that an approximate search proposed."
         if approximate
         else "with every training image searched, without approximation."
     )
-    shows: tuple[str, ...] = (
-        null.meaning,
-        "A flagged image is closer to its training image, as this detector sees them, than nearly "
-        f"all of {null.num_scores:,} real images are to any training image.",
-        f"Every generated image was compared {compared}",
-    )
+    shows: tuple[str, ...] = (null.meaning,)
+    if num_below is not None:
+        shows += (
+            "A flagged image is closer to its training image, as this detector sees them, than at "
+            f"least {num_below:,} of {null.num_scores:,} real images are to any training image.",
+        )
+    shows += (f"Every generated image was compared {compared}",)
     if adapted_to is not None:
         shows += (
             f"The detector was adapted to {adapted_to:,} of the training images, so what all "
             "images of this kind share does not count as likeness. No other image had a part in "
             "that.",
         )
-    does_not = (
+    does_not: tuple[str, ...] = (
         "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
         "the pairs.",
         "That an image which is not flagged is free of copied content: the detector compares "
         "whole pictures and misses what it was not made to see.",
         "Anything about images that this generator has not made yet, or about other generators.",
     )
+    if may_share_identities:
+        does_not += (
+            "That training and held-out images show different people, patients or objects: only "
+            "filelists with ids say. Held-out images of those in the training set match it closely "
+            "without being copied, and then copies are missed.",
+        )
     return shows, does_not

@@ -240,6 +240,12 @@ def embed_set(
     )
 
 
+def _num_identities(listing: Listing, records: Sequence[Record]) -> int | None:
+    identities = {record.identity for record in records}
+    known = Path(listing.source).is_file() or len(identities) < len(records)
+    return len(identities) if known else None
+
+
 def _assemble(
     listing: Listing,
     *,
@@ -268,7 +274,7 @@ def _assemble(
             folder=str(listing.folder.absolute()),
             num_images=len(records),
             num_distinct=len(by_row),
-            num_identities=len({records[index].identity for index in readable}),
+            num_identities=_num_identities(listing, [records[index] for index in readable]),
             duplicates=tuple(
                 tuple(records[index].path for index in members)
                 for members in by_row.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import filecmp
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_pixels
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, guesses_text, load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import allocate_features
@@ -35,12 +36,14 @@ class PairScore:
         path_b: second image.
         score: of the detector; ``None`` where an image could not be read.
         match: ``score >= threshold``; ``None`` without score or threshold.
+        identical: whether both files are the same, byte for byte.
     """
 
     path_a: str
     path_b: str
     score: float | None
     match: bool | None
+    identical: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,7 @@ def score_pairs(
     files = list(number)
     features = np.zeros((len(files), 0), dtype=np.float32)
     bad: dict[int, str] = {}
+    num_guessed = 0
     with reporter.task("embedding", len(files), unit="image") as task:
         for batch in iter_images(
             files,
@@ -111,6 +115,7 @@ def score_pairs(
             batch_size=batching.loaded,
         ):
             bad.update(batch.unreadable)
+            num_guessed += len(batch.notes)
             if batch.indices:
                 indices, pieces, failed = batching.embed(detector.embed_batch, batch)
                 bad.update(failed)
@@ -120,6 +125,8 @@ def score_pairs(
                         features = allocate_features((len(files), made.shape[1]), made.dtype.type)
                     features[indices] = made
             task.advance(len(batch.indices) + len(batch.unreadable))
+    if num_guessed:
+        reporter.warn(guesses_text(num_guessed))
     unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
     check_unreadable(unreadable, max_unreadable)
     rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
@@ -131,7 +138,10 @@ def score_pairs(
         match = None
         if known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
-        return PairScore(path_a=str(a), path_b=str(b), score=known, match=match)
+        identical = known is not None and (a == b or _same_bytes(a, b))
+        return PairScore(
+            path_a=str(a), path_b=str(b), score=known, match=match, identical=identical
+        )
 
     return InferenceResult(
         detector=detector.name,
@@ -141,6 +151,10 @@ def score_pairs(
         num_images_embedded=len(files) - len(bad),
         unreadable=unreadable,
     )
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
 
 
 def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:

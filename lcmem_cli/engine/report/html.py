@@ -68,13 +68,13 @@ class Distribution:
         generated: ``[n]`` on a linear scale.
         null: ``[m]`` on the same scale.
         threshold: on the same scale, if there is one.
-        label: of the axis.
+        as_logit: whether the scale is the logit of the scores, which are probabilities.
     """
 
     generated: NDArray[np.float64]
     null: NDArray[np.float64]
     threshold: float | None
-    label: str
+    as_logit: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,11 +195,9 @@ def draw_distribution(distribution: Distribution) -> Plot:
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, _NUM_BINS + 1)
-    shares = [
-        np.histogram(part, edges)[0] / max(1, len(part))
-        for part in (distribution.generated, distribution.null)
-    ]
+    edges = _bin_edges(low, high, distribution.threshold)
+    low, high = float(edges[0]), float(edges[-1])
+    shares = [_shares(part, edges) for part in (distribution.generated, distribution.null)]
     peak = max(0.01, *(float(share.max()) for share in shares))
 
     def x(value: float) -> float:
@@ -215,7 +213,12 @@ def draw_distribution(distribution: Distribution) -> Plot:
         return "".join([*steps, f"V{y(0)}Z"])
 
     bars = tuple(
-        Bar(low=float(a), high=float(b), generated=float(g), null=float(n))
+        Bar(
+            low=_score(float(a), distribution.as_logit),
+            high=_score(float(b), distribution.as_logit),
+            generated=float(g),
+            null=float(n),
+        )
         for a, b, g, n in zip(edges[:-1], edges[1:], *shares, strict=True)
         if g or n
     )
@@ -229,11 +232,35 @@ def draw_distribution(distribution: Distribution) -> Plot:
         bars=bars,
         generated_path=outline(shares[0]),
         null_path=outline(shares[1]),
-        x_ticks=tuple((x(tick), label) for tick, label in _labelled(_ticks(low, high, 8))),
+        x_ticks=tuple(
+            (x(tick), label)
+            for tick, label in (
+                _probability_ticks(low, high, 8)
+                if distribution.as_logit
+                else _labelled(_ticks(low, high, 8))
+            )
+        ),
         y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
         threshold_x=None if distribution.threshold is None else x(distribution.threshold),
-        label=distribution.label,
+        label="best-match score" + (", on a logit scale" if distribution.as_logit else ""),
     )
+
+
+def _bin_edges(low: float, high: float, threshold: float | None) -> NDArray[np.float64]:
+    """Return edges of bins of equal width, one of them the threshold."""
+    if threshold is None:
+        return np.linspace(low, high, _NUM_BINS + 1)
+    width = (high - low) / _NUM_BINS
+    left = math.ceil((threshold - low) / width - 1e-9)
+    right = math.ceil((high - threshold) / width - 1e-9)
+    return np.asarray(threshold + width * np.arange(-left, right + 1), dtype=np.float64)
+
+
+def _shares(scores: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of scores in each bin; a score at an edge is in the bin below."""
+    inside = np.clip(scores, edges[0], edges[-1])
+    counts = np.histogram(-inside, -edges[::-1])[0][::-1]
+    return np.asarray(counts / max(1, len(scores)), dtype=np.float64)
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -244,6 +271,30 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _score(value: float, as_logit: bool) -> float:
+    return 1 / (1 + math.exp(-value)) if as_logit else value
+
+
+def _probability_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
+    """Return at most about ``count`` round probabilities, each at its logit, with their labels."""
+    lowest, highest = _score(low, True), _score(high, True)
+    small = [*(10.0**-power for power in range(9, 1, -1)), 0.02, 0.05]
+    tenths = [place / 10 for place in range(1, 10)]
+    far = [*small, *tenths, *(1 - share for share in reversed(small))]
+
+    def apart(shares: list[float]) -> list[tuple[float, str]]:
+        ticks: list[tuple[float, str]] = []
+        for share in shares:
+            if lowest <= share <= highest and 0 < share < 1:
+                place = math.log(share / (1 - share))
+                if not ticks or place - ticks[-1][0] >= (high - low) / (1.5 * count):
+                    ticks.append((place, f"{share:.10g}"))
+        return ticks
+
+    even = _ticks(lowest, highest, count) if highest > lowest else []
+    return max(apart(far), apart(even), key=len)
 
 
 def _labelled(ticks: list[float]) -> list[tuple[float, str]]:
