@@ -19,7 +19,7 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lcmem_cli.engine.detectors import backbones, registry
-from lcmem_cli.engine.detectors.options import parse_name, split_names
+from lcmem_cli.engine.detectors.options import absolute_name, parse_name, split_names
 from lcmem_cli.engine.detectors.pixel import MSE
 from lcmem_cli.engine.detectors.registry import (
     DetectorKind,
@@ -219,6 +219,21 @@ def test_lists_of_names_keep_the_numbers_of_an_option_together() -> None:
 def test_a_comma_and_an_ampersand_in_an_option_are_escaped() -> None:
     names = split_names("lcmem?adapt=a%2C%20b%26c.csv,joint?adapt=100%25")
     assert [parse_name(name).options["adapt"] for name in names] == ["a, b&c.csv", "100%"]
+
+
+def test_paths_in_a_name_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b&c%").mkdir()
+    (tmp_path / "net.onnx").touch()
+    name = absolute_name("joint:net.onnx?adapt=a%2C b%26c%25&score=cosine")
+    assert len(split_names(f"ncc,{name}")) == 2
+    assert parse_name(name) == (
+        "joint",
+        str(tmp_path / "net.onnx"),
+        {"adapt": str(tmp_path / "a, b&c%"), "score": "cosine"},
+    )
+    for same in ("ncc", "lcmem", "timm:resnet50?size=9&mean=0.5,0.5,0.5", "my detector?odd"):
+        assert absolute_name(same) in (same, same.replace(",", "%2C"))
 
 
 def test_names_are_split_at_the_last_options_unless_the_file_is_so_called(tmp_path: Path) -> None:

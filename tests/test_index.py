@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Listener, draw_identity
+from conftest import Listener, draw_identity, random_checkpoint
 
 from lcmem_cli import Index, load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
@@ -15,6 +15,9 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.evaluation import indexing
 from lcmem_cli.engine.evaluation.audit_sets import list_set
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
+from lcmem_cli.engine.models.checkpoint import save_checkpoint
+from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.siamese import NetworkSpec
 
 
 @pytest.fixture
@@ -176,6 +179,23 @@ def test_index_commands(run_cli, image_folder, tmp_path):
     assert found["matches"][str(asked)][0]["path"] == str(asked)
     for other in (tmp_path, asked):
         assert "no index there" in run_cli("index", "info", other, exit_code=2).stderr
+
+
+def test_an_index_finds_its_detectors_file_from_anywhere(
+    run_cli, image_folder, tmp_path, monkeypatch
+):
+    spec = NetworkSpec(backbone="test_resnet", in_channels=3, num_features=8)
+    save_checkpoint(
+        tmp_path / "net.safetensors", random_checkpoint(spec, load_codec("none"), image_size=32)
+    )
+    monkeypatch.chdir(tmp_path)
+    detector = ("--detector", "lcmem:net.safetensors")
+    run_cli("index", "build", image_folder / "id03", "-o", "index", *detector)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    asked = image_folder / "id03" / "1.png"
+    found = json.loads(run_cli("index", "query", "../index", asked, "--json").stdout)
+    assert found["matches"][str(asked)][0]["path"] == str(asked)
 
 
 def test_a_query_with_an_unreadable_image_can_be_made_to_fail(run_cli, image_folder, tmp_path):

@@ -126,6 +126,8 @@ def _show(result: BenchmarkResult, output: Path) -> None:
     if len(datasets) > 1:
         for name in datasets:
             _show_set(result, [item.per_dataset[name] for item in result.detectors], name)
+    if len(result.detectors) > 1:
+        render.line(render.BEST_NOTE)
     render.line(f"Note: {'; '.join(result.notes)}.")
     for item in result.skipped:
         render.line(f"Left out: {item.name}: {item.reason}")
@@ -171,13 +173,19 @@ def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> Non
             add(heading, metrics, lower_is_better=key == "fpr_atR")
     if is_wide:
         intervals = [part.intervals.get("auc") for part in parts]
-        shown = ["" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})" for ends in intervals]
+        shown = ["" if ends is None else f" ({ends[0]:.3f}–{ends[1]:.3f})" for ends in intervals]
         cells[1] = [cell + more for cell, more in zip(cells[1], shown, strict=True)]
-    split = f" ({result.fit_split})" if is_wide else ""
     at_fpr = parts[0].at_fpr if result.fit_split is not None else ()
     for number, at in enumerate(at_fpr):
-        rates = [part.at_fpr[number].tpr for part in parts]
-        add(f"TPR at {100 * at.rate:g} % FPR{split}", rates)
+        rates = [part.at_fpr[number] for part in parts]
+        heading = f"TPR at {100 * at.rate:g} % FPR"
+        add(
+            heading + (f" of {result.fit_split} (FPR here)" if is_wide else ""),
+            [r.tpr for r in rates],
+        )
+        if is_wide:
+            reached = ["" if r.fpr is None else f" ({r.fpr:.4f})" for r in rates]
+            cells[-1] = [cell + more for cell, more in zip(cells[-1], reached, strict=True)]
     counts = f"{parts[0].num_positives:,} positive, {parts[0].num_negatives:,} negative pairs"
     rows = [list(row) for row in zip(*cells, strict=True)]
     render.table(columns, rows, title=f"{name}: {counts}", best=best)

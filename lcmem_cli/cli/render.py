@@ -99,6 +99,9 @@ def unreadable(items: Sequence[Unreadable]) -> None:
         line(f"unreadable {item.path}: {item.reason}")
 
 
+BEST_NOTE = "* the best of its column"
+
+
 def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -113,7 +116,7 @@ def table(
         columns: headings.
         rows: cells as text.
         title: shown above.
-        best: per column index, the row index whose cell is set in bold with a star.
+        best: per column index, the row index whose cell is set in bold with a star (``BEST_NOTE``).
         align_left: all columns hold words; otherwise all but the first are right-aligned.
     """
     from rich.table import Table

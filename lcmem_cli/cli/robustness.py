@@ -145,6 +145,8 @@ def _show(result: RobustnessResult, output: Path) -> None:
         title=f"{shown}, means over strengths; thresholds: {result.fit} {result.fit_rate:g} on "
         f"{result.fit_split}",
     )
+    if len(per_detector) > 1:
+        render.line("* the highest recall of the row")
     for left_out in result.skipped:
         render.line(f"Left out: {left_out.name}: {left_out.reason}")
     render.line(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from lcmem_cli.engine.config import read_toml
 from lcmem_cli.engine.errors import InputError, nearest
@@ -15,6 +15,8 @@ _OPTIONS = re.compile(r"\?(?=[a-z]+=)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _MAX_SIDE = 4096
 _CONFIG = "config"
+_PATHS = (_CONFIG, "adapt", "codec", "weights")
+_UNQUOTED = "".join(c for c in map(chr, range(33, 127)) if c not in "%&,") + " "
 
 SCORES = ("cosine", "correlation", "euclidean")
 LAYOUTS = ("nchw", "nhwc")
@@ -55,6 +57,24 @@ def parse_name(name: str) -> ParsedName:
     if not marks:
         return ParsedName(kind, target, {})
     return ParsedName(kind, target[: marks[-1]], _read(name, target[marks[-1] + 1 :]))
+
+
+def absolute_name(name: str) -> str:
+    """Return a detector's name with the files and folders in it as absolute paths.
+
+    So it means the same wherever it is read again. What cannot be read as a name stays as it is.
+    """
+    try:
+        kind, target, options = parse_name(name)
+    except InputError:
+        return name
+    values = {key: _absolute(value) if key in _PATHS else value for key, value in options.items()}
+    text = "&".join(f"{key}={quote(value, safe=_UNQUOTED)}" for key, value in values.items())
+    return kind + (f":{_absolute(target)}" if target else "") + (f"?{text}" if text else "")
+
+
+def _absolute(text: str) -> str:
+    return str(Path(text).absolute()) if Path(text).exists() else text
 
 
 def split_names(text: str) -> tuple[str, ...]:

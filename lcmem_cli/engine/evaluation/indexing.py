@@ -11,6 +11,7 @@ from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
@@ -108,7 +109,9 @@ def add_to_index(
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
         if ranks.is_main:
-            Index.create(folder, detector=detector.name, fingerprint=detector.fingerprint)
+            Index.create(
+                folder, detector=absolute_name(detector.name), fingerprint=detector.fingerprint
+            )
         ranks.barrier()
         return _add(
             manifest,

@@ -242,7 +242,7 @@ class Index:
         ]
 
     def best_match(self, detector: Searcher, image: Any) -> IndexMatch:
-        """Return the indexed image most like one image (PIL image, path, or ``[3, H, W]``).
+        """Return the indexed image most like one image (PIL image, path, or tensor ``[3, H, W]``).
 
         Example:
             >>> while index.best_match(detector, image := sample()).score >= threshold.value:
