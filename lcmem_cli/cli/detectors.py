@@ -23,7 +23,14 @@ def detectors(as_json: JsonOption = False) -> None:
             )
             for info in infos
         ]
-        render.table(["detector", "measures", "weights", "licence", "here"], rows, align_left=True)
+        columns = ["detector", "measures", "weights", "licence", "here"]
+        if render.is_wide():
+            render.table(columns, rows, align_left=True)
+        else:  # so narrow a table would break the names
+            for name, *cells in rows:
+                render.line(name)
+                for column, cell in zip(columns[1:], cells, strict=True):
+                    render.line(f"    {column + ':':<10}{cell}")
         render.line("options, as in NAME?key=value&key=value:")
         for options in dict.fromkeys(info.options for info in infos if info.options):
             names = [_short(info.name) for info in infos if info.options == options]
