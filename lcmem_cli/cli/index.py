@@ -28,7 +28,9 @@ index_app = typer.Typer(
 )
 IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.")]
 SourceArgument = Annotated[Path, typer.Argument(help="Folder or filelist of images.")]
-DetectorOption = Annotated[str, typer.Option("--detector", help="What embeds the images.")]
+DetectorOption = Annotated[
+    str, typer.Option("--detector", help="What embeds the images; audits by themselves take joint.")
+]
 
 
 @index_app.command("build")
