@@ -21,9 +21,10 @@ _LIBRARIES = (
     "diffusers",
     "accelerate",
     "numpy",
+    "numba",
+    "scipy",
     "pillow",
-    "scikit-learn",
-    "pandas",
+    "pyarrow",
 )
 
 
