@@ -71,14 +71,11 @@ class WithinPairs:
     names: tuple[str, ...]
 
 
-def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
+def within_pairs(records: Sequence[Record]) -> WithinPairs:
     """Return every positive pair, and as many negatives a data set as there are, up to a limit.
 
-    Pairs are drawn within one data set, because across data sets they are trivially easy.
-
-    Args:
-        records: images.
-        seed: of the negatives where they are too many.
+    Pairs are drawn within one data set, because across data sets they are trivially easy. The same
+    records always give the same pairs.
     """
     numbers: dict[tuple[str, str], int] = {}
     identity = np.asarray(
@@ -87,7 +84,7 @@ def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
     groups: dict[str, list[int]] = {}
     for row, record in enumerate(records):
         groups.setdefault(record.ds_name or "all", []).append(row)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts: list[tuple[NDArray[np.int64], ...]] = []
     for number, rows in enumerate(groups.values()):
         members = np.asarray(rows, dtype=np.int64)
