@@ -88,6 +88,10 @@ class TrainingDivergedError(LcmemError):
     """The loss became NaN or infinite."""
 
 
+class NotFiniteError(LcmemError):
+    """A network returned NaN or infinity, for at least one of the images of a batch."""
+
+
 class MissingExtraError(InputError):
     """An optional dependency is needed and not installed."""
 
@@ -123,7 +127,3 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library's error says, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-class NotFiniteError(LcmemError):
-    """A network returned NaN or infinity, for at least one of the images of a batch."""
