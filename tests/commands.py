@@ -20,7 +20,7 @@ PRELOAD = (
     "lcmem_cli.cli.app", "lcmem_cli.engine.training.stages", "lcmem_cli.engine.store.latents",
     "lcmem_cli.engine.evaluation.audit", "lcmem_cli.engine.evaluation.benchmark",
     "lcmem_cli.engine.evaluation.robustness", "lcmem_cli.engine.evaluation.indexing",
-    "accelerate", "numba", "scipy.sparse.csgraph", "sklearn.metrics", "imagehash",
+    "accelerate", "numba", "scipy.sparse.csgraph", "imagehash",
 )  # fmt: skip
 SECONDS = 100
 

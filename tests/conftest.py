@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,15 +123,21 @@ def draw_identity(identity: int, variant: int, side: int = 48) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """A folder of 24 identities with three images each."""
-    folder = tmp_path / "images"
+@pytest.fixture(scope="session")
+def drawn_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``image_folder`` is copied from, so that it is drawn once; left as it is."""
+    folder = tmp_path_factory.mktemp("drawn") / "images"
     for identity in range(24):
         (folder / f"id{identity:02d}").mkdir(parents=True)
         for variant in range(3):
             draw_identity(identity, variant).save(folder / f"id{identity:02d}" / f"{variant}.png")
     return folder
+
+
+@pytest.fixture
+def image_folder(drawn_images: Path, tmp_path: Path) -> Path:
+    """A folder of 24 identities with three images each, to change at will."""
+    return shutil.copytree(drawn_images, tmp_path / "images", copy_function=shutil.copyfile)
 
 
 @pytest.fixture

@@ -192,10 +192,10 @@ def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli)
     assert result["fingerprint"] == embedded.fingerprint
     batch = images(3, embedded.input_size)
     batch[2, :, 60:] = 0  # a plain background, whose sums are the hardest
-    features = exported.embed(batch)
-    np.testing.assert_allclose(features, embedded.embed(batch), atol=1e-4)
-    expected = embedded.score_matrix(embedded.embed(batch), embedded.embed(batch))
-    np.testing.assert_allclose(exported.score_matrix(features, features), expected, atol=2e-3)
+    features, expected = exported.embed(batch), embedded.embed(batch)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    scores = embedded.score_matrix(expected, expected)
+    np.testing.assert_allclose(exported.score_matrix(features, features), scores, atol=2e-3)
     joint, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{target}"))
     np.testing.assert_allclose(fast.embed(batch), joint.embed(batch), atol=1e-4)
     assert fast.fingerprint != joint.fingerprint and fast.name == f"joint:{target}"

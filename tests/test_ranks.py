@@ -54,7 +54,7 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def latents(images, tiny_codec):
     def command(output):
         return [
@@ -66,11 +66,13 @@ def latents(images, tiny_codec):
     return command
 
 
-@pytest.fixture
-def store(server, latents, tmp_path):
-    done = server.run(*latents(tmp_path / "store"), patches=SMALL_PARTS)
+@pytest.fixture(scope="module")
+def store(server, latents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    cache = {"LCMEM_CACHE": str(folder / "cache")}
+    done = server.run(*latents(folder / "store"), patches=SMALL_PARTS, environment=cache)
     assert done.code == 0, done.stderr
-    return tmp_path / "store"
+    return folder / "store"
 
 
 def contents(folder):

@@ -36,9 +36,9 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def teacher(weights, image_folder):
-    paths = sorted(image_folder.rglob("*.png"))
+@pytest.fixture(scope="module")
+def teacher(weights, drawn_images):
+    paths = sorted(drawn_images.rglob("*.png"))
     model = load_pretrained("resnet10t", weights)
     return Teacher.fit([Member.of("resnet10t", model)], paths, num_features=8, seed=1)
 
@@ -62,12 +62,14 @@ def test_more_features_than_images_allow_are_still_fitted(weights, image_folder)
     assert projected.shape == (5, 12) and bool(projected.isfinite().all())
 
 
-def test_a_panel_turns_its_targets_towards_the_students_start(weights, image_folder, tmp_path):
+def test_a_panel_turns_its_targets_towards_the_students_start(
+    teacher, weights, image_folder, tmp_path
+):
+    alone, _ = teacher
     paths = sorted(image_folder.rglob("*.png"))
     own = Member.of("resnet10t", load_pretrained("resnet10t", weights))
     torch.manual_seed(9)
     other = Member.of("resnet14t", timm.create_model("resnet14t", pretrained=False))
-    alone, _ = Teacher.fit([own], paths, num_features=8, seed=1)
     fitted, pooled = Teacher.fit([own, other], paths, num_features=8, seed=1)
     assert torch.equal(fitted.start, alone.start)
     width = alone.start.shape[1]

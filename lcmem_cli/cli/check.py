@@ -10,10 +10,10 @@ import typer
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BasedirOption,
-    ConfigOption,
     Device,
     DeviceOption,
     JsonOption,
+    OptionalConfigOption,
     SetOption,
 )
 
@@ -27,7 +27,7 @@ def _image_count(text: str) -> str:
 
 
 def check(
-    config: ConfigOption = None,
+    config: OptionalConfigOption = None,
     filelist: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--filelist", help="Image list or folder that the run will read."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,17 +14,11 @@ from lcmem_cli.cli.options import (
     Device,
     DeviceOption,
     FilelistOption,
+    InputRange,
     JsonOption,
     SeedOption,
     WorkersOption,
 )
-
-
-class ReferenceRange(str, enum.Enum):
-    """What the VAE of a reference checkpoint was fed."""
-
-    UNIT = "unit"
-    SYMMETRIC = "symmetric"
 
 
 def info(
@@ -66,8 +59,8 @@ def convert(
     ] = "stabilityai/sd-vae-ft-mse",
     size: Annotated[int, typer.Option(min=16, help="Image side in pixels.")] = 512,
     input_range: Annotated[
-        ReferenceRange, typer.Option(help="What its VAE was fed.")
-    ] = ReferenceRange.UNIT,
+        InputRange, typer.Option(help="What its VAE was fed.")
+    ] = InputRange.UNIT,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint of the published code, strictly: nothing missing, nothing left over."""

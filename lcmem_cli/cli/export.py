@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JsonOption
+from lcmem_cli.cli.options import CodecOption, JsonOption
 
 
 def export(
@@ -22,10 +22,7 @@ def export(
         Optional[Path],  # noqa: UP045
         typer.Argument(metavar="[OUT]", help="File to write: .onnx or .pt2 (torch.export)."),
     ] = None,
-    codec: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
-    ] = None,
+    codec: CodecOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export codec and network as one ONNX or torch.export file, compared with the checkpoint."""

@@ -14,19 +14,13 @@ from lcmem_cli.cli.options import (
     Device,
     DeviceOption,
     FilelistOption,
+    InputRange,
     JsonOption,
     MaxUnreadableOption,
     OutputOption,
     SeedOption,
     WorkersOption,
 )
-
-
-class InputRange(str, enum.Enum):
-    """What the codec is fed."""
-
-    SYMMETRIC = "symmetric"
-    UNIT = "unit"
 
 
 class Posterior(str, enum.Enum):

@@ -18,6 +18,13 @@ class Device(str, enum.Enum):
     MPS = "mps"
 
 
+class InputRange(str, enum.Enum):
+    """What a codec is fed."""
+
+    SYMMETRIC = "symmetric"
+    UNIT = "unit"
+
+
 def complete_config(incomplete: str) -> list[str]:
     """Return the shipped configs for the shell's completion; a shell completes files itself."""
     from lcmem_cli.engine.config import shipped_configs
@@ -89,15 +96,18 @@ CheckpointOption = Annotated[
         help="An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
     ),
 ]
-ConfigOption = Annotated[
+CodecOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--config",
-        "-c",
-        help="Shipped config name (lcmem config ls) or a TOML file.",
-        autocompletion=complete_config,
-    ),
+    typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
 ]
+_CONFIG = typer.Option(
+    "--config",
+    "-c",
+    help="Shipped config name (lcmem config ls) or a TOML file.",
+    autocompletion=complete_config,
+)
+ConfigOption = Annotated[str, _CONFIG]
+OptionalConfigOption = Annotated[Optional[str], _CONFIG]  # noqa: UP045
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", help="Override one config value: section.key=value. Repeatable."),

@@ -10,6 +10,7 @@ import typer
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BasedirOption,
+    CodecOption,
     ConfigOption,
     FilelistOption,
     JsonOption,
@@ -46,7 +47,7 @@ def train_codec(
     from lcmem_cli.engine.config import CodecConfig, load_config
     from lcmem_cli.engine.training.autoencoder import train_codec_on
 
-    resolved = load_config(config or "mini/codec", CodecConfig, overrides=overrides or [])
+    resolved = load_config(config, CodecConfig, overrides=overrides or [])
     result = train_codec_on(
         resolved,
         filelist,
@@ -93,7 +94,7 @@ def train_stage1(
     from lcmem_cli.engine.store.latents import LatentStore
     from lcmem_cli.engine.training.stages import train_stage1 as run
 
-    resolved = load_config(config or "stage1", Stage1Config, overrides=overrides or [])
+    resolved = load_config(config, Stage1Config, overrides=overrides or [])
     result = run(
         resolved,
         output=output,
@@ -117,10 +118,7 @@ def finetune(
     output: OutputOption,
     basedir: BasedirOption = None,
     config: ConfigOption = "finetune",
-    codec: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
-    ] = None,
+    codec: CodecOption = None,
     overrides: SetOption = None,
     resume: ResumeOption = False,
     max_unreadable: MaxUnreadableOption = 0,
@@ -132,7 +130,7 @@ def finetune(
     from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.training.stages import finetune as run
 
-    resolved = load_config(config or "finetune", FinetuneConfig, overrides=overrides or [])
+    resolved = load_config(config, FinetuneConfig, overrides=overrides or [])
     result = run(
         resolved,
         checkpoint=checkpoint,

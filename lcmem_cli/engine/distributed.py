@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lcmem_cli.engine.errors import InputError, ProcessLostError
@@ -137,14 +138,9 @@ def available_cpus() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         count = os.cpu_count() or 1
-    for path in ("/sys/fs/cgroup/cpu.max",):
-        try:
-            with open(path) as file:
-                quota, period = file.read().split()[:2]
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
+    with contextlib.suppress(OSError, ValueError):  # no quota: no such file, or "max" in it
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        count = min(count, int(quota) // int(period))
     return max(1, count)
 
 

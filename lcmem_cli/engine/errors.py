@@ -88,6 +88,10 @@ class TrainingDivergedError(LcmemError):
     """The loss became NaN or infinite."""
 
 
+class NotFiniteError(LcmemError):
+    """A network returned NaN or infinity, for at least one of the images of a batch."""
+
+
 class MissingExtraError(InputError):
     """An optional dependency is needed and not installed."""
 
@@ -98,22 +102,22 @@ class MissingExtraError(InputError):
 
 
 _MOST_NAMES = 30
+_MOST_GUESSES = 3
 
 
-def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a sentence that names the valid choices nearest to a mistyped name.
 
     Args:
         name: what the user wrote.
         choices: all valid names.
-        limit: the most names to list.
 
     Returns:
         For example ``"did you mean 'ncc'?"``, or the list, cut where it is long, if nothing is
         near.
     """
     names = sorted(choices)
-    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=_MOST_GUESSES, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     more = f", … ({len(names):,} in all)" if len(names) > _MOST_NAMES else ""
@@ -123,7 +127,3 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library's error says, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-class NotFiniteError(LcmemError):
-    """A network returned NaN or infinity, for at least one of the images of a batch."""

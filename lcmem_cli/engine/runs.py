@@ -26,9 +26,10 @@ _LIBRARIES = (
     "diffusers",
     "accelerate",
     "numpy",
+    "numba",
+    "scipy",
     "pillow",
-    "scikit-learn",
-    "pandas",
+    "pyarrow",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,11 @@ _MAX_ENUMERATED = 3_000
 """Images of a data set up to which all of its pairs are listed and negatives chosen among them."""
 _MAX_POSITIVES = 2_000_000
 """Of a larger data set; beyond that they are those of a draw of each identity's images."""
-FITTED_RATES: tuple[tuple[str, float], ...] = (("fpr", 0.01), ("fpr", 0.001), ("recall", 0.95))
+FITTED_RATES: tuple[tuple[Literal["fpr", "recall"], float], ...] = (
+    ("fpr", 0.01),
+    ("fpr", 0.001),
+    ("recall", 0.95),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +75,11 @@ class WithinPairs:
     names: tuple[str, ...]
 
 
-def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
+def within_pairs(records: Sequence[Record]) -> WithinPairs:
     """Return every positive pair, and as many negatives a data set as there are, up to a limit.
 
-    Pairs are drawn within one data set, because across data sets they are trivially easy.
-
-    Args:
-        records: images.
-        seed: of the negatives where they are too many.
+    Pairs are drawn within one data set, because across data sets they are trivially easy. The same
+    records always give the same pairs.
     """
     numbers: dict[tuple[str, str], int] = {}
     identity = np.asarray(
@@ -87,7 +88,7 @@ def within_pairs(records: Sequence[Record], *, seed: int = 0) -> WithinPairs:
     groups: dict[str, list[int]] = {}
     for row, record in enumerate(records):
         groups.setdefault(record.ds_name or "all", []).append(row)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts: list[tuple[NDArray[np.int64], ...]] = []
     for number, rows in enumerate(groups.values()):
         members = np.asarray(rows, dtype=np.int64)
@@ -173,9 +174,7 @@ def judge(
         unreadable.update(bad)
         if rows:
             scores[split] = score_within(detector, features, [source.records[row] for row in rows])
-    thresholds = fit_thresholds(
-        [part for split, part in scores.items() if split == "VAL"], detector.fingerprint
-    )
+    thresholds = fit_thresholds([scores["VAL"]] if "VAL" in scores else [], detector.fingerprint)
     auc, roc = _measure(*scores["TEST"]) if "TEST" in scores else ({}, {})
     return Judgement(
         auc=auc,
@@ -277,25 +276,19 @@ def fit_thresholds(
         return ()
     scores = np.concatenate([part for part, _ in scored])
     labels = np.concatenate([pairs.labels for _, pairs in scored])
-    names = [name for _, pairs in scored for name in pairs.names]
     positives = int(labels.sum())
     negatives = len(labels) - positives
-    fitted = []
-    for kind, rate in FITTED_RATES:
-        enough = negatives >= required_negatives(rate) if kind == "fpr" else positives > 0
-        if not enough or not positives or not negatives:
-            continue
-        fitted.append(
-            fit_threshold(
-                scores,
-                labels,
-                kind="fpr" if kind == "fpr" else "recall",
-                rate=rate,
-                fingerprint=fingerprint,
-                fitted_on=f"VAL pairs within {len(names)} data set(s){by}: " + ", ".join(names),
-            )
+    if not positives or not negatives:
+        return ()
+    names = [name for _, pairs in scored for name in pairs.names]
+    fitted_on = f"VAL pairs within {len(names)} data set(s){by}: " + ", ".join(names)
+    return tuple(
+        fit_threshold(
+            scores, labels, kind=kind, rate=rate, fingerprint=fingerprint, fitted_on=fitted_on
         )
-    return tuple(fitted)
+        for kind, rate in FITTED_RATES
+        if kind == "recall" or negatives >= required_negatives(rate)
+    )
 
 
 def _measure(

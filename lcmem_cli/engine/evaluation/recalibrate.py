@@ -154,16 +154,7 @@ def recalibrate(
         reporter=reporter,
     )
     check_unreadable(judged.unreadable, max_unreadable)
-    if judged.thresholds:
-        _warn_of_missing(judged.thresholds, reporter)
-    else:
-        lacking = (
-            f"{filelist}: VAL has too few pairs for a threshold: it needs identities with two or "
-            "more images, and at least 100 pairs of different identities within a data set"
-        )
-        if not adapted:
-            raise InputError(lacking)
-        reporter.warn(lacking)
+    _check_thresholds(judged.thresholds, filelist, needed=not adapted, reporter=reporter)
     loaded = dataclasses.replace(loaded, thresholds=judged.thresholds)
     if whitening is not None and len({record.ds_name for record in train.records}) > 1:
         plain, adapted_to_each = _strangers_thresholds(
@@ -354,8 +345,23 @@ class Whitening:
         return checkpoint.changed(network_state=state, training=training, adapted_to=())
 
 
-def _warn_of_missing(thresholds: tuple[Threshold, ...], reporter: Reporter) -> None:
-    """Say which thresholds VAL has too few pairs for."""
+def _check_thresholds(
+    thresholds: tuple[Threshold, ...], filelist: Path, *, needed: bool, reporter: Reporter
+) -> None:
+    """Say which thresholds VAL has too few pairs for.
+
+    Raises:
+        InputError: there is none, and one is needed.
+    """
+    if not thresholds:
+        lacking = (
+            f"{filelist}: VAL has too few pairs for a threshold: it needs identities with two or "
+            "more images, and at least 100 pairs of different identities within a data set"
+        )
+        if needed:
+            raise InputError(lacking)
+        reporter.warn(lacking)
+        return
     fitted = {(threshold.kind, threshold.rate) for threshold in thresholds}
     for kind, rate in FITTED_RATES:
         if kind == "fpr" and (kind, rate) not in fitted:

@@ -35,7 +35,6 @@ def convert_reference(
     codec: str = DEFAULT_CODEC,
     image_size: int = 512,
     input_range: Literal["unit", "symmetric"] = "unit",
-    normalisation: Literal["sample", "none"] = "sample",
 ) -> Checkpoint:
     """Convert a checkpoint of the published code to lcmem's format.
 
@@ -45,7 +44,6 @@ def convert_reference(
         codec: id or folder of the VAE that it was trained with.
         image_size: side in pixels that it was trained at.
         input_range: what its VAE was fed; the published code feeds [0, 1].
-        normalisation: of the latents; the published code infers with ``sample``.
 
     Returns:
         What was written.
@@ -85,7 +83,7 @@ def convert_reference(
         in_channels=channels,
         num_features=num_features,
         input_size=image_size // _CODEC_DOWNSAMPLING,
-        normalisation=normalisation,
+        normalisation="sample",  # as the published code infers
     )
     network = SiameseNetwork(spec)
     load_strictly(network, renamed, source=str(source))

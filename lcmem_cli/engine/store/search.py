@@ -30,6 +30,10 @@ _SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
 _MAX_GRID_WEIGHT = 16384
+_CANDIDATES = 200
+"""Rows per query that the approximate search scores exactly."""
+_RECALL_SAMPLE = 100
+"""Queries of the approximate search that are searched exactly as well, to measure its recall."""
 
 FloatArray = NDArray[np.floating[Any]]
 ScoreMatrix = Callable[[Any, Any], NDArray[Any]]
@@ -223,10 +227,7 @@ def approximate_top_k(
     weight: FloatArray,
     k: int,
     *,
-    candidates: int = 200,
-    num_lists: int | None = None,
     probes: int = 16,
-    recall_sample: int = 100,
 ) -> tuple[TopK, float]:
     """Search with a faiss inverted file first, and score its candidates exactly.
 
@@ -238,13 +239,10 @@ def approximate_top_k(
         bank: ``[m, d]``; faiss keeps a float32 copy in memory.
         weight: ``[d]``, of both signs.
         k: matches to keep.
-        candidates: rows per query that are scored exactly.
-        num_lists: cells of the inverted file; by default about ``4 sqrt(m)``, fewer for few rows.
-        probes: cells searched.
-        recall_sample: queries that are also searched exactly.
+        probes: cells of the inverted file that are searched, of about ``4 sqrt(m)``.
 
     Returns:
-        The matches, and the share of the exact best matches found on the sample.
+        The matches, and the share of the exact best matches found for a sample of the queries.
 
     Raises:
         MissingExtraError: faiss is not installed.
@@ -257,7 +255,7 @@ def approximate_top_k(
     _check_shapes(queries, bank, weight)
     queries, _, weight = _checked(queries, bank[:0], weight)
     scale = np.abs(weight)
-    num_lists = num_lists or max(1, min(int(4 * len(bank) ** 0.5), len(bank) // 40))
+    num_lists = max(1, min(int(4 * len(bank) ** 0.5), len(bank) // 40))
     quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
     index = faiss.IndexIVFFlat(quantiser, bank.shape[1], num_lists, faiss.METRIC_L1)
     index.cp.min_points_per_centroid = 1  # it remarks on small banks past any reporter
@@ -266,7 +264,7 @@ def approximate_top_k(
     for start in range(0, len(bank), BLOCK_ROWS):
         index.add(np.asarray(bank[start : start + BLOCK_ROWS], dtype=np.float32) * scale)
     index.nprobe = probes
-    _, found = index.search(queries * scale, min(max(candidates, k), len(bank)))
+    _, found = index.search(queries * scale, min(max(_CANDIDATES, k), len(bank)))
     k = min(k, len(bank))
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
@@ -278,7 +276,7 @@ def approximate_top_k(
         exact = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
         best = _best(exact, near[None].astype(np.int64), k)
         scores[number], rows[number] = best.scores[0], best.rows[0]
-    sample = _spread(recall_sample, len(queries))
+    sample = _spread(_RECALL_SAMPLE, len(queries))
     truth = weighted_l1_top_k(queries[sample], bank, weight, 1)
     recall = float((truth.rows[:, 0] == rows[sample, 0]).mean()) if len(sample) else 1.0
     return TopK(scores, rows), recall

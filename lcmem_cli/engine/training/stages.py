@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
-from lcmem_cli.engine.distributed import Ranks, resolve_device, resolve_workers
+from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import sha256_file, write_json
 from lcmem_cli.engine.models.checkpoint import (
@@ -134,7 +134,7 @@ def train_stage1(
         TrainingDivergedError: the loss became NaN.
     """
     device = resolve_device(config.runtime.device)
-    ranks = _ranks(config.runtime.device)
+    ranks = current_ranks(config.runtime.device)
     reporter = reporter if ranks.is_main else SILENT
     check_trackers(config.runtime)
     check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
@@ -148,9 +148,11 @@ def train_stage1(
         codec = load_codec("none", device=device)
         spec, size, digest = codec.spec, config.image.size, manifest.digest
         records: Sequence[Record] = manifest.records
+        evaluate_on: LatentStore | Manifest = manifest
     else:
         spec, size, digest, codec = store.spec, store.image_size, store.manifest_digest, None
         records, unreadable = store.records, store.unreadable  # tolerated when it was made
+        evaluate_on = store
         check_store(config, store)
         if config.codec.name not in ("embedded", store.spec.name):
             reporter.event(
@@ -203,12 +205,20 @@ def train_stage1(
             training=_provenance(config, digest, listed, outcome),
         )
 
-    return _run(
-        config, "stage1", network.to(device), records, source, finish, output=output,
-        digest=f"{digest}/{initial}", resume=resume, ranks=ranks,
-        evaluate_on=store if store is not None else manifest, unreadable=unreadable,
-        teacher=teacher, retention=retention, reporter=reporter,
-    )  # fmt: skip
+    stage = _Stage(
+        name="stage1",
+        config=config,
+        network=network.to(device),
+        records=records,
+        source=source,
+        finish=finish,
+        evaluate_on=evaluate_on,
+        digest=f"{digest}/{initial}",
+        unreadable=unreadable,
+        teacher=teacher,
+        retention=retention,
+    )
+    return _run(stage, output=output, resume=resume, ranks=ranks, reporter=reporter)
 
 
 def finetune(
@@ -242,7 +252,7 @@ def finetune(
     from lcmem_cli.engine.detectors.lcmem import load_codec_of
 
     device = resolve_device(config.runtime.device)
-    ranks = _ranks(config.runtime.device)
+    ranks = current_ranks(config.runtime.device)
     reporter = reporter if ranks.is_main else SILENT
     check_trackers(config.runtime)
     start_file = locate_checkpoint(checkpoint)
@@ -286,11 +296,19 @@ def finetune(
             },
         )
 
-    return _run(
-        config, "finetune", network.to(device), manifest.records, source, finish, output=output,
-        digest=digest, resume=resume, ranks=ranks, evaluate_on=manifest, unreadable=unreadable,
-        retention=retention, reporter=reporter,
-    )  # fmt: skip
+    stage = _Stage(
+        name="finetune",
+        config=config,
+        network=network.to(device),
+        records=manifest.records,
+        source=source,
+        finish=finish,
+        evaluate_on=manifest,
+        digest=digest,
+        unreadable=unreadable,
+        retention=retention,
+    )
+    return _run(stage, output=output, resume=resume, ranks=ranks, reporter=reporter)
 
 
 def _history(training: dict[str, Any], generations: int) -> dict[str, Any]:
@@ -426,51 +444,69 @@ def check_has_images(images: Sequence[Record] | Sequence[int], split: str) -> No
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """What is trained, and what sets one stage apart from the other.
+
+    Attributes:
+        name: of the stage.
+        config: resolved.
+        network: to train, on its device.
+        records: images with splits.
+        source: makes the source of pairs of some rows of ``records``.
+        finish: makes the checkpoint of the kept network.
+        evaluate_on: what the checkpoint is judged on.
+        digest: of all that the training starts from; another one is another run.
+        unreadable: images left out.
+        teacher: to save beside the checkpoint.
+        retention: loss that holds the features of a teacher.
+    """
+
+    name: Literal["stage1", "finetune"]
+    config: Stage1Config | FinetuneConfig
+    network: SiameseNetwork
+    records: Sequence[Record]
+    source: Callable[[list[int]], PairSource]
+    finish: Callable[[TrainingOutcome], Checkpoint]
+    evaluate_on: LatentStore | Manifest
+    digest: str
+    unreadable: tuple[Unreadable, ...]
+    teacher: Teacher | None = None
+    retention: Retention | None = None
+
+
 def _run(
-    config: Stage1Config | FinetuneConfig,
-    stage: Literal["stage1", "finetune"],
-    network: SiameseNetwork,
-    records: Sequence[Record],
-    source: Any,
-    finish: Any,
-    *,
-    output: Path,
-    digest: str,
-    resume: bool,
-    ranks: Ranks,
-    evaluate_on: Any,
-    unreadable: tuple[Unreadable, ...],
-    teacher: Teacher | None = None,
-    retention: Retention | None = None,
-    reporter: Reporter,
+    stage: _Stage, *, output: Path, resume: bool, ranks: Ranks, reporter: Reporter
 ) -> TrainingResult:
     """Train, save the kept network with its thresholds, and judge it on TEST."""
     from lcmem_cli.engine.evaluation.judge import judge
     from lcmem_cli.engine.report.plots import plot_loss_curves, plot_roc
 
+    config = stage.config
+
     def part(split: str) -> tuple[PairSource, PairSampler]:
-        rows = [row for row, record in enumerate(records) if record.split == split]
+        rows = [row for row, record in enumerate(stage.records) if record.split == split]
         check_has_images(rows, split)
         sampler = PairSampler(
-            [records[row] for row in rows],
+            [stage.records[row] for row in rows],
             config.sampling,
             batch_size=config.schedule.batch_size,
             seed=config.runtime.seed,
         )
-        return source(rows), sampler
+        return stage.source(rows), sampler
 
     train, validation = part("TRAIN"), part("VAL")
     with contextlib.ExitStack() as stack:
         run_digest = stack.enter_context(
-            open_training_folder(output, config, digest, resume=resume, ranks=ranks)
+            open_training_folder(output, config, stage.digest, resume=resume, ranks=ranks)
         )
         log = stack.enter_context(
             open_trackers(config.runtime, output, config.model_dump(mode="json"), run_digest, ranks)
         )
-        if teacher is not None and ranks.is_main:
-            teacher.save(output / TEACHER_NAME)
+        if stage.teacher is not None and ranks.is_main:
+            stage.teacher.save(output / TEACHER_NAME)
         outcome = Trainer(
-            network,
+            stage.network,
             train=train,
             validation=validation,
             loss=config.loss,
@@ -479,14 +515,14 @@ def _run(
             runtime=config.runtime,
             folder=output,
             run_digest=run_digest,
-            retention=retention,
+            retention=stage.retention,
             log=log,
             ranks=ranks,
             reporter=reporter,
         ).run()
-        checkpoint: Checkpoint = finish(outcome).with_fingerprint()
+        checkpoint = stage.finish(outcome).with_fingerprint()
         judged = judge(
-            checkpoint, evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
+            checkpoint, stage.evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
             device=config.runtime.device, reporter=reporter,
         )  # fmt: skip
         if judged.unreadable:  # they were all readable when the training began
@@ -501,7 +537,7 @@ def _run(
         result = TrainingResult(
             checkpoint=str(path),
             fingerprint=checkpoint.fingerprint,
-            stage=stage,
+            stage=stage.name,
             num_train_identities=train[1].num_identities,
             best_epoch=outcome.best_epoch + 1,
             num_epochs=len(outcome.history),
@@ -509,7 +545,7 @@ def _run(
             history=outcome.history,
             test_auc=judged.auc,
             thresholds=judged.thresholds,
-            unreadable=unreadable,
+            unreadable=stage.unreadable,
         )
         if ranks.is_main:
             save_checkpoint(path, checkpoint)
@@ -521,12 +557,6 @@ def _run(
                 plot_roc(judged.roc, output / "roc")
         ranks.barrier()
         return result
-
-
-def _ranks(device: str) -> Ranks:
-    from lcmem_cli.engine.distributed import current_ranks
-
-    return current_ranks(device)
 
 
 def check_store(config: Stage1Config, store: LatentStore) -> None:
