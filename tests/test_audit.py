@@ -589,6 +589,19 @@ def test_how_many_real_images_are_less_close_than_any_flagged_one_is_counted(set
     assert "than at least 60 of 60 real" in line
 
 
+def test_real_images_nearer_to_the_training_set_than_the_generated_are_told(sets, tmp_path):
+    for seed in range(40):
+        near = Image.blend(picture(seed), picture(7000 + seed), 0.4)
+        near.save(tmp_path / f"{seed:05d}.png")
+    swapped = audit(
+        sets / "generated", sets / "train", held_out=tmp_path, fpr=0.05,
+        detector=SmallCorrelation(),
+    )  # fmt: skip
+    assert swapped.metrics.copying.value > 3
+    assert any("lie nearer to the training set" in warning for warning in swapped.warnings)
+    assert not any("lie nearer" in warning for warning in run(sets).warnings)
+
+
 def test_identities_of_a_flat_folder_are_not_counted(sets, tmp_path):
     flat = run(sets)
     assert flat.num_exposed_identities is flat.training.num_identities is None

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lcmem_cli.engine.config import CodecConfig, load_config
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.training import autoencoder
 from lcmem_cli.engine.training.autoencoder import build_autoencoder
@@ -65,13 +64,6 @@ def test_the_first_latents_are_the_pixels_of_each_block(levels, channels, latent
 def test_too_few_channels_are_refused(channels, latent_channels, groups, message):
     with pytest.raises(InputError, match=message):
         build_autoencoder(config(channels, latent_channels, groups))
-
-
-def test_a_codec_is_trained_in_one_process(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "current_ranks", lambda _: Ranks(rank=1, size=2))
-    resolved = load_config("mini/codec", CodecConfig)
-    with pytest.raises(InputError, match="start it without torchrun"):
-        autoencoder.train_codec_on(resolved, image_folder, basedir=None, output=tmp_path / "codec")
 
 
 def test_a_state_of_another_run_is_not_continued(image_folder, tmp_path):

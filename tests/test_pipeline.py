@@ -269,6 +269,21 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
         assert f"holds a run with {words} than given now" in " ".join(other.stderr.split())
 
 
+def test_what_runs_in_one_process_refuses_several(run_cli, image_folder, tmp_path, monkeypatch):
+    run_cli("index", "build", image_folder, "-o", tmp_path / "index", "--detector", "ncc")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    image, new = image_folder / "id00" / "0.png", tmp_path / "new"
+    for arguments in (
+        ["demo", "-o", new],
+        ["infer", image, image, "--detector", "ncc"],
+        ["index", "query", tmp_path / "index", image],
+        ["calibrate", "embedded", "--filelist", image_folder, "-o", tmp_path / "new.safetensors"],
+        ["train-codec", "--filelist", image_folder, "-o", new],
+    ):
+        assert "without torchrun" in run_cli(*arguments, exit_code=2).stderr, arguments
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "index"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 EXIT_GATE_FAILED = 3
 _SHOWN_PAIRS = 10
-_SHOWN_UNREADABLE = 5
 
 
 class NullChoice(str, enum.Enum):
@@ -187,7 +186,13 @@ def _show(result: AuditResult, output: Path) -> None:
             if images is not None
         ],
     )
-    _show_unreadable(result)
+    bad = [
+        item
+        for images in (result.generated, result.training, result.held_out)
+        if images is not None
+        for item in images.unreadable
+    ]
+    render.unreadable(bad, listed_in="audit.json")
     render.table(["over the whole set", "generated", "real"], _figures(result))
     if result.flagged:
         render.table(
@@ -205,18 +210,6 @@ def _show(result: AuditResult, output: Path) -> None:
             f"{percent(result.fail_over)}."
         )
     render.line(f"See {output / 'report.html'}")
-
-
-def _show_unreadable(result: AuditResult) -> None:
-    bad = [
-        item
-        for images in (result.generated, result.training, result.held_out)
-        if images is not None
-        for item in images.unreadable
-    ]
-    render.unreadable(bad[:_SHOWN_UNREADABLE])
-    if len(bad) > _SHOWN_UNREADABLE:
-        render.line(f"unreadable {len(bad) - _SHOWN_UNREADABLE:,} more, listed in audit.json")
 
 
 def _figures(result: AuditResult) -> list[list[str]]:

@@ -136,10 +136,7 @@ def _show(result: BenchmarkResult, output: Path) -> None:
         f"an earlier one), {result.num_dropped:,} dropped; {len(result.unreadable):,} of "
         f"{result.num_images:,} images unreadable."
     )
-    for bad in result.unreadable[:10]:
-        render.line(f"  {bad.path}: {bad.reason}")
-    if len(result.unreadable) > 10:
-        render.line(f"  and {len(result.unreadable) - 10} more, all in benchmark_results.json")
+    render.unreadable(result.unreadable, listed_in="benchmark_results.json")
     render.line(f"Written to {output}")
 
 

@@ -31,11 +31,11 @@ def filter_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write keep.csv, reject.csv and unreadable.csv from an audit; originals are only read."""
-    from lcmem_cli.engine.errors import InputError
+    if copy and link:
+        raise typer.BadParameter("--copy and --link exclude each other: give one of them")
+
     from lcmem_cli.engine.evaluation.filtering import Transfer, filter_audit
 
-    if copy and link:
-        raise InputError("--copy and --link exclude each other: give one of them")
     transfer: Transfer = "copy" if copy else "link" if link else "none"
     result = filter_audit(
         audit_folder,

@@ -47,9 +47,17 @@ def build(
 ) -> None:
     """Make an index, or continue one of the same images that was interrupted."""
     _add(
-        index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json,
+        index,
+        source,
+        detector=detector,
+        basedir=basedir,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        max_unreadable=max_unreadable,
+        as_json=as_json,
         only_listed=True,
-    )  # fmt: skip
+    )
 
 
 @index_app.command("add")
@@ -68,9 +76,17 @@ def add(
 
     detector = Index.open(index).detector
     _add(
-        index, source, detector, basedir, batch_size, workers, device, max_unreadable, as_json,
+        index,
+        source,
+        detector=detector,
+        basedir=basedir,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        max_unreadable=max_unreadable,
+        as_json=as_json,
         only_listed=False,
-    )  # fmt: skip
+    )
 
 
 @index_app.command("info")
@@ -142,6 +158,7 @@ def query(
 def _add(
     index: Path,
     source: Path,
+    *,
     detector: str,
     basedir: Path | None,
     batch_size: int,
@@ -149,7 +166,6 @@ def _add(
     device: Device,
     max_unreadable: int,
     as_json: bool,
-    *,
     only_listed: bool,
 ) -> None:
     from lcmem_cli.engine.detectors.registry import load_detector

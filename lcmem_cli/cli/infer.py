@@ -11,6 +11,7 @@ from lcmem_cli.cli import render, startup
 from lcmem_cli.cli.options import (
     BatchSizeOption,
     CheckpointOption,
+    CodecOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -31,10 +32,7 @@ def infer(
         Optional[str],  # noqa: UP045
         typer.Option("--detector", help="Another detector than a checkpoint's, such as joint."),
     ] = None,
-    codec: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
-    ] = None,
+    codec: CodecOption = None,
     threshold: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--threshold", help="One of the checkpoint's, such as fpr0.01, fpr0.001."),

@@ -96,8 +96,7 @@ def latents(
         render.line(f"image size  {result.image_size} px")
         render.line("mean        " + " ".join(f"{v:.4f}" for v in result.mean))
         render.line("std         " + " ".join(f"{v:.4f}" for v in result.std))
-        for bad in result.unreadable:
-            render.line(f"unreadable  {bad.path}: {bad.reason}")
+        render.unreadable(result.unreadable)
         if result.package:
             render.line(f"package     {result.package}")
 

@@ -51,6 +51,7 @@ settings = Settings()
 _NAME_WIDTH = 9
 """Columns that a table's first one keeps, whatever the others need."""
 _WIDE = 100
+_SHOWN_UNREADABLE = 10
 
 
 def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
@@ -93,10 +94,18 @@ def line(text: str = "") -> None:
     typer.echo(_printable(text))
 
 
-def unreadable(items: Sequence[Unreadable]) -> None:
-    """Print a line for each image that was left out."""
-    for item in items:
+def unreadable(items: Sequence[Unreadable], *, listed_in: str | None = None) -> None:
+    """Print a line for each image that was left out.
+
+    Args:
+        items: the images.
+        listed_in: file that has them all; only the first few are printed.
+    """
+    shown = items if listed_in is None else items[:_SHOWN_UNREADABLE]
+    for item in shown:
         line(f"unreadable {item.path}: {item.reason}")
+    if len(items) > len(shown):
+        line(f"unreadable {len(items) - len(shown):,} more, listed in {listed_in}")
 
 
 BEST_NOTE = "* the best of its column"

@@ -153,10 +153,7 @@ def _show(result: RobustnessResult, output: Path) -> None:
         f"{result.num_pairs:,} pairs of {result.split}, {result.num_dropped:,} dropped; "
         f"{len(result.unreadable):,} of {result.num_images:,} images unreadable."
     )
-    for bad in result.unreadable[:10]:
-        render.line(f"  {bad.path}: {bad.reason}")
-    if len(result.unreadable) > 10:
-        render.line(f"  and {len(result.unreadable) - 10} more, all in robustness_results.json")
+    render.unreadable(result.unreadable, listed_in="robustness_results.json")
     render.line(f"Written to {output}; robustness_results.csv holds every setting")
 
 

@@ -124,6 +124,16 @@ def current_ranks(device: str = "auto") -> Ranks:
     return Ranks(rank=state.process_index, size=state.num_processes)
 
 
+def require_one_process(command: str) -> None:
+    """Refuse to run as one of several processes, each of which would do and write the same.
+
+    Raises:
+        InputError: a launcher started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{command} runs in one process: start it without torchrun")
+
+
 def _leave() -> None:
     """Leave the group at exit: gloo's threads may otherwise abort a process that has finished."""
     import torch.distributed as dist

@@ -272,6 +272,11 @@ def _named_by(records: Sequence[Record], id_regex: str) -> list[Record]:
     return named
 
 
+def is_filelist(path: Path) -> bool:
+    """Return whether a file's name is that of a filelist."""
+    return path.suffix.lower() in (".csv", *PARQUET_SUFFIXES)
+
+
 def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
     """Assign TRAIN, VAL and TEST (60, 15 and 25 % of the identities) so that none is in two.
 
@@ -400,7 +405,7 @@ def _check_exists(source: Path) -> None:
             return
     except (OSError, ValueError) as error:  # a name that is too long, or holds NUL
         raise ManifestError(f"cannot look up {str(source)[:200]!r}: {error}") from None
-    what = "file" if source.suffix.lower() in (".csv", *PARQUET_SUFFIXES) else "folder"
+    what = "file" if is_filelist(source) else "folder"
     raise ManifestError(_no_such(source, what))
 
 

@@ -51,6 +51,10 @@ class PairSet:
         """Return the number of pairs."""
         return len(self.first)
 
+    def shifted(self, by: int) -> PairSet:
+        """Return the same pairs of records that stand ``by`` rows further on."""
+        return dataclasses.replace(self, first=self.first + by, second=self.second + by)
+
     @property
     def num_positives(self) -> int:
         """Number of pairs of one identity."""

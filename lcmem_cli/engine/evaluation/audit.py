@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -669,8 +670,14 @@ class _Study:
         copying: float | None,
     ) -> list[str]:
         """Return what weakens the finding, one sentence each."""
-        found = []
-        num_queries, num_null = len(self.queries.rows), len(null.rows)
+        return [
+            *self._about_the_sets(),
+            *self._about_the_search(),
+            *self._about_mixed_up_sets(null, best, copying),
+            *self._about_the_null(null, summary, rule),
+        ]
+
+    def _about_the_sets(self) -> Iterator[str]:
         for name, images in (
             ("generated", self.queries),
             ("training", self.training),
@@ -680,76 +687,82 @@ class _Study:
                 continue
             if images.summary.unreadable:
                 number = counted(len(images.summary.unreadable), f"{name} image")
-                found.append(f"{number} could not be read and stood aside.")
+                yield f"{number} could not be read and stood aside."
             if images.summary.num_guessed:
                 number = counted(images.summary.num_guessed, f"{name} image")
-                found.append(
+                yield (
                     f"Of more than 8 bits without a stated range, so its brightness was guessed "
                     f"from its values: {number}."
                 )
+        repeated = len(self.queries.rows) - self.queries.num_distinct
+        if repeated:
+            yield (
+                f"{repeated:,} of the generated images repeat others; the interval treats them as "
+                "independent."
+            )
+
+    def _about_the_search(self) -> Iterator[str]:
         if self.approximate:
-            found.append(
+            yield (
                 "The search was approximate: on a sample it found the best match of "
                 f"{self.detector.search_recall:.1%} of the images. A copy whose match was "
                 "missed is not flagged."
             )
-        repeated = num_queries - self.queries.num_distinct
-        if repeated:
-            found.append(
-                f"{repeated:,} of the generated images repeat others; the interval treats them as "
-                "independent."
-            )
+
+    def _about_mixed_up_sets(
+        self, null: Null, best: Scores, copying: float | None
+    ) -> Iterator[str]:
         if self.queries.summary.folder == self.training.summary.folder and set(
             self.queries.names
         ) == set(self.training.names):
-            found.append(
-                "Generated and training set are the same images, so each is found identical."
-            )
+            yield "Generated and training set are the same images, so each is found identical."
         if null.num_mixed_up:
-            found.append(
+            yield (
                 f"Among the generated images too, and so taken out of the null: "
                 f"{counted(null.num_mixed_up, 'held-out image')}. Were sets mixed up?"
             )
-        alone = len(np.unique(self.training.groups)) == self.training.num_distinct
-        if null.kind == "leave-one-out" and alone:
-            found.append(
-                "Every training image counts as an identity of its own. Where several show the "
-                "same, they match each other closely and copies may be missed: put the images of "
-                "each identity into a folder of its own, or give --held-out."
+        if null.removed:
+            yield (
+                f"Also in the training set, and so taken out of the null: "
+                f"{counted(len(null.removed), 'real image')}."
             )
         if copying is not None and copying > _NEARER:
-            found.append(
+            yield (
                 "The real images lie nearer to the training set than the generated ones do "
                 f"(C_T {copying:+.1f}), so copies may be missed. Were sets mixed up, or do "
                 "held-out images show what training images show?"
             )
         below = float(np.mean(best < null.scores[:, 0].min()))
         if below > _MOSTLY:
-            found.append(
+            yield (
                 f"{below:.0%} of the generated images match the training set less closely than any "
                 "real image does: they are of another kind than the real images, and then the "
                 "rate says little."
             )
-        if null.removed:
-            found.append(
-                f"Also in the training set, and so taken out of the null: "
-                f"{counted(len(null.removed), 'real image')}."
+
+    def _about_the_null(self, null: Null, summary: NullSummary, rule: FlagRule) -> Iterator[str]:
+        num_queries, num_null = len(self.queries.rows), len(null.rows)
+        alone = len(np.unique(self.training.groups)) == self.training.num_distinct
+        if null.kind == "leave-one-out" and alone:
+            yield (
+                "Every training image counts as an identity of its own. Where several show the "
+                "same, they match each other closely and copies may be missed: put the images of "
+                "each identity into a folder of its own, or give --held-out."
             )
         if summary.shared_identities:
-            found.append(
+            yield (
                 f"{counted(len(summary.shared_identities), 'identity', 'identities')} in both "
                 "training and held-out set: images of one match closely without being copied, so "
                 "copies may be missed."
             )
         if null.num_identities * 2 <= num_null:
-            found.append(
+            yield (
                 f"The {num_null:,} real images of the null show only {null.num_identities:,} "
                 "identities: the rate is less certain than their number suggests."
             )
         needed = fewest_flagged(rule.rate, num_queries, num_null)
         if rule.kind == "fdr" and needed > 1:
-            found.append(
+            yield (
                 f"With {num_null:,} real images Benjamini-Hochberg can only flag {needed:,} or "
                 "more images at once; fewer copies go unnoticed. More held-out images help."
             )
-        return found

@@ -48,7 +48,9 @@ from lcmem_cli.engine.evaluation.study import (
     THRESHOLDS_NAME,
     ResultsFolder,
     Skipped,
+    all_unreadable,
     check_names,
+    check_splits,
     content_digest,
     content_hashes,
     feature_cache,
@@ -66,7 +68,7 @@ from lcmem_cli.engine.evaluation.study import (
 from lcmem_cli.engine.files import sha256_bytes, write_json
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
 JSON_NAME = "benchmark_results.json"
@@ -340,10 +342,7 @@ def benchmark(
     """
     check_target_recall(target_recall)
     check_names(detectors)
-    if split == fit_split:
-        raise InputError(
-            f"--fit-split: thresholds must not be fitted on the split that is judged ({split})"
-        )
+    check_splits(split, fit_split)
     if adapt and "TRAIN" in (split, fit_split):
         raise InputError("--adapt: TRAIN is adapted to, so it cannot be judged or fitted on")
     ranks = current_ranks(device)
@@ -504,7 +503,6 @@ def _make_study(
     if splits[1] is not None:
         fit_from = fit_records(manifest.select(splits[1], ds_names), reporter)
     if fit_from:
-        shift = len(judged.records)
         made = make_pairs(
             fit_from,
             pairs,
@@ -512,7 +510,7 @@ def _make_study(
             column=column,
             negatives_per_anchor=FIT_NEGATIVES_PER_ANCHOR,
         )
-        fit = dataclasses.replace(made, first=made.first + shift, second=made.second + shift)
+        fit = made.shifted(len(judged.records))
     if fit is not None and not (fit.num_positives and fit.num_negatives):
         fit = None
     reason = None if splits[1] is not None else "no split to fit thresholds on was asked for"
@@ -715,12 +713,7 @@ def _conclude(
     reporter: Reporter,
 ) -> BenchmarkResult:
     """Drop the pairs that any detector could not score, compute everything, and write it."""
-    unreadable = {item.path: item for part in scored for item in part.unreadable}
-    check_unreadable(list(unreadable.values()), limit)
-    if unreadable:
-        reporter.warn(
-            f"{len(unreadable)} image(s) could not be read; they are left out, with their pairs"
-        )
+    unreadable = all_unreadable([part.unreadable for part in scored], limit, reporter)
     keep = ~np.any([np.isnan(part.test) for part in scored], axis=0)
     test = study.test.select(keep)
     if not len(test):
@@ -762,7 +755,7 @@ def _conclude(
         num_duplicates=study.test.num_duplicates,
         num_dropped=int((~keep).sum()),
         num_fit_pairs=0 if fit is None else len(fit),
-        unreadable=tuple(unreadable.values()),
+        unreadable=unreadable,
         notes=tuple(notes),
         **options,
     )

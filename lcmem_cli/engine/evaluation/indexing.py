@@ -7,12 +7,12 @@ import dataclasses
 from pathlib import Path
 
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, load_manifest
+from lcmem_cli.engine.data.manifest import Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
+from lcmem_cli.engine.distributed import Ranks, require_one_process, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -241,13 +241,14 @@ def query_index(
         reporter: receives progress.
 
     Raises:
-        InputError: nothing readable to ask about.
+        InputError: nothing readable to ask about, or it was started as several processes.
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FingerprintMismatchError: the index is another detector's.
     """
+    require_one_process("index query")
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    is_image = query.is_file() and query.suffix.lower() not in (".csv", ".parquet", ".pq")
+    is_image = query.is_file() and not is_filelist(query)
     paths = [query]
     if not is_image:
         listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)

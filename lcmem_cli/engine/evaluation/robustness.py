@@ -39,7 +39,9 @@ from lcmem_cli.engine.evaluation.study import (
     THRESHOLDS_NAME,
     ResultsFolder,
     Skipped,
+    all_unreadable,
     check_names,
+    check_splits,
     content_digest,
     content_hashes,
     feature_cache,
@@ -55,7 +57,7 @@ from lcmem_cli.engine.files import write_json
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
 from lcmem_cli.engine.report.plots import plot_strengths, plot_transforms
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
+from lcmem_cli.engine.results import Result, Threshold, Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 
 JSON_NAME = "robustness_results.json"
@@ -486,10 +488,7 @@ def _check_arguments(
             "--fit recall means nothing with --same-image: the unedited pairs that it is fitted "
             "on are identical images, which every detector finds; use --fit fpr"
         )
-    if split == fit_split:
-        raise InputError(
-            f"--fit-split: thresholds must not be fitted on the split that is judged ({split})"
-        )
+    check_splits(split, fit_split)
     if round_trip is not None and suite != "extended":
         raise InputError("--round-trip has no effect in the reference suite: --suite extended")
     return {**DEFAULT_RATES, fit: DEFAULT_RATES[fit] if fit_rate is None else fit_rate}
@@ -521,14 +520,13 @@ def _make_study(
             f"{splits[0]}; identities need two images, or use --same-image"
         )
     fit_from = fit_records(manifest.select(splits[1], ds_names), reporter)
-    made = make(fit_from, seed, column=column)
-    shift = len(judged)
+    fit = make(fit_from, seed, column=column).shifted(len(judged))
     return _Study(
         records=(*judged, *fit_from),
         num_judged=len(judged),
         basedir=manifest.basedir,
         test=test,
-        fit=dataclasses.replace(made, first=made.first + shift, second=made.second + shift),
+        fit=fit,
         settings=settings,
         input_size=input_size,
         seed=seed,
@@ -716,10 +714,7 @@ def _conclude(
     reporter: Reporter,
 ) -> RobustnessResult:
     """Drop the pairs that some detector could not score, apply the thresholds, write everything."""
-    unreadable = {item.path: item for part in scored for item in part.unreadable}
-    check_unreadable(list(unreadable.values()), limit)
-    if unreadable:
-        reporter.warn(f"{len(unreadable)} image(s) could not be read; their pairs are dropped")
+    unreadable = all_unreadable([part.unreadable for part in scored], limit, reporter)
     lost = [np.isnan(s) for part in scored for s in (part.unedited, *part.edited.values())]
     keep = ~np.any(lost, axis=0)
     fit_keep = ~np.any([np.isnan(part.fit) for part in scored], axis=0)
@@ -753,7 +748,7 @@ def _conclude(
         num_pairs=len(study.test),
         num_dropped=int((~keep).sum()),
         num_fit_pairs=len(fit),
-        unreadable=tuple(unreadable.values()),
+        unreadable=unreadable,
         **options,
     )
     _write(folder, result, study)

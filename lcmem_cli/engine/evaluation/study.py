@@ -36,7 +36,7 @@ from lcmem_cli.engine.files import (
     write_json,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
-from lcmem_cli.engine.results import Unreadable
+from lcmem_cli.engine.results import Unreadable, check_unreadable
 from lcmem_cli.engine.runs import CONFIG_NAME, ENVIRONMENT_NAME, write_run_files
 from lcmem_cli.engine.store.features import FeatureCache
 
@@ -346,6 +346,40 @@ def content_digest(records: Sequence[Record], contents: Sequence[str | None]) ->
         text = "\0".join((*cells, content or "unreadable"))
         lines.append(text.encode("utf-8", "surrogateescape"))
     return sha256_bytes(b"\0\0".join(lines))
+
+
+def check_splits(split: str, fit_split: str | None) -> None:
+    """Refuse to fit thresholds on what they are to be judged on.
+
+    Raises:
+        InputError: both splits are the same.
+    """
+    if split == fit_split:
+        raise InputError(
+            f"--fit-split: thresholds must not be fitted on the split that is judged ({split})"
+        )
+
+
+def all_unreadable(
+    parts: Iterable[Iterable[Unreadable]], limit: int | None, reporter: Reporter
+) -> tuple[Unreadable, ...]:
+    """Return the images that any detector could not use, each once.
+
+    Args:
+        parts: of each detector.
+        limit: how many are allowed; ``None``: any number.
+        reporter: warned of them.
+
+    Raises:
+        UnreadableLimitError: more than allowed.
+    """
+    unreadable = tuple({item.path: item for part in parts for item in part}.values())
+    check_unreadable(unreadable, limit)
+    if unreadable:
+        reporter.warn(
+            f"{len(unreadable)} image(s) could not be read; they are left out, with their pairs"
+        )
+    return unreadable
 
 
 def refuse_adapted_to(
