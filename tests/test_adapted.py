@@ -13,6 +13,9 @@ from lcmem_cli.engine.detectors import adapted as module
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, JointDetector, correlation_scores
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.audit_detector import detector_of
+from lcmem_cli.engine.evaluation.inference import score_pairs
+from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
@@ -234,6 +237,53 @@ def test_an_audit_adapts_to_the_bank_alone(sets, tmp_path):
     assert split.adapted_to == 24 - split.null.num_not_searched < 24
     with pytest.raises(NotAdaptableError, match="only LCMem networks"):
         audit(*sets, held_out=tmp_path / "held-out", fpr=0.1, detector="ncc", adapt=True)
+
+
+@pytest.mark.usefixtures("each_counts")
+@pytest.mark.parametrize("null", ["held-out", "split"])
+def test_a_pair_is_judged_as_the_audit_judged_it(sets, tmp_path, monkeypatch, null):
+    save_checkpoint(tmp_path / "net.safetensors", make().checkpoint)
+    monkeypatch.chdir(tmp_path)
+    options = {"held_out": "held-out"} if null == "held-out" else {"null": "split"}
+    network = "lcmem:net.safetensors"
+    result = audit("generated", "training", **options, fpr=0.3, detector=network, output="audit")
+    assert result.adapted_to and 0 < result.num_flagged < result.num_queries
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    detector = detector_of(tmp_path / "audit")
+    best = [match for match in result.matches if match.rank == 1]
+    pairs = [(sets[0] / match.query, sets[1] / match.match) for match in best]
+    judged = score_pairs(detector, pairs)
+    np.testing.assert_allclose(
+        [pair.score for pair in judged.pairs], [match.score for match in best], atol=1e-6
+    )
+    apart = [abs(match.score - result.rule.threshold) > 1e-5 for match in best]
+    assert sum(apart) > 20
+    for pair, match, clear in zip(judged.pairs, best, apart, strict=True):
+        assert pair.match is match.flagged or not clear
+
+
+@pytest.mark.usefixtures("each_counts")
+def test_an_audit_whose_training_set_has_changed_judges_no_pair(sets, tmp_path, run_cli):
+    save_checkpoint(tmp_path / "net.safetensors", make().checkpoint)
+    given = {"held_out": tmp_path / "held-out", "fpr": 0.1}
+    given["detector"] = f"lcmem:{tmp_path / 'net.safetensors'}"
+    audit(*sets, output=tmp_path / "audit", **given)
+    plain = audit(*sets, output=tmp_path / "plain", adapt=False, **given)
+    audit(*sets, output=tmp_path / "bh", bh=True, **given)
+    pair = next((sets[0] / match.query, sets[1] / match.match) for match in plain.matches)
+    shown = run_cli("infer", *pair, "--audit", tmp_path / "audit").stdout
+    assert "(fpr0.1), fitted on the best matches of 24 real images (held-out)" in shown
+    next(sets[1].iterdir()).unlink()
+    with pytest.raises(InputError, match="or the training images, have changed"):
+        detector_of(tmp_path / "audit")
+    assert detector_of(tmp_path / "plain").fingerprint == plain.fingerprint
+    with pytest.raises(InputError, match="without --bh"):
+        detector_of(tmp_path / "bh")
+    with pytest.raises(InputError, match=r"no audit\.json"):
+        detector_of(sets[1])
+    both = run_cli("infer", *pair, "--audit", tmp_path / "plain", "--detector", "ncc", exit_code=2)
+    assert "--audit brings detector and threshold" in " ".join(both.stderr.split())
 
 
 @pytest.mark.usefixtures("each_counts")

@@ -33,6 +33,12 @@ def infer(
         typer.Option("--detector", help="Another detector than a checkpoint's, such as joint."),
     ] = None,
     codec: CodecOption = None,
+    audit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--audit", help="Folder of an audit: judge by its detector, as adapted, and threshold."
+        ),
+    ] = None,
     threshold: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--threshold", help="One of the checkpoint's, such as fpr0.01, fpr0.001."),
@@ -61,6 +67,11 @@ def infer(
 
     if detector is not None and (checkpoint or codec):
         raise typer.BadParameter("--detector does not go with --checkpoint or --codec")
+    if audit is not None and (checkpoint or codec or detector or threshold):
+        raise typer.BadParameter(
+            "--audit brings detector and threshold; it does not go with --checkpoint, --codec, "
+            "--detector or --threshold"
+        )
 
     from lcmem_cli.engine.detectors.base import Detector
     from lcmem_cli.engine.detectors.lcmem import LCMemDetector
@@ -74,7 +85,17 @@ def infer(
 
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
     chosen: Detector
-    if detector is None:
+    if audit is not None:
+        from lcmem_cli.engine.evaluation.audit_detector import detector_of
+
+        chosen = detector_of(
+            audit,
+            device=device.value,
+            batch_size=batch_size,
+            workers=workers,
+            reporter=render.reporter(),
+        )
+    elif detector is None:
         chosen = Detector.load(checkpoint, codec=codec, device=device.value)
     else:
         from lcmem_cli.engine.detectors.registry import load_detector
@@ -116,11 +137,12 @@ def infer(
         else:
             t = result.threshold
             render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")
-            render.line(
-                f"           {t.num_positives:,} positive and {t.num_negatives:,} negative pairs; "
-                f"there it accepts {_percent(t.achieved_recall)} of the positives and "
-                f"{_percent(t.achieved_fpr)} of the negatives"
-            )
+            if audit is None:
+                render.line(
+                    f"           {t.num_positives:,} positive and {t.num_negatives:,} negative "
+                    f"pairs; there it accepts {_percent(t.achieved_recall)} of the positives and "
+                    f"{_percent(t.achieved_fpr)} of the negatives"
+                )
         render.unreadable(result.unreadable)
         if save is not None:
             render.line(f"picture    {picture or 'none: an image cannot be read'}")

@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, available_cpus, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.audit_detector import adapt_detector
 from lcmem_cli.engine.evaluation.audit_files import refuse_other_audit, write_audit
 from lcmem_cli.engine.evaluation.audit_null import (
     Null,
@@ -38,7 +40,6 @@ from lcmem_cli.engine.evaluation.audit_null import (
     search,
     smallest_rate,
     split_null,
-    split_rows,
 )
 from lcmem_cli.engine.evaluation.audit_result import (
     AuditResult,
@@ -224,12 +225,12 @@ def audit(
             listing.index.check(detector.fingerprint)
     folder = None if output is None else Path(output)
     asked = {
-        **{what: listing.source for what, listing in listings.items()},
-        "basedir": None if base is None else str(base),
+        **{what: str(Path(listing.source).absolute()) for what, listing in listings.items()},
+        "basedir": None if base is None else str(base.absolute()),
         "null": kind,
         "fpr": fpr,
         "bh": bh,
-        "detector": detector.name,
+        "detector": absolute_name(detector.name),
         "input_size": detector.input_size,
         "adapt": adapt,
         "approximate": approximate,
@@ -356,20 +357,11 @@ class _Study:
     def adapted(self, kind: NullKind) -> _Study:
         """Return the study with its detector adapted to the images that will be searched.
 
-        The rate holds, because neither generated images nor those of the null have a part in it;
-        of a split training set only the bank has. It would not with leave-one-out, where the null's
-        images had: what an identity shows would count less for them than for images of identities
-        that are not there, of which 7 % then passed a rate of 2 % (11 data sets, one at a time).
-
         Raises:
             NotAdaptableError: the detector cannot be adapted to them.
         """
-        bank = np.arange(self.training.num_distinct)
-        if kind == "split":
-            bank = split_rows(self.training, rate=self.rate, seed=self.seed)[1]
-        contents = [self.training.hashes[row] for row in bank]
-        detector, convert, num_images = self.detector.adapted(
-            self.training.features_of(bank), contents
+        detector, convert, num_images = adapt_detector(
+            self.detector, self.training, null=kind, rate=self.rate, seed=self.seed
         )
 
         def converted(images: ImageSet) -> ImageSet:

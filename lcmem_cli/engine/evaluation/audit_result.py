@@ -272,7 +272,7 @@ def statement(
     if rule.kind == "fdr" and not num_flagged and fewest > 1:
         return (
             f"Undecided: none of {counted(num_queries, 'generated image')} is flagged at a "
-            f"false-discovery rate of {percent(rule.rate)}, but single ones cannot be with "
+            f"false-discovery rate of {percent(rule.rate)}, but single ones could not be with "
             f"{counted(num_null, 'real image')} to compare with."
         )
     verb = "matches" if num_flagged == 1 else "match"
@@ -425,9 +425,15 @@ def what_it_shows(
     )
     shows: tuple[str, ...] = (null.meaning,)
     if num_below is not None:
+        real = f"{null.num_scores:,} real images"
+        others = (
+            f"any of {real} is"
+            if num_below == null.num_scores
+            else f"at least {num_below:,} of {real} are"
+        )
         shows += (
-            "A flagged image is closer to its training image, as this detector sees them, than at "
-            f"least {num_below:,} of {null.num_scores:,} real images are to any training image.",
+            "A flagged image is closer to its training image, as this detector sees them, than "
+            f"{others} to any training image.",
         )
     shows += (f"Every generated image was compared {compared}",)
     if adapted_to is not None:

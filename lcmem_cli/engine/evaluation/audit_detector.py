@@ -1,0 +1,122 @@
+"""The detector of an audit: adapted to the training set, and had again from a finished audit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lcmem_cli.engine.detectors.adapted import Adapted
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.errors import CorruptFileError, InputError
+from lcmem_cli.engine.evaluation.audit_files import read_audit
+from lcmem_cli.engine.evaluation.audit_null import split_rows
+from lcmem_cli.engine.evaluation.audit_result import NullKind
+from lcmem_cli.engine.evaluation.audit_sets import ImageSet, embed_set, list_set
+from lcmem_cli.engine.evaluation.study import feature_cache
+from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.runs import read_run_config
+
+
+def adapt_detector(
+    detector: Detector, training: ImageSet, *, null: NullKind, rate: float, seed: int
+) -> Adapted:
+    """Adapt a detector to the training images that an audit searches.
+
+    The rate holds, because neither generated images nor those of the null have a part in it; of a
+    split training set only the bank has. It would not with leave-one-out, where the null's images
+    had: what an identity shows would count less for them than for images of identities that are not
+    there, of which 7 % then passed a rate of 2 % (11 data sets, one at a time).
+
+    Args:
+        detector: what made the features of the set.
+        training: the training set.
+        null: where the real images come from.
+        rate: of the audit, on which the size of a split depends.
+        seed: of the split.
+
+    Raises:
+        NotAdaptableError: the detector cannot be adapted to them.
+    """
+    bank = np.arange(training.num_distinct)
+    if null == "split":
+        bank = split_rows(training, rate=rate, seed=seed)[1]
+    return detector.adapted(training.features_of(bank), [training.hashes[row] for row in bank])
+
+
+def detector_of(
+    folder: Path,
+    *,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = -1,
+    reporter: Reporter = SILENT,
+) -> Detector:
+    """Return the detector of a finished audit, with the audit's threshold as its only one.
+
+    So a single pair can be judged as the audit judged each generated image and its best match.
+    Where the detector was adapted, the training images are embedded again, or found in the cache.
+
+    Args:
+        folder: output of ``audit``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        batch_size: images per network call.
+        workers: decoding workers; -1: from the CPUs.
+        reporter: told the progress.
+
+    Raises:
+        InputError: no finished audit there, none of a rate per image, or the detector or the
+            training images are not those of the audit any more.
+        CorruptFileError: its files were damaged or edited.
+    """
+    document, _ = read_audit(folder)
+    asked = read_run_config(folder)
+    try:
+        rule, null, fingerprint = document["rule"], document["null"], document["fingerprint"]
+        is_adapted = document["adapted_to"] is not None
+        if rule["kind"] != "fpr":
+            raise InputError(
+                f"{folder}: the audit held a false-discovery rate, which gives no threshold for "
+                "single images; run one without --bh"
+            )
+        detector = load_detector(asked["detector"], device=device, input_size=asked["input_size"])
+        if is_adapted:
+            source, base = Path(asked["training"]), asked.get("basedir")
+            training = embed_set(
+                list_set(source, what="training", basedir=None if base is None else Path(base)),
+                detector,
+                batch_size=batch_size,
+                workers=workers,
+                cache=feature_cache(detector),
+                ranks=Ranks(),
+                reporter=reporter,
+            )
+            detector = adapt_detector(
+                detector, training, null=null["kind"], rate=rule["rate"], seed=asked["seed"]
+            ).detector
+        threshold = Threshold(
+            value=math.nextafter(rule["threshold"], math.inf),  # an audit flags what exceeds it
+            kind="fpr",
+            rate=rule["rate"],
+            fingerprint=fingerprint,
+            fitted_on=f"the best matches of {null['num_scores']:,} real images ({null['kind']}) in "
+            f"the audit {folder}",
+            num_positives=0,
+            num_negatives=null["num_scores"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{folder}: its files were damaged or edited ({error!r}); run the audit again"
+        ) from error
+    if detector.fingerprint != fingerprint:
+        raise InputError(
+            f"{folder}: the detector is not that of the audit any more: its weights"
+            + (", or the training images," if is_adapted else "")
+            + " have changed; run the audit again"
+        )
+    detector.thresholds = (threshold,)
+    return detector
