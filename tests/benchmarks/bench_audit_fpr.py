@@ -116,6 +116,7 @@ def main() -> int:
             detector=detector,
             top_k=1,
             output=arguments.output / "audit",
+            overwrite=True,
         )
         fresh_paths = {path for path, _ in fresh}
         false = sum(match.query in fresh_paths for match in result.flagged)
