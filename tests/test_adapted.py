@@ -246,11 +246,15 @@ def test_a_pair_is_judged_as_the_audit_judged_it(sets, tmp_path, monkeypatch, nu
     monkeypatch.chdir(tmp_path)
     options = {"held_out": "held-out"} if null == "held-out" else {"null": "split"}
     network = "lcmem:net.safetensors"
-    result = audit("generated", "training", **options, fpr=0.3, detector=network, output="audit")
+    result = audit(
+        "generated", "training", **options, fpr=0.3, detector=network, output="audit", cache=False
+    )
     assert result.adapted_to and 0 < result.num_flagged < result.num_queries
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("LCMEM_CACHE", str(tmp_path / "cache"))
     detector = detector_of(tmp_path / "audit")
+    assert not (tmp_path / "cache").exists()
     best = [match for match in result.matches if match.rank == 1]
     pairs = [(sets[0] / match.query, sets[1] / match.match) for match in best]
     judged = score_pairs(detector, pairs)

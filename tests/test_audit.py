@@ -552,7 +552,7 @@ def test_benjamini_hochberg_flags_the_copies_and_says_what_it_holds(sets, tmp_pa
     assert not result.is_undecided and not any("than at least" in line for line in nothing.shows)
 
 
-def test_a_gate_that_benjamini_hochberg_cannot_fail_is_refused(sets):
+def test_a_gate_that_benjamini_hochberg_cannot_fail_is_refused(sets, tmp_path):
     # 60 real images: no p-value is under 1/61, so at a rate of 0.05 the 35 pass 12 at a time
     options = {"bh": True, "fpr": 0.05, "held_out": sets / "held-out"}
     with pytest.raises(InputError, match=r"at 1 flagged image.* only flag 12 .* give 699 held-out"):
@@ -560,6 +560,10 @@ def test_a_gate_that_benjamini_hochberg_cannot_fail_is_refused(sets):
     assert run(sets, fail_over=0.32, **options).fail_over == 0.32  # fails at 12
     with pytest.raises(InputError, match="at 11 flagged images"):
         run(sets, fail_over=0.3, **options)
+    same = shutil.copytree(sets / "generated", tmp_path / "same")
+    shutil.copy(sets / "train" / "00001.png", same)
+    result = audit(same, sets / "train", detector=SmallCorrelation(), fail_over=0, **options)
+    assert result.gate_failed and result.num_exact_copies == 1
 
 
 def test_a_folder_with_another_audit_is_refused(sets, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from importlib import metadata
@@ -232,6 +233,13 @@ def test_paths_in_a_name_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
         str(tmp_path / "net.onnx"),
         {"adapt": str(tmp_path / "a, b&c%"), "score": "cosine"},
     )
+    odd = os.fsdecode(b"odd\xff")
+    for name in ("resnet50", "embedded", odd):
+        (tmp_path / name).mkdir()
+    found = parse_name(absolute_name(f"lcmem:embedded?adapt={odd}"))
+    assert found == ("lcmem", "embedded", {"adapt": str(tmp_path / odd)})
+    assert absolute_name("timm:resnet50") == "timm:resnet50"
+    assert absolute_name(f"onnx:{'a' * 300}.onnx") == f"onnx:{'a' * 300}.onnx"
     for same in ("ncc", "lcmem", "timm:resnet50?size=9&mean=0.5,0.5,0.5", "my detector?odd"):
         assert absolute_name(same) in (same, same.replace(",", "%2C"))
 

@@ -333,7 +333,9 @@ def test_a_store_of_an_earlier_version_is_kept_and_read(encode, tmp_path):
         values = json.loads(side.read_text())
         del values["contents"]
         side.write_text(json.dumps(values))
-    assert encode(tmp_path / "store").num_encoded_now == 0
+    listening = Listener()
+    assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 0
+    assert "does not know the files that it was made from" in listening.warnings[0]
     store = LatentStore.open(tmp_path / "store")
     assert set(store.contents) == {None}
     store.check_unchanged([0], ["another"])

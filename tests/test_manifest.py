@@ -196,17 +196,30 @@ def test_ids_are_found_in_file_names(tmp_path):
     assert sum(size.identities for size in plain.splits.values()) == 24
     assert "every image counts as an identity of its own" in listening.warnings[0]
     listening = Listener()
-    for regex in ("^(p[0-9]+)_", "^p[0-9]+"):
+    for regex in ("^(p[0-9]+)_", "^p[0-9]+", "^(p0[0-3])_|^(p0[4-7])_"):
         found = make_filelist(flat, tmp_path / "list.csv", id_regex=regex, reporter=listening)
         assert sum(size.identities for size in found.splits.values()) == 8
         records = load_manifest(tmp_path / "list.csv", basedir=flat).records
         assert {record.id for record in records} == {f"p{number:02d}" for number in range(8)}
         assert len({(record.id, record.split) for record in records}) == 8
     assert not listening.warnings
-    for regex, words in (("(", "no regular expression"), ("x", "finds no id in 'p0")):
+    for regex, words in (
+        ("(", "no regular"),
+        ("x", "finds no id in 'p0"),
+        ("p(x)?", "finds no id"),
+    ):
         with pytest.raises(InputError, match=words):
             make_filelist(flat, tmp_path / "no.csv", id_regex=regex)
     assert not (tmp_path / "no.csv").exists()
+
+
+def test_subfolders_of_one_image_each_are_identities(tmp_path):
+    for number in range(8):
+        (tmp_path / "images" / f"p{number}").mkdir(parents=True)
+        (tmp_path / "images" / f"p{number}" / "x.png").write_bytes(b"")
+    listening = Listener()
+    make_filelist(tmp_path / "images", tmp_path / "list.csv", reporter=listening)
+    assert not listening.warnings
 
 
 def test_splits_that_stay_empty_are_warned_of(tmp_path):

@@ -279,8 +279,15 @@ def test_what_runs_in_one_process_refuses_several(run_cli, image_folder, tmp_pat
         ["index", "query", tmp_path / "index", image],
         ["calibrate", "embedded", "--filelist", image_folder, "-o", tmp_path / "new.safetensors"],
         ["train-codec", "--filelist", image_folder, "-o", new],
+        ["manifest", image_folder, "-o", tmp_path / "list.csv"],
+        ["export", tmp_path / "out.pt2"],
     ):
+        monkeypatch.setenv("RANK", "0")
         assert "without torchrun" in run_cli(*arguments, exit_code=2).stderr, arguments
+        monkeypatch.setenv("RANK", "1")
+        assert not run_cli(*arguments, exit_code=2).stderr, arguments
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "must be numbers" in run_cli("infer", image, image, exit_code=2).stderr
     assert {path.name for path in tmp_path.iterdir()} == {"images", "index"}
 
 

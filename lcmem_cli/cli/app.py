@@ -28,6 +28,7 @@ from lcmem_cli.cli.index import index_app
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
 from lcmem_cli.cli.manifest import manifest
+from lcmem_cli.cli.processes import IN_PROCESSES, require_one_process
 from lcmem_cli.cli.robustness import robustness_command
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
 from lcmem_cli.engine.errors import LcmemError
@@ -114,6 +115,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
@@ -128,6 +130,8 @@ def main(
 ) -> None:
     """Set what holds for every command."""
     render.configure(quiet=quiet, debug=debug, log_format=log_format)
+    if context.invoked_subcommand not in IN_PROCESSES:
+        require_one_process(context.invoked_subcommand or "lcmem")
 
 
 app.command("demo")(demo)

@@ -19,6 +19,7 @@ from lcmem_cli.cli.options import (
     MaxUnreadableOption,
     WorkersOption,
 )
+from lcmem_cli.cli.processes import require_one_process
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.indexing import IndexingResult
@@ -94,6 +95,7 @@ def info(index: IndexArgument, as_json: JsonOption = False) -> None:
     """Print what an index holds, after comparing it with its checksums."""
     from lcmem_cli.engine.store.index import Index
 
+    require_one_process("index info")
     opened = Index.open(index)
     values = {
         "folder": str(index),
@@ -128,6 +130,7 @@ def query(
     from lcmem_cli.engine.evaluation.indexing import query_index
     from lcmem_cli.engine.store.index import Index
 
+    require_one_process("index query")
     result = query_index(
         index,
         image,

@@ -21,7 +21,7 @@ def manifest(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--id-regex",
-            help="Find the id in each path, for example '([0-9]+)_[0-9]+[.]png' (its first group).",
+            help="Find the id in each path, for example '^([0-9]+)_' (its group).",
         ),
     ] = None,
     seed: SeedOption = 0,

@@ -105,7 +105,7 @@ def current_ranks(device: str = "auto") -> Ranks:
     Raises:
         ProcessLostError: the processes that the launcher started do not form one group.
     """
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    _, expected = launched()
     if expected <= 1:
         return Ranks()
     import torch
@@ -124,14 +124,17 @@ def current_ranks(device: str = "auto") -> Ranks:
     return Ranks(rank=state.process_index, size=state.num_processes)
 
 
-def require_one_process(command: str) -> None:
-    """Refuse to run as one of several processes, each of which would do and write the same.
+def launched() -> tuple[int, int]:
+    """Return the rank of this process and how many the launcher started.
 
     Raises:
-        InputError: a launcher started several.
+        InputError: the launcher's variables are no numbers.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{command} runs in one process: start it without torchrun")
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(rank), int(size)
+    except ValueError:
+        raise InputError(f"RANK and WORLD_SIZE must be numbers, not {rank} and {size}") from None
 
 
 def _leave() -> None:

@@ -219,8 +219,8 @@ def make_filelist(
         source: see ``load_manifest``.
         output: CSV or Parquet file to write.
         basedir: see ``load_manifest``.
-        id_regex: regular expression that is searched for in each path; its first group, or all of
-            it where it has none, is the identity.
+        id_regex: regular expression that is searched for in each path; the first of its groups that
+            is found, or all of it where it has none, is the identity.
         seed: of the split.
         reporter: warned of what the split cannot keep apart.
 
@@ -239,8 +239,7 @@ def make_filelist(
         records = split_by_identity(records, seed=seed)
     manifest = Manifest(tuple(records), listed.basedir, listed.source)
     write_manifest(manifest, output)
-    num_identities = len({record.identity for record in records})
-    if source.is_dir() and id_regex is None and num_identities == len(records) > 1:
+    if id_regex is None and len(records) > 1 and not tells_identities(source, records):
         reporter.warn(
             "every image counts as an identity of its own, so pictures of one person or object may "
             "be in several splits; put those of each into a folder, or tell them by --id-regex"
@@ -265,11 +264,17 @@ def _named_by(records: Sequence[Record], id_regex: str) -> list[Record]:
     named = []
     for record in records:
         found = pattern.search(record.path)
-        name = found[min(1, pattern.groups)] if found else None
-        if not name:
+        groups = (found.groups() or (found[0],)) if found else ()
+        name = next(filter(None, groups), None)
+        if name is None:
             raise InputError(f"--id-regex {id_regex!r} finds no id in {record.path!r}")
         named.append(record._replace(id=name))
     return named
+
+
+def tells_identities(source: Path, records: Sequence[Record]) -> bool:
+    """Return whether ids were given: by a filelist, or by subfolders and not by file names."""
+    return source.is_file() or any("/" in record.path for record in records)
 
 
 def is_filelist(path: Path) -> bool:

@@ -68,13 +68,28 @@ def absolute_name(name: str) -> str:
         kind, target, options = parse_name(name)
     except InputError:
         return name
-    values = {key: _absolute(value) if key in _PATHS else value for key, value in options.items()}
-    text = "&".join(f"{key}={quote(value, safe=_UNQUOTED)}" for key, value in values.items())
-    return kind + (f":{_absolute(target)}" if target else "") + (f"?{text}" if text else "")
+    values = {
+        key: _absolute(value) if key in _PATHS and _is_there(Path(value)) else value
+        for key, value in options.items()
+    }
+    text = "&".join(
+        f"{key}={quote(value, safe=_UNQUOTED, errors='surrogateescape')}"
+        for key, value in values.items()
+    )
+    if Path(target).suffix and _is_there(Path(target)) and Path(target).is_file():
+        target = _absolute(target)  # other targets are names, also where a folder is so called
+    return kind + (f":{target}" if target else "") + (f"?{text}" if text else "")
 
 
 def _absolute(text: str) -> str:
-    return str(Path(text).absolute()) if Path(text).exists() else text
+    return str(Path(text).absolute())
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        return False
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -138,7 +153,7 @@ def _read(name: str, text: str) -> dict[str, str]:
             raise InputError(f"detector '{name}': '{part}' is no option; expected key=value")
         if key in options:
             raise InputError(f"detector '{name}': option {key} is given twice")
-        options[key] = unquote(value)
+        options[key] = unquote(value, errors="surrogateescape")
     return options
 
 

@@ -283,7 +283,13 @@ def audit(
             num_removed=len(real_images.removed),
         )
         if bh and fail_over is not None:
-            check_gate(fail_over, fpr, len(study.queries.rows), len(real_images.rows))
+            check_gate(
+                fail_over,
+                fpr,
+                num_queries=len(study.queries.rows),
+                num_exact=study.num_exact(),
+                num_null=len(real_images.rows),
+            )
         found = study.best_matches(real_images.bank, max(2, top_k))
         result = study.conclude(
             real_images, found, bh=bh, top_k=top_k, fail_over=fail_over, started=started
@@ -305,6 +311,7 @@ def audit(
                     **asked,
                     "top_k": top_k,
                     "fail_over": fail_over,
+                    "cache": cache,
                     "fingerprint": study.detector.fingerprint,
                     "adapted_to": study.adapted_to,
                 },
@@ -394,6 +401,11 @@ class _Study:
                 f"{null.images.name_of(used[0])!r} first, so that no rate holds; give other images "
                 "with --held-out, or a detector that is not adapted"
             )
+
+    def num_exact(self) -> int:
+        """Return how many generated images are byte for byte a training image."""
+        known = set(self.training.hashes)
+        return sum(self.queries.hashes[row] in known for row in self.queries.rows)
 
     def null(self, kind: NullKind) -> Null:
         """Return the real images that generated ones are compared with."""
@@ -756,5 +768,6 @@ class _Study:
         if rule.kind == "fdr" and needed > 1:
             yield (
                 f"With {num_null:,} real images Benjamini-Hochberg can only flag {needed:,} or "
-                "more images at once; fewer copies go unnoticed. More held-out images help."
+                "more images at once, beside identical files; fewer copies go unnoticed. More "
+                "held-out images help."
             )

@@ -71,52 +71,61 @@ def detector_of(
     Raises:
         InputError: no finished audit there, none of a rate per image, or the detector or the
             training images are not those of the audit any more.
-        CorruptFileError: its files were damaged or edited.
+        FingerprintMismatchError: the training set is an index, of another detector by now.
+        CorruptFileError: its files were damaged, or written by an earlier version.
     """
     document, _ = read_audit(folder)
     asked = read_run_config(folder)
     try:
-        rule, null, fingerprint = document["rule"], document["null"], document["fingerprint"]
-        is_adapted = document["adapted_to"] is not None
-        if rule["kind"] != "fpr":
-            raise InputError(
-                f"{folder}: the audit held a false-discovery rate, which gives no threshold for "
-                "single images; run one without --bh"
-            )
-        detector = load_detector(asked["detector"], device=device, input_size=asked["input_size"])
-        if is_adapted:
-            source, base = Path(asked["training"]), asked.get("basedir")
-            training = embed_set(
-                list_set(source, what="training", basedir=None if base is None else Path(base)),
-                detector,
-                batch_size=batch_size,
-                workers=workers,
-                cache=feature_cache(detector),
-                ranks=Ranks(),
-                reporter=reporter,
-            )
-            detector = adapt_detector(
-                detector, training, null=null["kind"], rate=rule["rate"], seed=asked["seed"]
-            ).detector
-        threshold = Threshold(
-            value=math.nextafter(rule["threshold"], math.inf),  # an audit flags what exceeds it
-            kind="fpr",
-            rate=rule["rate"],
-            fingerprint=fingerprint,
-            fitted_on=f"the best matches of {null['num_scores']:,} real images ({null['kind']}) in "
-            f"the audit {folder}",
-            num_positives=0,
-            num_negatives=null["num_scores"],
+        rule, kind, fingerprint = (
+            document["rule"],
+            document["null"]["kind"],
+            document["fingerprint"],
         )
+        num_real, is_adapted = document["null"]["num_scores"], document["adapted_to"] is not None
+        name, size, source = asked["detector"], asked["input_size"], Path(asked["training"])
+        seed, keeps_features = asked["seed"], asked["cache"]
+        is_fpr, rate, limit = rule["kind"] == "fpr", rule["rate"], rule["threshold"]
     except (KeyError, TypeError) as error:
         raise CorruptFileError(
-            f"{folder}: its files were damaged or edited ({error!r}); run the audit again"
+            f"{folder}: was written by an earlier version of lcmem, or damaged ({error!r}); run "
+            "the audit again with --overwrite"
         ) from error
+    if not is_fpr:
+        raise InputError(
+            f"{folder}: the audit held a false-discovery rate, which gives no threshold for "
+            "single images; run one without --bh"
+        )
+    detector = load_detector(name, device=device, input_size=size)
+    if is_adapted:
+        base = Path(asked["basedir"]) if "basedir" in asked else None
+        listing = list_set(source, what="training", basedir=base)
+        if listing.index is not None:
+            listing.index.check(detector.fingerprint)
+        training = embed_set(
+            listing,
+            detector,
+            batch_size=batch_size,
+            workers=workers,
+            cache=feature_cache(detector) if keeps_features else None,
+            ranks=Ranks(),
+            reporter=reporter,
+        )
+        detector = adapt_detector(detector, training, null=kind, rate=rate, seed=seed).detector
     if detector.fingerprint != fingerprint:
         raise InputError(
             f"{folder}: the detector is not that of the audit any more: its weights"
             + (", or the training images," if is_adapted else "")
             + " have changed; run the audit again"
         )
+    threshold = Threshold(
+        value=math.nextafter(limit, math.inf),  # an audit flags what exceeds it
+        kind="fpr",
+        rate=rate,
+        fingerprint=fingerprint,
+        fitted_on=f"the best matches of {num_real:,} real images ({kind}) in the audit {folder}",
+        num_positives=0,
+        num_negatives=num_real,
+    )
     detector.thresholds = (threshold,)
     return detector

@@ -347,13 +347,16 @@ def check_size(
     )
 
 
-def check_gate(fail_over: float, rate: float, num_queries: int, num_null: int) -> None:
+def check_gate(
+    fail_over: float, rate: float, *, num_queries: int, num_exact: int, num_null: int
+) -> None:
     """Refuse a gate that Benjamini-Hochberg cannot fail where the rate per image could.
 
     Args:
         fail_over: share of flagged images over which the gate fails.
         rate: false-discovery rate.
         num_queries: generated images.
+        num_exact: those that are byte for byte a training image, which are always flagged.
         num_null: real images.
 
     Raises:
@@ -361,12 +364,12 @@ def check_gate(fail_over: float, rate: float, num_queries: int, num_null: int) -
     """
     fails_at = math.floor(fail_over * num_queries + 1e-9) + 1
     fewest = fewest_flagged(rate, num_queries, num_null)
-    if fewest > fails_at:
+    if num_exact < fails_at < fewest:
         needed = math.ceil(num_queries / (rate * fails_at) - 1e-9) - 1
         raise InputError(
             f"--fail-over {fail_over:g} is to fail at {counted(fails_at, 'flagged image')}, but "
             f"with {counted(num_null, 'real image')} --bh can only flag {fewest:,} or more at "
-            f"once; give {needed:,} held-out images, or leave --bh out"
+            f"once beside identical files; give {needed:,} held-out images, or leave --bh out"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.manifest import Record, load_manifest
+from lcmem_cli.engine.data.manifest import Record, load_manifest, tells_identities
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.distributed import Ranks
@@ -242,7 +242,9 @@ def embed_set(
 
 def _num_identities(listing: Listing, records: Sequence[Record]) -> int | None:
     identities = {record.identity for record in records}
-    known = Path(listing.source).is_file() or len(identities) < len(records)
+    known = len(identities) < len(records) or (
+        listing.index is None and tells_identities(Path(listing.source), records)
+    )
     return len(identities) if known else None
 
 

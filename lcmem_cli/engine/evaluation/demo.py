@@ -13,7 +13,6 @@ from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.joint import JointDetector
-from lcmem_cli.engine.distributed import require_one_process
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit import audit
 from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
@@ -64,9 +63,8 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
         reporter: receives progress.
 
     Raises:
-        InputError: the folder holds something else, or it was started as several processes.
+        InputError: the folder holds something else.
     """
-    require_one_process("demo")
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise InputError(f"{output}: is not empty and no demonstration; choose another folder")
     shutil.rmtree(output, ignore_errors=True)

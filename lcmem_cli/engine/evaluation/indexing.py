@@ -12,7 +12,7 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
-from lcmem_cli.engine.distributed import Ranks, require_one_process, resolve_workers
+from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -241,11 +241,10 @@ def query_index(
         reporter: receives progress.
 
     Raises:
-        InputError: nothing readable to ask about, or it was started as several processes.
+        InputError: nothing readable to ask about.
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         FingerprintMismatchError: the index is another detector's.
     """
-    require_one_process("index query")
     index = Index.open(folder)
     index.check(detector.fingerprint)
     is_image = query.is_file() and not is_filelist(query)

@@ -16,7 +16,7 @@ from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, guesses_text, load_pixe
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.distributed import require_one_process, resolve_workers
+from lcmem_cli.engine.distributed import resolve_workers
 from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -89,10 +89,9 @@ def score_pairs(
         reporter: receives progress.
 
     Raises:
-        InputError: unknown threshold, or it was started as several processes.
+        InputError: unknown threshold.
         UnreadableLimitError: more unreadable images than tolerated.
     """
-    require_one_process("infer")
     chosen = choose_threshold(detector, threshold)
     if threshold is None and chosen is not None and chosen.kind != "fpr":
         reporter.warn(

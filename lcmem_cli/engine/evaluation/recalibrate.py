@@ -20,7 +20,7 @@ from lcmem_cli.engine.detectors.adapted import (
     some_images,
 )
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
-from lcmem_cli.engine.distributed import require_one_process, resolve_device, resolve_workers
+from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
 from lcmem_cli.engine.evaluation.judge import (
@@ -120,11 +120,10 @@ def recalibrate(
     Raises:
         UnreadableLimitError: more images than ``max_unreadable`` could not be read.
         InputError: ``output`` is no ``.safetensors`` file, VAL holds too few pairs for any
-            threshold, the codec cannot take the size, ``adapted`` and ``whitened`` are both
-            asked for, or it was started as several processes.
+            threshold, the codec cannot take the size, or ``adapted`` and ``whitened`` are
+            both asked for.
         CheckpointError: the network's weights do not fit another size.
     """
-    require_one_process("calibrate")
     if adapted and whitened:
         raise InputError("whitening fits the same layer; leave --adapt out")
     if inner_bands is not None and not whitened:

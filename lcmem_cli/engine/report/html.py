@@ -289,8 +289,11 @@ def _probability_ticks(low: float, high: float, count: int) -> list[tuple[float,
         for share in shares:
             if lowest <= share <= highest and 0 < share < 1:
                 place = math.log(share / (1 - share))
-                if not ticks or place - ticks[-1][0] >= (high - low) / (1.5 * count):
-                    ticks.append((place, f"{share:.10g}"))
+                label = f"{share:.10g}"
+                if not ticks or (
+                    place - ticks[-1][0] >= (high - low) / (1.5 * count) and label != ticks[-1][1]
+                ):
+                    ticks.append((place, label))
         return ticks
 
     even = _ticks(lowest, highest, count) if highest > lowest else []

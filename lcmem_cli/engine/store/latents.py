@@ -50,7 +50,7 @@ SHARD_BYTES = 1 << 26
 STD_FLOOR = 1e-12
 _LIGHT_BYTES = 16 << 20
 _COLUMNS = ("path", "id", "Split", "ds_name")
-_CONTENT = "content"
+_CONTENT, _CONTENTS = "content", "contents"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,7 +263,8 @@ def encode_latents(
     """Encode every image of a list, continuing what an earlier run left unfinished.
 
     Shards that are there and match their checksum are kept; the others are made anew, and so are
-    those that lack an image which can be read by now, or hold one whose file has changed. A shard's
+    those that lack an image which can be read by now, or hold one whose file has changed (not in a
+    store of an earlier version, which does not know). A shard's
     bytes depend neither on the number of processes nor on where an earlier run was stopped. While
     the codec works on a batch, the next is decoded and the last shard is written. A light codec on
     a CPU works in the decoding threads, each on one image, so that all cores are busy with whatever
@@ -452,7 +453,7 @@ class _Shards:
                 "file": path.name,
                 "sha256": digest.hexdigest(),
                 "rows": kept,
-                "contents": contents,
+                _CONTENTS: contents,
                 "unreadable": unreadable,
                 "pixels": len(kept) * height * width,
                 "sum": total.tolist(),
@@ -474,7 +475,7 @@ def _changed(shards: _Shards, number: int, paths: Sequence[Path], workers: int) 
     """Return how many files of a shard are not what they were when it was made."""
     side = shards.side(number)
     now, _ = hash_files([paths[row] for row in side["rows"]], workers)
-    before = side.get("contents", now)  # an earlier version wrote none
+    before = side.get(_CONTENTS, now)  # an earlier version wrote none
     return sum(a is not None and a != b for a, b in zip(now, before, strict=True))
 
 
@@ -484,6 +485,11 @@ def _tell_what_is_there(
     """Report shards that an earlier run left, and those that are made anew."""
     if known:
         reporter.event("continuing", shards_found=len(known), shards=len(shards))
+    if any(_CONTENTS not in shards.side(number) for number in known):
+        reporter.warn(
+            f"{shards.folder}: made by an earlier version, it does not know the files that it was "
+            "made from; where images have changed, remove it and run lcmem latents again"
+        )
     if num_changed:
         reporter.warn(
             f"{shards.folder}: {num_changed:,} image(s) have changed since they were encoded; "
@@ -714,7 +720,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
         listed.append({"file": side["file"], "sha256": side["sha256"]})
         unreadable += side["unreadable"]
         rows += [(r, number, i) for i, r in enumerate(side["rows"])]
-        contents += side.get("contents", [None] * len(side["rows"]))
+        contents += side.get(_CONTENTS, [None] * len(side["rows"]))
         total += np.asarray(side["sum"])  # in shard order: the same for any number of processes
         square += np.asarray(side["sum_of_squares"])
         pixels += side["pixels"]

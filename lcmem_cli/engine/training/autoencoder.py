@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.distributed import require_one_process, resolve_device, resolve_workers
+from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, TrainingDivergedError
 from lcmem_cli.engine.files import naming_target, write_json, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
@@ -175,10 +175,8 @@ def train_codec_on(
     """Train a codec on the TRAIN images of a list; see ``train_codec``.
 
     Raises:
-        InputError: started as several processes.
         UnreadableLimitError: more unreadable images than tolerated.
     """
-    require_one_process("train-codec")
     manifest, unreadable = readable_part(
         load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
         config.runtime.num_workers,
