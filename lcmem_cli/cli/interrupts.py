@@ -53,8 +53,8 @@ def message() -> str:
     is_one_of_many = os.environ.get("WORLD_SIZE", "1") != "1"
     if is_one_of_many and _received and _received[0] == signal.SIGTERM:
         return (
-            "stopped by SIGTERM, which a launcher sends where another process has failed (see its "
-            f"error); {_CONTINUES}"
+            "stopped by SIGTERM, which a launcher sends where another process has failed or was "
+            f"killed (see its error, or the launcher's report); {_CONTINUES}"
         )
     return f"interrupted; {_CONTINUES}"
 

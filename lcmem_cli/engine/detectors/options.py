@@ -51,7 +51,7 @@ def parse_name(name: str) -> ParsedName:
     if not colon:
         kind, _, text = name.partition("?")
         return ParsedName(kind, "", _read(name, text))
-    if Path(target).is_file():
+    if _is_file(target):
         return ParsedName(kind, target, {})
     marks = [match.start() for match in _OPTIONS.finditer(target)]
     if not marks:
@@ -69,14 +69,14 @@ def absolute_name(name: str) -> str:
     except InputError:
         return name
     values = {
-        key: _absolute(value) if key in _PATHS and _is_there(Path(value)) else value
+        key: _absolute(value) if key in _PATHS and _is_there(value) else value
         for key, value in options.items()
     }
     text = "&".join(
         f"{key}={quote(value, safe=_UNQUOTED, errors='surrogateescape')}"
         for key, value in values.items()
     )
-    if Path(target).suffix and _is_there(Path(target)) and Path(target).is_file():
+    if Path(target).suffix and _is_file(target):
         target = _absolute(target)  # other targets are names, also where a folder is so called
     return kind + (f":{target}" if target else "") + (f"?{text}" if text else "")
 
@@ -85,11 +85,15 @@ def _absolute(text: str) -> str:
     return str(Path(text).absolute())
 
 
-def _is_there(path: Path) -> bool:
+def _is_there(text: str) -> bool:
     try:
-        return path.exists()
+        return Path(text).exists()
     except (OSError, ValueError):  # a name that is too long, or holds NUL
         return False
+
+
+def _is_file(text: str) -> bool:
+    return _is_there(text) and Path(text).is_file()
 
 
 def split_names(text: str) -> tuple[str, ...]:
