@@ -303,8 +303,10 @@ def test_shards_of_changed_images_are_made_anew(encode, image_folder, tmp_path):
     first.write_bytes(old[1])
     second.write_bytes(old[0])
     with pytest.raises(InputError, match=r"2 image\(s\) have changed.*id05/0\.png"):
-        before.check_unchanged(rows, [sha256_file(first), sha256_file(second)])
-    before.check_unchanged(rows, [None, before.contents[rows[1]]])
+        before.check_unchanged(
+            {"id05/0.png": sha256_file(first), "id05/1.png": sha256_file(second)}
+        )
+    before.check_unchanged({"id05/0.png": None, "id05/1.png": before.contents[rows[1]]})
     listening = Listener()
     assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 10
     assert "2 image(s) have changed" in listening.warnings[0]
@@ -338,7 +340,7 @@ def test_a_store_of_an_earlier_version_is_kept_and_read(encode, tmp_path):
     assert "does not know the files that it was made from" in listening.warnings[0]
     store = LatentStore.open(tmp_path / "store")
     assert set(store.contents) == {None}
-    store.check_unchanged([0], ["another"])
+    store.check_unchanged({store.records[0].path: "another"})
 
 
 def test_an_unreadable_shard_is_empty_and_not_fatal(encode, image_folder, tmp_path):

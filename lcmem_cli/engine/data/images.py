@@ -116,6 +116,15 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnreadableImageError(path, _reason(error)) from error
 
 
+def is_readable(path: Path) -> bool:
+    """Return whether ``load_image`` can decode a file here."""
+    try:
+        load_image(path)
+    except (UnreadableImageError, MissingExtraError):
+        return False
+    return True
+
+
 def upright_rgb(image: Image.Image, path: Path = Path("image")) -> Image.Image:
     """Bring an opened image of any mode to RGB by the rules for files, upright by its EXIF tag.
 

@@ -282,15 +282,15 @@ def audit(
             source=real.source,
             num_removed=len(real_images.removed),
         )
+        found = study.best_matches(real_images.bank, max(2, top_k))
         if bh and fail_over is not None:
             check_gate(
                 fail_over,
                 fpr,
                 num_queries=len(study.queries.rows),
-                num_exact=study.num_exact(),
+                num_exact=int(found.exact[study.queries.rows].sum()),
                 num_null=len(real_images.rows),
             )
-        found = study.best_matches(real_images.bank, max(2, top_k))
         result = study.conclude(
             real_images, found, bh=bh, top_k=top_k, fail_over=fail_over, started=started
         )
@@ -401,11 +401,6 @@ class _Study:
                 f"{null.images.name_of(used[0])!r} first, so that no rate holds; give other images "
                 "with --held-out, or a detector that is not adapted"
             )
-
-    def num_exact(self) -> int:
-        """Return how many generated images are byte for byte a training image."""
-        known = set(self.training.hashes)
-        return sum(self.queries.hashes[row] in known for row in self.queries.rows)
 
     def null(self, kind: NullKind) -> Null:
         """Return the real images that generated ones are compared with."""

@@ -216,12 +216,7 @@ class AuditResult(Result):
     @property
     def is_undecided(self) -> bool:
         """Whether nothing is flagged because so small a null could hardly flag anything."""
-        rule = self.rule
-        return (
-            rule.kind == "fdr"
-            and not self.num_flagged
-            and fewest_flagged(rule.rate, self.num_queries, self.null.num_scores) > 1
-        )
+        return _is_undecided(self.num_flagged, self.num_queries, self.rule, self.null.num_scores)
 
     @property
     def flagged(self) -> tuple[Match, ...]:
@@ -268,8 +263,7 @@ def statement(
     num_null: int,
 ) -> str:
     """Return the finding in one sentence."""
-    fewest = fewest_flagged(rule.rate, num_queries, num_null)
-    if rule.kind == "fdr" and not num_flagged and fewest > 1:
+    if _is_undecided(num_flagged, num_queries, rule, num_null):
         return (
             f"Undecided: none of {counted(num_queries, 'generated image')} is flagged at a "
             f"false-discovery rate of {percent(rule.rate)}, but single ones could not be with "
@@ -323,6 +317,11 @@ def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
     return math.ceil(num_queries / (rate * (num_null + 1)) - 1e-9)
 
 
+def _is_undecided(num_flagged: int, num_queries: int, rule: FlagRule, num_null: int) -> bool:
+    fewest = fewest_flagged(rule.rate, num_queries, num_null)
+    return rule.kind == "fdr" and not num_flagged and fewest > 1
+
+
 def verdict(
     num_flagged: int,
     rule: FlagRule,
@@ -343,8 +342,8 @@ def verdict(
         copies = counted(num_resaved, "generated image shows", "generated images show")
         sentences.append(f"{copies} the picture of a training image saved anew.")
     expected = rule.rate * num_queries
-    fewest = fewest_flagged(rule.rate, num_queries, num_null)
-    if not num_flagged and rule.kind == "fdr" and fewest > 1:
+    if _is_undecided(num_flagged, num_queries, rule, num_null):
+        fewest = fewest_flagged(rule.rate, num_queries, num_null)
         sentences.append(
             f"Nothing is flagged; but with {counted(num_null, 'real image')} Benjamini-Hochberg "
             f"could not have flagged fewer than {fewest:,}."

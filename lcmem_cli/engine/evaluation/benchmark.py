@@ -368,9 +368,8 @@ def benchmark(
         )
     contents = content_hashes(study.records, study.basedir, workers=workers, ranks=ranks)
     if store is not None:
-        content_of = dict(zip((record.path for record in study.records), contents, strict=True))
-        rows = [row for row, record in enumerate(store.records) if record.path in content_of]
-        store.check_unchanged(rows, [content_of[store.records[row].path] for row in rows])
+        listed = [record.path for record in study.records]
+        store.check_unchanged(dict(zip(listed, contents, strict=True)))
     inputs = {
         "command": "benchmark",
         "images_digest": content_digest(study.records, contents),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import filecmp
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, guesses_text, load_pixels
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, content_hash, guesses_text, load_pixels
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import allocate_features
@@ -133,12 +133,17 @@ def score_pairs(
     rows[np.isin(rows, list(bad))] = -1
     scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
 
+    size_of = functools.cache(lambda path: path.stat().st_size)  # a file may be in many pairs
+    content_of = functools.cache(content_hash)
+
     def scored(a: Path, b: Path, score: float) -> PairScore:
         known = None if math.isnan(score) else score
         match = None
         if known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
-        identical = known is not None and (a == b or _same_bytes(a, b))
+        identical = known is not None and (
+            a == b or (size_of(a) == size_of(b) and content_of(a) == content_of(b))
+        )
         return PairScore(
             path_a=str(a), path_b=str(b), score=known, match=match, identical=identical
         )
@@ -151,10 +156,6 @@ def score_pairs(
         num_images_embedded=len(files) - len(bad),
         unreadable=unreadable,
     )
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
 
 
 def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:

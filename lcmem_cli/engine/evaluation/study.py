@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import NOT_EMBEDDED
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.images import is_readable
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
@@ -174,7 +174,7 @@ class ResultsFolder:
         if basedir is None or "unreadable" not in arrays:
             return True
         return not any(
-            _is_readable(basedir / item.path)
+            is_readable(basedir / item.path)
             for item in unpack_unreadable(arrays["unreadable"])
             if not item.reason.startswith(NOT_EMBEDDED)  # the same network gives the same again
         )
@@ -489,14 +489,6 @@ def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        load_image(path)
-    except (UnreadableImageError, MissingExtraError):
-        return False
-    return True
 
 
 def _read_inputs(path: Path) -> dict[str, Any]:

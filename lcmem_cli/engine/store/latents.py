@@ -17,17 +17,17 @@ import itertools
 import json
 import tarfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import UnreadableImageError, guesses_text, load_image
+from lcmem_cli.engine.data.images import guesses_text, is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
@@ -35,7 +35,6 @@ from lcmem_cli.engine.errors import (
     CorruptFileError,
     InputError,
     LcmemError,
-    MissingExtraError,
     NotFiniteError,
 )
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
@@ -167,25 +166,25 @@ class LatentStore:
             np.stack([self._map(int(self._shard[r]))[self._row[r]] for r in rows])
         )
 
-    def check_unchanged(self, rows: Sequence[int], contents: Sequence[str | None]) -> None:
+    def check_unchanged(self, contents: Mapping[str, str | None]) -> None:
         """Refuse images that are not those that the latents were made from.
 
         Args:
-            rows: of ``records``.
-            contents: SHA-256 of each one's file now; ``None`` where there is none any more.
+            contents: SHA-256 of files as they are now, by the records' paths; ``None``, or none,
+                where a file is not there any more or does not matter.
 
         Raises:
             InputError: files have changed; names the first.
         """
         changed = [
-            row
-            for row, content in zip(rows, contents, strict=True)
-            if None not in (content, self.contents[row]) and content != self.contents[row]
+            record.path
+            for record, before in zip(self.records, self.contents, strict=True)
+            if None not in (before, now := contents.get(record.path)) and now != before
         ]
         if changed:
             raise InputError(
                 f"{self.folder}: {len(changed):,} image(s) have changed since their latents were "
-                f"made, the first is {self.records[changed[0]].path!r}; run the same lcmem latents "
+                f"made, the first is {changed[0]!r}; run the same lcmem latents "
                 "command again, which makes them anew"
             )
 
@@ -300,17 +299,13 @@ def encode_latents(
         ranks.barrier()  # the plan is there
         shards = _Shards(output, len(manifest), plan["shard_records"])
         paths, threads = manifest.paths(), resolve_workers(workers, ranks.local_size)
-        whole = [number for number in ranks.share(range(len(shards))) if shards.is_whole(number)]
-        changed = {number: _changed(shards, number, paths, threads) for number in whole}
-        finished = [
-            number
-            for number in whole
-            if not changed[number] and not _readable_now(shards, number, paths)
+        looked_at = [
+            _look(shards, number, paths, threads) for number in ranks.share(range(len(shards)))
         ]
-        known = set(itertools.chain.from_iterable(ranks.gather(finished)))
-        num_changed = sum(ranks.gather(sum(changed.values())))
+        found = [shard for part in ranks.gather(looked_at) for shard in part if shard is not None]
+        known = {shard.number for shard in found if shard.is_finished}
         if ranks.is_main:
-            _tell_what_is_there(shards, known, num_changed, reporter)
+            _tell_what_is_there(shards, found, reporter)
         made = _encode_shards(
             ranks.share([number for number in range(len(shards)) if number not in known]),
             shards,
@@ -462,45 +457,60 @@ class _Shards:
         )
 
 
-def _readable_now(shards: _Shards, number: int, paths: Sequence[Path]) -> bool:
-    """Return whether an image that a shard lacks can be read by now."""
-    for row in sorted(set(shards.rows(number)) - set(shards.side(number)["rows"])):
-        with contextlib.suppress(UnreadableImageError, MissingExtraError):
-            load_image(paths[row])
-            return True
-    return False
+class _Found(NamedTuple):
+    """A whole shard that an earlier run left.
+
+    Attributes:
+        number: of the shard.
+        is_finished: whether it need not be made anew.
+        num_changed: files that are not what they were when it was made.
+        knows_files: whether it says what they were; an earlier version's does not.
+    """
+
+    number: int
+    is_finished: bool
+    num_changed: int
+    knows_files: bool
 
 
-def _changed(shards: _Shards, number: int, paths: Sequence[Path], workers: int) -> int:
-    """Return how many files of a shard are not what they were when it was made."""
+def _look(shards: _Shards, number: int, paths: Sequence[Path], workers: int) -> _Found | None:
+    """Return what is left of a shard, ``None`` where it is missing or damaged."""
+    if not shards.is_whole(number):
+        return None
     side = shards.side(number)
     now, _ = hash_files([paths[row] for row in side["rows"]], workers)
-    before = side.get(_CONTENTS, now)  # an earlier version wrote none
-    return sum(a is not None and a != b for a, b in zip(now, before, strict=True))
+    before = side.get(_CONTENTS, now)
+    num_changed = sum(a is not None and a != b for a, b in zip(now, before, strict=True))
+    lacking = sorted(set(shards.rows(number)) - set(side["rows"]))
+    return _Found(
+        number=number,
+        is_finished=not num_changed and not any(is_readable(paths[row]) for row in lacking),
+        num_changed=num_changed,
+        knows_files=_CONTENTS in side,
+    )
 
 
-def _tell_what_is_there(
-    shards: _Shards, known: set[int], num_changed: int, reporter: Reporter
-) -> None:
+def _tell_what_is_there(shards: _Shards, found: Sequence[_Found], reporter: Reporter) -> None:
     """Report shards that an earlier run left, and those that are made anew."""
-    if known:
-        reporter.event("continuing", shards_found=len(known), shards=len(shards))
-    if any(_CONTENTS not in shards.side(number) for number in known):
+    finished = [shard for shard in found if shard.is_finished]
+    if finished:
+        reporter.event("continuing", shards_found=len(finished), shards=len(shards))
+    if not all(shard.knows_files for shard in finished):
         reporter.warn(
             f"{shards.folder}: made by an earlier version, it does not know the files that it was "
             "made from; where images have changed, remove it and run lcmem latents again"
         )
+    num_changed = sum(shard.num_changed for shard in found)
     if num_changed:
         reporter.warn(
             f"{shards.folder}: {num_changed:,} image(s) have changed since they were encoded; "
             "their shards are made anew"
         )
+    whole = {shard.number for shard in found}
     damaged = [
         shards.path(number).name
         for number in range(len(shards))
-        if number not in known
-        and shards.side_path(number).is_file()
-        and not shards.is_whole(number)
+        if number not in whole and shards.side_path(number).is_file()
     ]
     if damaged:
         reporter.warn(

@@ -608,7 +608,8 @@ def _fit_teacher(
     """Fit a pretrained network's ends to latents; return its teacher and the TRAIN features."""
     rows = store.select("TRAIN")
     check_has_images(rows, "TRAIN")
-    outside = paths_outside([store.records[row].path for row in rows], manifest.basedir)
+    names = [store.records[row].path for row in rows]
+    outside = paths_outside(names, manifest.basedir)
     if outside:
         raise InputError(
             f"{store.folder}: its images lie outside of {manifest.basedir}, the first is "
@@ -616,8 +617,8 @@ def _fit_teacher(
         )
     seed, count = config.runtime.seed, config.network.align_stem
     workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
-    paths = [manifest.basedir / store.records[row].path for row in rows]
-    store.check_unchanged(rows, hash_files(paths, workers, ranks)[0])
+    paths = [manifest.basedir / name for name in names]
+    store.check_unchanged(dict(zip(names, hash_files(paths, workers, ranks)[0], strict=True)))
     explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():
