@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
-    from lcmem_cli.engine.evaluation.audit import audit as audit
+    from lcmem_cli.engine.evaluation.audit.run import audit as audit
     from lcmem_cli.engine.store.index import Index as Index
 
 _EXPORTS = {
     "Detector": "lcmem_cli.engine.detectors.base",
     "load_detector": "lcmem_cli.engine.detectors.registry",
-    "audit": "lcmem_cli.engine.evaluation.audit",
+    "audit": "lcmem_cli.engine.evaluation.audit.run",
     "Index": "lcmem_cli.engine.store.index",
 }
 

@@ -18,8 +18,8 @@ from pathlib import Path
 PRELOAD = (
     "torch", "timm", "diffusers.models.autoencoders.autoencoder_kl", "matplotlib.pyplot",
     "lcmem_cli.cli.app", "lcmem_cli.engine.training.stages", "lcmem_cli.engine.store.latents",
-    "lcmem_cli.engine.evaluation.audit", "lcmem_cli.engine.evaluation.benchmark",
-    "lcmem_cli.engine.evaluation.robustness", "lcmem_cli.engine.evaluation.indexing",
+    "lcmem_cli.engine.evaluation.audit.run", "lcmem_cli.engine.evaluation.study.benchmark",
+    "lcmem_cli.engine.evaluation.study.robustness", "lcmem_cli.engine.evaluation.indexing",
     "accelerate", "numba", "scipy.sparse.csgraph", "imagehash",
 )  # fmt: skip
 SECONDS = 100

@@ -13,7 +13,7 @@ from lcmem_cli.engine.detectors import adapted as module
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, JointDetector, correlation_scores
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit_detector import detector_of
+from lcmem_cli.engine.evaluation.audit.detector import detector_of
 from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec

@@ -17,7 +17,17 @@ from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
 PACKAGE = Path(lcmem_cli.__file__).parent
-BASE = {"compiled", "errors", "files", "results", "reporter", "config", "distributed", "runs"}
+BASE = {
+    "compiled",
+    "errors",
+    "files",
+    "results",
+    "reporter",
+    "config",
+    "distributed",
+    "runs",
+    "compute",
+}
 MAY_IMPORT = {
     "data": {"data"},
     "models": {"models"},

@@ -26,11 +26,11 @@ from lcmem_cli.cli.app import app
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
-from lcmem_cli.engine.evaluation import audit_null
-from lcmem_cli.engine.evaluation.audit import audit
-from lcmem_cli.engine.evaluation.audit_files import read_audit
-from lcmem_cli.engine.evaluation.audit_null import same_picture, search, smallest_rate
-from lcmem_cli.engine.evaluation.audit_result import FlagRule, chance_of, verdict
+from lcmem_cli.engine.evaluation.audit import null as audit_null
+from lcmem_cli.engine.evaluation.audit.files import read_audit
+from lcmem_cli.engine.evaluation.audit.null import same_picture, search, smallest_rate
+from lcmem_cli.engine.evaluation.audit.result import FlagRule, chance_of, verdict
+from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.calibration import clopper_pearson, conformal_threshold
 from lcmem_cli.engine.evaluation.indexing import add_to_index
 from lcmem_cli.engine.evaluation.set_metrics import (
@@ -148,7 +148,7 @@ def test_two_runs_differ_in_their_times_only(sets, tmp_path):
 
 
 def test_an_interrupted_audit_continues_without_embedding_again(sets, tmp_path, monkeypatch):
-    from lcmem_cli.engine.evaluation import audit_files
+    from lcmem_cli.engine.evaluation.audit import files as audit_files
 
     run(sets, output=tmp_path / "whole")
 

@@ -18,10 +18,10 @@ from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
-from lcmem_cli.engine.evaluation import benchmark as module
-from lcmem_cli.engine.evaluation import study
-from lcmem_cli.engine.evaluation.benchmark import benchmark
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
+from lcmem_cli.engine.evaluation.study import benchmark as module
+from lcmem_cli.engine.evaluation.study import folder as study
+from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 from lcmem_cli.engine.store.latents import LatentStore
 
 FILES = ("benchmark_results.json", "benchmark_results.csv", "scores.csv", "thresholds.json")

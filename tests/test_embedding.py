@@ -14,11 +14,12 @@ import torch
 from conftest import Listener
 from PIL import Image
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import AUTO, Batching
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.perturb import Setting
 from lcmem_cli.engine.detectors import embedding
-from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files, embed_perturbed
+from lcmem_cli.engine.detectors.embedding import EmbeddedFiles
 from lcmem_cli.engine.detectors.pixel import MSE, PHash
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing
@@ -27,8 +28,27 @@ from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.store import latents as latent_store
-from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
+
+
+def embed_files(detector: Any, paths: Any, **options: Any) -> EmbeddedFiles:
+    return embedding.embed_files(detector, paths, Compute(**options))
+
+
+def embed_perturbed(
+    detector: Any, paths: Any, setting: Any, *, working_size: int, seed: int = 0, **options: Any
+) -> EmbeddedFiles:
+    round_trip = options.pop("round_trip", None)
+    return embedding.embed_perturbed(
+        detector,
+        paths,
+        setting,
+        working_size=working_size,
+        seed=seed,
+        round_trip=round_trip,
+        compute=Compute(**options),
+    )
 
 
 class Counting(NetworkDetector):
@@ -159,15 +179,13 @@ def test_the_result_depends_on_neither_batches_nor_workers_nor_memory(
 
 def test_a_second_run_embeds_nothing(paths: list[Path], tmp_path: Path) -> None:
     detector = Counting()
-    runs = [
-        embed_files(detector, paths, cache=FeatureCache(tmp_path / "cache", detector.fingerprint))
-        for _ in range(2)
-    ]
+    runs = [embed_files(detector, paths, cache=FeatureCaches(tmp_path / "cache")) for _ in range(2)]
     same(*runs)
     assert [run.encoder_passes for run in runs] == [5, 0]
     assert detector.seen == 5
-    other = embed_files(detector, paths, cache=FeatureCache(tmp_path / "cache", "d" * 64))
-    assert other.encoder_passes == 5
+    other = Counting()
+    other.fingerprint = "d" * 64
+    assert embed_files(other, paths, cache=FeatureCaches(tmp_path / "cache")).encoder_passes == 5
 
 
 class Interrupted(Counting):
@@ -182,12 +200,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(embedding, "_ROUND_IMAGES", 2)
     with pytest.raises(KeyboardInterrupt):
-        embed_files(
-            Interrupted(), paths, batch_size=1, cache=FeatureCache(tmp_path / "cache", "c" * 64)
-        )
-    again = embed_files(
-        Counting(), paths, batch_size=1, cache=FeatureCache(tmp_path / "cache", "c" * 64)
-    )
+        embed_files(Interrupted(), paths, batch_size=1, cache=FeatureCaches(tmp_path / "cache"))
+    again = embed_files(Counting(), paths, batch_size=1, cache=FeatureCaches(tmp_path / "cache"))
     assert again.encoder_passes < 5
     same(again, embed_files(Counting(), paths))
 
@@ -198,8 +212,8 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    cache = FeatureCache(tmp_path / "cache", "c" * 64)
-    monkeypatch.setattr(cache, "put_many", full)
+    cache = FeatureCaches(tmp_path / "cache")
+    monkeypatch.setattr(cache.open("c" * 64, 12), "put_many", full)
     listening = Listener()
     same(
         embed_files(Counting(), paths, cache=cache, reporter=listening),
@@ -217,13 +231,13 @@ def test_images_whose_brightness_was_guessed_are_counted(tmp_path: Path) -> None
     Image.fromarray(values.astype(np.uint8)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"no image")
     files = [tmp_path / name for name in ("c.png", "b.png", "a.png", "a.png")]
-    cache = FeatureCache(tmp_path / "cache", "c" * 64)
+    cache = FeatureCaches(tmp_path / "cache")
     for passes in (2, 0):  # computed, and from the cache
         listening = Listener()
         made = embed_files(Counting(), files, cache=cache, reporter=listening)
         assert made.encoder_passes == passes and made.guessed.tolist() == [False, True]
         assert "1 image(s)" in listening.warnings[0] and len(listening.warnings) == 1
-        cache = FeatureCache(tmp_path / "cache", "c" * 64)
+        cache = FeatureCaches(tmp_path / "cache")
 
 
 class ThreadRanks(Ranks):
@@ -263,7 +277,7 @@ def test_several_processes_share_the_work_and_all_get_the_result(
                 paths,
                 batch_size=1,
                 workers=0,
-                cache=FeatureCache(tmp_path / f"cache{rank}", "c" * 64),
+                cache=FeatureCaches(tmp_path / f"cache{rank}"),
                 ranks=ThreadRanks(rank, table, barrier),
             )
 
@@ -287,7 +301,7 @@ def test_several_processes_share_the_work_and_all_get_the_result(
 
 def test_edited_images_are_embedded_once_per_setting(paths: list[Path], tmp_path: Path) -> None:
     detector = Counting()
-    cache = FeatureCache(tmp_path / "cache", detector.fingerprint)
+    cache = FeatureCaches(tmp_path / "cache")
     options: dict[str, Any] = {"working_size": 24, "seed": 3, "workers": 0, "cache": cache}
     noisy = embed_perturbed(detector, paths, Setting("Noise", 0.1), **options)
     assert (noisy.rows.tolist(), noisy.encoder_passes) == (ROWS, 5)
@@ -321,7 +335,7 @@ def test_an_edit_is_made_at_the_working_size(paths: list[Path]) -> None:
 
 def test_a_round_trip_is_not_cached(paths: list[Path], tmp_path: Path) -> None:
     detector = Counting()
-    cache = FeatureCache(tmp_path / "cache", detector.fingerprint)
+    cache = FeatureCaches(tmp_path / "cache")
     setting = Setting("VAERoundTrip", 1.0)
     for number in (1, 2):
         embed_perturbed(

@@ -47,10 +47,10 @@ MIDDLE = {
     "latents": ("lcmem_cli.engine.store.latents:_encode", 17),
     "train-stage1": ("lcmem_cli.engine.training.loop:forward_backward", 4),
     "finetune": ("lcmem_cli.engine.training.loop:forward_backward", 4),
-    "benchmark": ("lcmem_cli.engine.evaluation.benchmark:embed_files", 2),
-    "robustness": ("lcmem_cli.engine.evaluation.robustness:score_listed", 6),
+    "benchmark": ("lcmem_cli.engine.evaluation.study.benchmark:embed_files", 2),
+    "robustness": ("lcmem_cli.engine.evaluation.study.robustness:score_listed", 6),
     "index": ("lcmem_cli.engine.store.index:Index.append", 2),
-    "audit": ("lcmem_cli.engine.evaluation.audit:write_audit", 1),
+    "audit": ("lcmem_cli.engine.evaluation.audit.run:write_audit", 1),
 }
 RESULTS = {
     "latents": ("meta.json", "plan.json", "index.parquet", "shards"),
@@ -349,9 +349,9 @@ def test_a_cache_that_cannot_be_written_is_a_warning(world, server, disk, tmp_pa
         ("latents", "lcmem_cli.engine.store.latents:_encode", 1, 1),
         ("finetune", "lcmem_cli.engine.training.loop:forward_backward", 1, 1),
         ("index", "lcmem_cli.engine.store.index:Index.append", 1, 1),
-        ("benchmark", "lcmem_cli.engine.evaluation.benchmark:embed_files", 1, 0),
-        ("robustness", "lcmem_cli.engine.evaluation.robustness:embed_perturbed", 1, 0),
-        ("audit", "lcmem_cli.engine.evaluation.audit:embed_set", 1, 0),
+        ("benchmark", "lcmem_cli.engine.evaluation.study.benchmark:embed_files", 1, 0),
+        ("robustness", "lcmem_cli.engine.evaluation.study.robustness:embed_perturbed", 1, 0),
+        ("audit", "lcmem_cli.engine.evaluation.audit.run:embed_set", 1, 0),
     ],
 )
 def test_an_image_that_vanishes_is_named(world, server, tmp_path, name, place, count, code):

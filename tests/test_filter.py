@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from lcmem_cli.cli.app import app
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit import audit
-from lcmem_cli.engine.evaluation.filtering import filter_audit, target_names
+from lcmem_cli.engine.evaluation.audit.filter import filter_audit, target_names
+from lcmem_cli.engine.evaluation.audit.run import audit
 
 ODD_NAME = os.fsdecode(b'odd\n,"\xff.png')
 

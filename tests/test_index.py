@@ -5,6 +5,7 @@ import pytest
 from conftest import Listener, draw_identity, random_checkpoint
 
 from lcmem_cli import Index, load_detector
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -13,7 +14,7 @@ from lcmem_cli.engine.errors import (
     UnreadableLimitError,
 )
 from lcmem_cli.engine.evaluation import indexing
-from lcmem_cli.engine.evaluation.audit_sets import list_set
+from lcmem_cli.engine.evaluation.audit.sets import list_set
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec import load_codec
@@ -105,7 +106,9 @@ def test_a_file_that_changed_is_added_with_its_new_content(image_folder, tmp_pat
     changed = image_folder / "id00" / "0.png"
     draw_identity(99, 0).save(changed)
     listening = Listener()
-    result = add_to_index(image_folder, tmp_path / "index", detector, reporter=listening)
+    result = add_to_index(
+        image_folder, tmp_path / "index", detector, compute=Compute(reporter=listening)
+    )
     assert (result.num_added, result.num_changed, result.num_known) == (1, 1, 71)
     assert "another content" in listening.warnings[0]
     match = Index.open(tmp_path / "index").best_match(detector, changed)

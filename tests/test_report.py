@@ -13,7 +13,7 @@ from audit_images import SmallCorrelation, picture, save_all
 from PIL import Image
 
 from lcmem_cli.engine.data.images import load_image
-from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.report.html import (
     Distribution,
     content_policy,

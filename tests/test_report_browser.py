@@ -8,7 +8,7 @@ import pytest
 from audit_images import SmallCorrelation, altered, picture, save_all
 from PIL import Image
 
-from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.report.html import Distribution, ReportPair, render_report
 
 pytestmark = pytest.mark.browser

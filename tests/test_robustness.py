@@ -9,8 +9,8 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, REFERENCE_SUITE, Setting, perturb
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.evaluation import robustness as module
-from lcmem_cli.engine.evaluation.robustness import Outcome, robustness
+from lcmem_cli.engine.evaluation.study import robustness as module
+from lcmem_cli.engine.evaluation.study.robustness import Outcome, robustness
 from lcmem_cli.engine.reporter import Reporter
 
 FILES = ("robustness_results.json", "robustness_results.csv", "thresholds.json")

@@ -25,7 +25,7 @@ from lcmem_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.audit_result import AuditResult
+    from lcmem_cli.engine.evaluation.audit.result import AuditResult
     from lcmem_cli.engine.evaluation.set_metrics import Spread
 
 EXIT_GATE_FAILED = 3
@@ -112,7 +112,7 @@ def audit_command(
     Writes audit.json, matches.csv, matches.parquet and report.html, which shows the flagged pairs.
     """
     from lcmem_cli.engine.distributed import current_ranks
-    from lcmem_cli.engine.evaluation.audit import audit
+    from lcmem_cli.engine.evaluation.audit.run import audit
 
     result = audit(
         generated,
@@ -145,7 +145,7 @@ def audit_command(
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit_result import counted, percent
+    from lcmem_cli.engine.evaluation.audit.result import counted, percent
 
     render.line(result.statement)
     render.line(result.verdict)

@@ -34,7 +34,7 @@ def filter_command(
     if copy and link:
         raise typer.BadParameter("--copy and --link exclude each other: give one of them")
 
-    from lcmem_cli.engine.evaluation.filtering import Transfer, filter_audit
+    from lcmem_cli.engine.evaluation.audit.filter import Transfer, filter_audit
 
     transfer: Transfer = "copy" if copy else "link" if link else "none"
     result = filter_audit(

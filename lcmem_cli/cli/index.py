@@ -126,6 +126,7 @@ def query(
     as_json: JsonOption = False,
 ) -> None:
     """Find the indexed images most like one image, or like each image of a folder."""
+    from lcmem_cli.engine.compute import Compute
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import query_index
     from lcmem_cli.engine.store.index import Index
@@ -139,9 +140,12 @@ def query(
         approximate=approximate,
         basedir=basedir,
         max_unreadable=max_unreadable,
-        batch_size=batch_size,
-        workers=workers,
-        reporter=render.reporter(),
+        compute=Compute(
+            device=device.value,
+            batch_size=batch_size,
+            workers=workers,
+            reporter=render.reporter(),
+        ),
     )
 
     def human() -> None:
@@ -171,22 +175,22 @@ def _add(
     as_json: bool,
     only_listed: bool,
 ) -> None:
+    from lcmem_cli.engine.compute import Compute
     from lcmem_cli.engine.detectors.registry import load_detector
-    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.indexing import add_to_index
 
-    ranks = current_ranks(device.value)
+    compute = Compute.start(
+        device=device.value, batch_size=batch_size, workers=workers, reporter=render.reporter()
+    )
+    ranks = compute.ranks
     result: IndexingResult = add_to_index(
         source,
         index,
         load_detector(detector, device=device.value),
         basedir=basedir,
-        batch_size=batch_size,
-        workers=workers,
         max_unreadable=max_unreadable,
         only_listed=only_listed,
-        ranks=ranks,
-        reporter=render.reporter(),
+        compute=compute,
     )
 
     def human() -> None:

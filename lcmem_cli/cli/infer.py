@@ -86,14 +86,17 @@ def infer(
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
     chosen: Detector
     if audit is not None:
-        from lcmem_cli.engine.evaluation.audit_detector import detector_of
+        from lcmem_cli.engine.compute import Compute
+        from lcmem_cli.engine.evaluation.audit.detector import detector_of
 
         chosen = detector_of(
             audit,
-            device=device.value,
-            batch_size=batch_size,
-            workers=workers,
-            reporter=render.reporter(),
+            Compute(
+                device=device.value,
+                batch_size=batch_size,
+                workers=workers,
+                reporter=render.reporter(),
+            ),
         )
     elif detector is None:
         chosen = Detector.load(checkpoint, codec=codec, device=device.value)

@@ -33,7 +33,7 @@ from lcmem_cli.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lcmem_cli.engine.evaluation.robustness import RobustnessOfDetector, RobustnessResult
+    from lcmem_cli.engine.evaluation.study.robustness import RobustnessOfDetector, RobustnessResult
 
 
 class SuiteChoice(str, enum.Enum):
@@ -100,7 +100,7 @@ def robustness_command(
     """
     from lcmem_cli.engine.detectors.options import split_names
     from lcmem_cli.engine.distributed import current_ranks
-    from lcmem_cli.engine.evaluation.robustness import robustness
+    from lcmem_cli.engine.evaluation.study.robustness import robustness
 
     result = robustness(
         filelist,

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from typing import Any, TextIO
 from lcmem_cli.engine.errors import FolderBusyError, InputError, LcmemError, WriteError
 
 LOCK_NAME = ".lcmem.lock"
+CSV_OPTIONS: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+"""How CSV files are opened: names that are not UTF-8 keep their bytes."""
 _TEMPORARY = ".lcmem-"
 _LITTLE_SPACE = 1 << 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -121,7 +124,13 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def write_csv_rows(file: TextIO, rows: Iterable[Sequence[str]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV file atomically; names that are not UTF-8 keep their bytes."""
+    with atomic_path(path) as temporary, temporary.open("w", **CSV_OPTIONS) as file:
+        _write_csv_rows(file, itertools.chain([columns], rows))
+
+
+def _write_csv_rows(file: TextIO, rows: Iterable[Sequence[str]]) -> None:
     """Write rows that any CSV reader reads back, also where a cell holds a carriage return.
 
     Before Python 3.13 the writer leaves such a cell unquoted, and readers end the row there.

@@ -29,7 +29,7 @@ from scipy.stats import betabinom, binom
 from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, perturb
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.calibration import clopper_pearson
 
 

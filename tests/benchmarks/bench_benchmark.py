@@ -20,7 +20,7 @@ from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.pairs import reference_pairs
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import resolve_workers
-from lcmem_cli.engine.evaluation.benchmark import benchmark
+from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 from lcmem_cli.engine.reporter import Reporter
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
     UnreadableImageError,
@@ -21,7 +22,6 @@ from lcmem_cli.engine.data.images import (
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, MissingExtraError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
@@ -173,19 +173,17 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
 
 
 def hash_files(
-    paths: Sequence[Path], workers: int, ranks: Ranks | None = None
+    paths: Sequence[Path], compute: Compute = DEFAULT_COMPUTE
 ) -> tuple[list[str | None], dict[int, str]]:
     """Hash files in threads, each process its share.
 
     Args:
         paths: files.
-        workers: threads; 0 counts as 1.
-        ranks: processes that share the work; by default this one alone.
+        compute: its threads and processes share the work.
 
     Returns:
         The SHA-256 of each file, ``None`` where it cannot be read; and the reasons, by position.
     """
-    ranks = ranks or Ranks()
 
     def digest(index: int) -> tuple[int, str | None, str]:
         try:
@@ -193,11 +191,11 @@ def hash_files(
         except UnreadableImageError as error:
             return index, None, error.reason
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        mine = list(pool.map(digest, ranks.share(range(len(paths)))))
+    with ThreadPoolExecutor(max(1, compute.num_workers)) as pool:
+        mine = list(pool.map(digest, compute.ranks.share(range(len(paths)))))
     hashes: list[str | None] = [None] * len(paths)
     failed: dict[int, str] = {}
-    for index, content, reason in itertools.chain.from_iterable(ranks.gather(mine)):
+    for index, content, reason in itertools.chain.from_iterable(compute.ranks.gather(mine)):
         hashes[index] = content
         if content is None:
             failed[index] = reason

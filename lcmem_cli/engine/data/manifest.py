@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, begins_as_image
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
-from lcmem_cli.engine.files import atomic_path, write_csv_rows
+from lcmem_cli.engine.files import atomic_path, write_csv
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
 
@@ -329,14 +329,11 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     if any(record.ds_name is not None for record in manifest.records):
         columns.append("ds_name")
     rows = (_row(record, columns) for record in manifest.records)
-    with atomic_path(path) as temporary:
-        if path.suffix.lower() in PARQUET_SUFFIXES:
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        with atomic_path(path) as temporary:
             _write_parquet(temporary, columns, rows, target=path)
-        else:
-            with temporary.open(
-                "w", encoding="utf-8", errors="surrogateescape", newline=""
-            ) as file:
-                write_csv_rows(file, itertools.chain([columns], rows))
+    else:
+        write_csv(path, columns, rows)
 
 
 def _row(record: Record, columns: Collection[str]) -> list[str]:

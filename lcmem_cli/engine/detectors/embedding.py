@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import guesses_text
 from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import LcmemError, WriteError
-from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 
@@ -58,12 +57,7 @@ class EmbeddedFiles:
 def embed_files(
     detector: Detector,
     paths: Sequence[Path],
-    *,
-    batch_size: int = 32,
-    workers: int = -1,
-    cache: FeatureCache | None = None,
-    ranks: Ranks | None = None,
-    reporter: Reporter = SILENT,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
@@ -74,36 +68,28 @@ def embed_files(
     Args:
         detector: what embeds.
         paths: image files, in any number of copies.
-        batch_size: images per network call, see ``Batching``; features change by rounding at most.
-        workers: decoding threads; -1 from the CPUs.
-        cache: features of this detector from earlier runs; filled as the work goes on, so that a
-            killed run continues.
-        ranks: processes that share the work; each gets the whole result. The first one's cache is
-            used for all.
-        reporter: receives progress and warnings.
+        compute: how it is done. Features change by rounding at most with the batch size. The cache
+            is filled as the work goes on, so that a killed run continues; each process gets the
+            whole result, and the first one's cache is used for all.
 
     Raises:
         LcmemError: no room for the features.
         NotFiniteError: the network has no finite features for any image so far.
     """
-    num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
-    batching = Batching(batch_size, detector.device, reporter=reporter)
+    batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
 
     def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
         return iter_images(
-            files, detector.input_size, workers=num_workers, batch_size=batching.loaded
+            files, detector.input_size, workers=compute.num_workers, batch_size=batching.loaded
         )
 
     return _embed(
         detector,
         paths,
         load,
+        compute,
         key=lambda content: content,
         batching=batching,
-        workers=num_workers,
-        cache=cache,
-        ranks=ranks or Ranks(),
-        reporter=reporter,
         description=f"embedding ({detector.name})",
     )
 
@@ -116,11 +102,7 @@ def embed_perturbed(
     working_size: int,
     seed: int = 0,
     round_trip: RoundTrip | None = None,
-    batch_size: int = 32,
-    workers: int = -1,
-    cache: FeatureCache | None = None,
-    ranks: Ranks | None = None,
-    reporter: Reporter = SILENT,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> EmbeddedFiles:
     """Embed edited images: resized to the working size, edited, resized to the detector's size.
 
@@ -135,11 +117,7 @@ def embed_perturbed(
         seed: of the edit's randomness.
         round_trip: see ``perturb``; such features are not kept in the cache, because what they
             depend on has no name.
-        batch_size: see ``embed_files``.
-        workers: see ``embed_files``.
-        cache: see ``embed_files``.
-        ranks: see ``embed_files``.
-        reporter: see ``embed_files``.
+        compute: see ``embed_files``.
 
     Raises:
         InputError: unknown transform, or strength out of range.
@@ -147,8 +125,7 @@ def embed_perturbed(
     """
     if setting is not None:
         check_setting(setting)
-    num_workers = resolve_workers(workers, (ranks or Ranks()).local_size)
-    batching = Batching(batch_size, detector.device, reporter=reporter)
+    batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
 
     def edit(image: torch.Tensor, _: int) -> torch.Tensor:
         assert setting is not None
@@ -158,7 +135,7 @@ def embed_perturbed(
         batches = iter_images(
             files,
             working_size,
-            workers=num_workers,
+            workers=compute.num_workers,
             batch_size=batching.loaded,
             transform=None if setting is None else edit,
         )
@@ -173,12 +150,9 @@ def embed_perturbed(
         detector,
         paths,
         load,
+        compute if round_trip is None else dataclasses.replace(compute, cache=None),
         key=key,
         batching=batching,
-        workers=num_workers,
-        cache=cache if round_trip is None else None,
-        ranks=ranks or Ranks(),
-        reporter=reporter,
         description=f"embedding ({detector.name}, {setting or 'unedited'})",
     )
 
@@ -187,29 +161,24 @@ def _embed(
     detector: Detector,
     paths: Sequence[Path],
     load: Load,
+    compute: Compute,
     *,
     key: Callable[[str], str],
     batching: Batching,
-    workers: int,
-    cache: FeatureCache | None,
-    ranks: Ranks,
-    reporter: Reporter,
     description: str,
 ) -> EmbeddedFiles:
-    hashes, failed_files = hash_files(paths, workers, ranks)
+    hashes, failed_files = hash_files(paths, compute)
     first: dict[str, int] = {}
     for index, content in enumerate(hashes):
         if content is not None:
             first.setdefault(content, index)
-    work = _Features(
-        detector, [key(content) for content in first], cache=cache, ranks=ranks, reporter=reporter
-    )
+    work = _Features(detector, [key(content) for content in first], compute)
     files = [paths[index] for index in first.values()]
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
     row_of = dict(zip(first, work.close_gaps(), strict=True))
     if work.guessed.any():
-        reporter.warn(guesses_text(int(work.guessed.sum())))
+        compute.reporter.warn(guesses_text(int(work.guessed.sum())))
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,
@@ -231,25 +200,18 @@ class _Features:
     Args:
         detector: what embeds.
         keys: cache key of each row.
-        cache: used in the first process only.
-        ranks: the group of processes; each fills its own copy of all rows.
-        reporter: receives progress and warnings.
+        compute: its cache is used in the first process only, which has the features sent to the
+            others; each process fills its own copy of all rows.
     """
 
-    def __init__(
-        self,
-        detector: Detector,
-        keys: Sequence[str],
-        *,
-        cache: FeatureCache | None,
-        ranks: Ranks,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, detector: Detector, keys: Sequence[str], compute: Compute) -> None:
         self.detector = detector
         self.keys = keys
-        self.cache = cache if ranks.is_main else None
-        self.ranks = ranks
-        self.reporter = reporter
+        self.ranks = compute.ranks
+        self.reporter = compute.reporter
+        self.cache: FeatureCache | None = None
+        if compute.cache is not None and self.ranks.is_main:
+            self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
         self.failed: dict[int, str] = {}
         self.guessed = np.zeros(len(keys), dtype=bool)
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize

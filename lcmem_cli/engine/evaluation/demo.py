@@ -14,7 +14,7 @@ from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.joint import JointDetector
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.audit import audit
+from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result

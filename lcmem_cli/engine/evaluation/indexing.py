@@ -6,16 +6,15 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
-from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
 
@@ -72,12 +71,9 @@ def add_to_index(
     detector: Detector,
     *,
     basedir: Path | None = None,
-    batch_size: int = 32,
-    workers: int = -1,
     max_unreadable: int = 0,
     only_listed: bool = False,
-    ranks: Ranks | None = None,
-    reporter: Reporter = SILENT,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> IndexingResult:
     """Add a folder or filelist to an index, making it if there is none.
 
@@ -90,12 +86,9 @@ def add_to_index(
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
-        batch_size: images per network call.
-        workers: decoding threads.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
-        ranks: processes that share the embedding.
-        reporter: receives progress.
+        compute: how the images are embedded; its cache is not used, the index is one itself.
 
     Raises:
         InputError: the index holds other images, which ``only_listed`` refuses.
@@ -103,8 +96,7 @@ def add_to_index(
         UnreadableLimitError: more unreadable images than tolerated; the readable ones are added.
         FolderBusyError: another process adds to the index.
     """
-    ranks = ranks or Ranks()
-    reporter = reporter if ranks.is_main else SILENT
+    ranks = compute.ranks
     manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
@@ -118,11 +110,8 @@ def add_to_index(
             folder,
             detector,
             only_listed=only_listed,
-            batch_size=batch_size,
-            workers=workers,
             max_unreadable=max_unreadable,
-            ranks=ranks,
-            reporter=reporter,
+            compute=compute,
         )
 
 
@@ -132,16 +121,14 @@ def _add(
     detector: Detector,
     *,
     only_listed: bool,
-    batch_size: int,
-    workers: int,
     max_unreadable: int,
-    ranks: Ranks,
-    reporter: Reporter,
+    compute: Compute,
 ) -> IndexingResult:
+    ranks, reporter = compute.ranks, compute.reporter
     paths = [path.absolute() for path in manifest.paths()]
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    contents, _ = hash_files(paths, resolve_workers(workers, ranks.local_size), ranks)
+    contents, _ = hash_files(paths, compute)
     known_paths = {entry.path for entry in index.entries}
     others = known_paths.difference(map(str, paths)) if only_listed else set()
     if others:
@@ -174,10 +161,7 @@ def _add(
         embedded = embed_files(
             detector,
             [paths[number] for number in missing],
-            batch_size=batch_size,
-            workers=workers,
-            ranks=ranks,
-            reporter=reporter,
+            dataclasses.replace(compute, cache=None),
         )
         found = zip(embedded.rows, embedded.content_hashes, strict=True)
         made = dict(zip(missing, found, strict=True))
@@ -222,9 +206,7 @@ def query_index(
     approximate: bool = False,
     basedir: Path | None = None,
     max_unreadable: int | None = None,
-    batch_size: int = 32,
-    workers: int = -1,
-    reporter: Reporter = SILENT,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> QueryResult:
     """Find the indexed images most like one image, or like each of a folder or filelist.
 
@@ -236,9 +218,7 @@ def query_index(
         approximate: see ``audit``.
         basedir: folder that a filelist's paths start from.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
-        batch_size: images per network call.
-        workers: decoding workers; -1: from the CPUs.
-        reporter: receives progress.
+        compute: how the images are embedded.
 
     Raises:
         InputError: nothing readable to ask about.
@@ -252,9 +232,7 @@ def query_index(
     if not is_image:
         listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
         paths = listed.paths()
-    embedded = embed_files(
-        detector, paths, batch_size=batch_size, workers=workers, reporter=reporter
-    )
+    embedded = embed_files(detector, paths, compute)
     check_unreadable(embedded.unreadable, max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.loading import Transform, iter_readable
+from lcmem_cli.engine.data.loading import Transform, hash_files, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.detectors.adapted import (
     MIN_IMAGES,
@@ -30,7 +31,6 @@ from lcmem_cli.engine.evaluation.judge import (
     judge,
     score_within,
 )
-from lcmem_cli.engine.evaluation.study import content_hashes
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
     SUFFIX,
@@ -217,7 +217,7 @@ def adapt(
         **checkpoint.training,
         "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
-    contents = content_hashes(manifest.records, manifest.basedir, workers=workers)
+    contents = hash_files(manifest.paths(), Compute(workers=workers))[0]
     return checkpoint.changed(
         network_state=checkpoint.network_state | replaced,
         training=training,

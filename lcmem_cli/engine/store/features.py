@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.files import atomic_path
 
+MAX_CACHED_FEATURES = 16_384
 _SUFFIX = ".safetensors"
 
 
@@ -26,6 +27,40 @@ class _Shard(NamedTuple):
 class _Place(NamedTuple):
     shard: int
     row: int
+
+
+class FeatureCaches:
+    """The caches of all detectors in one folder; each is opened once.
+
+    Args:
+        folder: shared by all detectors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: dict[str, FeatureCache] = {}
+
+    @classmethod
+    def of_user(cls) -> FeatureCaches:
+        """Return those in the user's cache folder, or where ``LCMEM_CACHE`` says."""
+        from platformdirs import user_cache_dir
+
+        return cls(Path(os.environ.get("LCMEM_CACHE") or user_cache_dir("lcmem")) / "features")
+
+    def open(self, fingerprint: str, num_features: int) -> FeatureCache | None:
+        """Return the cache of a detector.
+
+        ``None`` where its features are as large as the images: decoding again costs no more.
+
+        Args:
+            fingerprint: of the detector.
+            num_features: columns of its features.
+        """
+        if num_features > MAX_CACHED_FEATURES:
+            return None
+        if fingerprint not in self._opened:
+            self._opened[fingerprint] = FeatureCache(self.folder, fingerprint)
+        return self._opened[fingerprint]
 
 
 class FeatureCache:
@@ -53,13 +88,6 @@ class FeatureCache:
         self._checked: set[_Place] = set()
         for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
             self._open(path)
-
-    @classmethod
-    def default_folder(cls) -> Path:
-        """Return the user's cache folder, or what ``LCMEM_CACHE`` says."""
-        from platformdirs import user_cache_dir
-
-        return Path(os.environ.get("LCMEM_CACHE") or user_cache_dir("lcmem")) / "features"
 
     def __len__(self) -> int:
         """Return the number of images known."""

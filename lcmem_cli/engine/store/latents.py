@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import guesses_text, is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
@@ -478,7 +479,7 @@ def _look(shards: _Shards, number: int, paths: Sequence[Path], workers: int) -> 
     if not shards.is_whole(number):
         return None
     side = shards.side(number)
-    now, _ = hash_files([paths[row] for row in side["rows"]], workers)
+    now, _ = hash_files([paths[row] for row in side["rows"]], Compute(workers=workers))
     before = side.get(_CONTENTS, now)
     num_changed = sum(a is not None and a != b for a, b in zip(now, before, strict=True))
     lacking = sorted(set(shards.rows(number)) - set(side["rows"]))
@@ -550,7 +551,7 @@ def _encode_shards(
             rows = shards.rows(number)
             names = [manifest.records[row].path for row in rows]
             # Before they are decoded: a file that changes meanwhile is found out by the next run.
-            contents[number], _ = hash_files([paths[row] for row in rows], workers)
+            contents[number], _ = hash_files([paths[row] for row in rows], Compute(workers=workers))
             batches = iter_images(
                 [paths[row] for row in rows],
                 image_size,

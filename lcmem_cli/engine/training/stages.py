@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import (
     FinetuneConfig,
     RetentionSection,
@@ -616,9 +617,10 @@ def _fit_teacher(
             f"{outside[0]!r}; pass the --basedir that the latents were made with"
         )
     seed, count = config.runtime.seed, config.network.align_stem
-    workers = resolve_workers(config.runtime.num_workers, ranks.local_size)
+    compute = Compute(workers=config.runtime.num_workers, ranks=ranks)
+    workers = compute.num_workers
     paths = [manifest.basedir / name for name in names]
-    store.check_unchanged(dict(zip(names, hash_files(paths, workers, ranks)[0], strict=True)))
+    store.check_unchanged(dict(zip(names, hash_files(paths, compute)[0], strict=True)))
     explained = align_stem(network, pretrained, _aligned_batches(store, manifest, count, seed))
     device = resolve_device(config.runtime.device)
     if known is not None and known.is_file():

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.loading import LoadedBatch
+from lcmem_cli.engine.data.loading import LoadedBatch, hash_files
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import (
     PairSet,
@@ -28,10 +29,7 @@ from lcmem_cli.engine.detectors.adapted import some_images
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.distributed import Ranks, current_ranks
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.adapted_sets import AdaptedToSets
-from lcmem_cli.engine.evaluation.audit_files import write_csv
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.metrics import (
     DEFAULT_TARGET_RECALL,
@@ -43,7 +41,8 @@ from lcmem_cli.engine.evaluation.metrics import (
     rates_at,
     roc_curve,
 )
-from lcmem_cli.engine.evaluation.study import (
+from lcmem_cli.engine.evaluation.study.adapted_sets import AdaptedToSets
+from lcmem_cli.engine.evaluation.study.folder import (
     DEFAULT_DETECTORS,
     THRESHOLDS_NAME,
     ResultsFolder,
@@ -52,8 +51,6 @@ from lcmem_cli.engine.evaluation.study import (
     check_names,
     check_splits,
     content_digest,
-    content_hashes,
-    feature_cache,
     find_detectors,
     fit_records,
     named_unreadable,
@@ -65,10 +62,11 @@ from lcmem_cli.engine.evaluation.study import (
     unpack_json,
     unpack_unreadable,
 )
-from lcmem_cli.engine.files import sha256_bytes, write_json
+from lcmem_cli.engine.files import sha256_bytes, write_csv, write_json
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
+from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore
 
 JSON_NAME = "benchmark_results.json"
@@ -345,8 +343,14 @@ def benchmark(
     check_splits(split, fit_split)
     if adapt and "TRAIN" in (split, fit_split):
         raise InputError("--adapt: TRAIN is adapted to, so it cannot be judged or fitted on")
-    ranks = current_ranks(device)
-    reporter = reporter if ranks.is_main else SILENT
+    compute = Compute.start(
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        reporter=reporter,
+        cache=FeatureCaches.of_user() if cache else None,
+    )
+    ranks, reporter = compute.ranks, compute.reporter
     store = None if latents is None else LatentStore.open(latents)
     study = _make_study(
         filelist,
@@ -366,7 +370,7 @@ def benchmark(
         raise NotAdaptableError(
             "--adapt: none of the detectors can be adapted; only LCMem networks, and joint, can be"
         )
-    contents = content_hashes(study.records, study.basedir, workers=workers, ranks=ranks)
+    contents = hash_files([study.basedir / record.path for record in study.records], compute)[0]
     if store is not None:
         listed = [record.path for record in study.records]
         store.check_unchanged(dict(zip(listed, contents, strict=True)))
@@ -426,11 +430,7 @@ def benchmark(
                     contents,
                     store if isinstance(detector, LCMemDetector) else None,
                     adapted=len(asked) > 1,
-                    cache=cache,
-                    batch_size=batch_size,
-                    workers=workers,
-                    ranks=ranks,
-                    reporter=reporter,
+                    compute=compute,
                 )
                 if folder is not None:
                     for variant, arrays in zip(asked, made, strict=True):
@@ -543,11 +543,7 @@ def _score(
     store: LatentStore | None,
     *,
     adapted: bool,
-    cache: bool,
-    batch_size: int,
-    workers: int,
-    ranks: Ranks,
-    reporter: Reporter,
+    compute: Compute,
 ) -> list[dict[str, NDArray[Any]]]:
     """Embed every image that is needed, once, and score the pairs of both splits.
 
@@ -563,30 +559,24 @@ def _score(
     rows = np.full(len(study.records), -1, dtype=np.int64)
     if store is not None:
         assert isinstance(detector, LCMemDetector)
-        features, rows[needed], unreadable = _embed_stored(
-            detector, study, needed, store, batch_size=batch_size, ranks=ranks, reporter=reporter
-        )
+        features, rows[needed], unreadable = _embed_stored(detector, study, needed, store, compute)
     else:
         chosen = [study.records[row] for row in needed]
         embedded = embed_files(
             detector,
             [study.basedir / record.path for record in chosen],
-            batch_size=batch_size,
-            workers=workers,
-            cache=feature_cache(detector) if cache else None,
-            ranks=ranks,
-            reporter=reporter,
+            compute,
         )
         features, rows[needed] = embedded.features, embedded.rows
         unreadable = named_unreadable(chosen, study.basedir, embedded.unreadable)
-        reporter.event(
+        compute.reporter.event(
             "embedded",
             detector=detector.name,
             images=len(needed),
             distinct=len(features),
             encoder_passes=embedded.encoder_passes,
         )
-    if not ranks.is_main:
+    if not compute.ranks.is_main:
         return []
     scores = [[study.score(detector, features, rows, pairs) for pairs in pair_sets]]
     adapted_to: list[dict[str, int] | None] = [None]
@@ -596,7 +586,7 @@ def _score(
             name: [row for row in own if contents[row] not in paired]
             for name, own in study.train.items()
         }
-        kinds = AdaptedToSets(detector, features, rows, contents, train, reporter=reporter)
+        kinds = AdaptedToSets(detector, features, rows, contents, train, reporter=compute.reporter)
         scores.append([kinds.scores(pairs, study.score) for pairs in pair_sets])
         adapted_to.append(kinds.num_images)
     return [
@@ -615,10 +605,7 @@ def _embed_stored(
     study: _Study,
     needed: NDArray[np.int64],
     store: LatentStore,
-    *,
-    batch_size: int,
-    ranks: Ranks,
-    reporter: Reporter,
+    compute: Compute,
 ) -> tuple[NDArray[Any], NDArray[np.int64], list[Unreadable]]:
     """Embed stored latents; left-out images, and those without finite features, are unreadable."""
     check_latents(detector, store)
@@ -637,12 +624,14 @@ def _embed_stored(
             f"first is {missing[0]!r}; make them with lcmem latents on the same filelist"
         )
     present = [position for position, path in enumerate(paths) if path in known]
-    mine = list(ranks.share(present))
-    batching = Batching(batch_size, detector.device, reporter=reporter)
+    mine = list(compute.ranks.share(present))
+    batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
     parts: list[NDArray[Any]] = []
     kept: list[int] = []
     failed: list[tuple[int, str]] = []
-    with reporter.task(f"embedding latents ({detector.name})", len(mine), unit="image") as task:
+    with compute.reporter.task(
+        f"embedding latents ({detector.name})", len(mine), unit="image"
+    ) as task:
         for start in range(0, len(mine), batching.loaded):
             numbers = mine[start : start + batching.loaded]
             latents = store.latents([known[paths[number]] for number in numbers])
@@ -657,7 +646,7 @@ def _embed_stored(
     features = np.zeros((len(present), detector.num_features), dtype=np.float32)
     row_of = np.full(len(paths), -1, dtype=np.int64)
     used = 0
-    for numbers, rows, bad in ranks.gather((kept, parts, failed)):
+    for numbers, rows, bad in compute.ranks.gather((kept, parts, failed)):
         if numbers:
             row_of[numbers] = np.arange(used, used + len(numbers))
             features[row_of[numbers]] = np.concatenate(rows)

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.manifest import Record, load_manifest, tells_identities
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.audit_result import SetSummary
-from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.evaluation.audit.result import SetSummary
 from lcmem_cli.engine.results import Unreadable
-from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.store.index import Index, is_index
 
 _COPIED_ROWS = 4096
@@ -184,23 +182,14 @@ def list_set(
 def embed_set(
     listing: Listing,
     detector: Detector,
-    *,
-    batch_size: int,
-    workers: int,
-    cache: FeatureCache | None,
-    ranks: Ranks,
-    reporter: Reporter = SILENT,
+    compute: Compute,
 ) -> ImageSet:
     """Embed every distinct image of a set; the features of an index are used as they are.
 
     Args:
         listing: the images.
         detector: the one that an index was made with, which the caller checks.
-        batch_size: images per network call.
-        workers: decoding workers.
-        cache: features from earlier runs.
-        ranks: processes that share the work.
-        reporter: told the progress.
+        compute: how it is done.
 
     Raises:
         InputError: not one image is readable.
@@ -215,15 +204,7 @@ def embed_set(
             guessed=None,
             unreadable=(),
         )
-    embedded = embed_files(
-        detector,
-        listing.files,
-        batch_size=batch_size,
-        workers=workers,
-        cache=cache,
-        ranks=ranks,
-        reporter=reporter,
-    )
+    embedded = embed_files(detector, listing.files, compute)
     names = {
         str(path): record.path for path, record in zip(listing.files, listing.records, strict=True)
     }

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.distributed import resolve_workers
 from lcmem_cli.engine.errors import CorruptFileError, InputError
-from lcmem_cli.engine.evaluation.audit_result import (
+from lcmem_cli.engine.evaluation.audit.result import (
     AUDIT_FORMAT,
     AUDIT_SCHEMA,
     AuditResult,
     Match,
 )
-from lcmem_cli.engine.files import atomic_path, write_csv_rows, write_json, write_text
+from lcmem_cli.engine.files import CSV_OPTIONS, atomic_path, write_csv, write_json, write_text
 from lcmem_cli.engine.report.html import Distribution, ReportCopied, ReportPair, render_report
 from lcmem_cli.engine.report.thumbnails import make_thumbnails
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -31,7 +30,6 @@ PARQUET_NAME = "matches.parquet"
 REPORT_NAME = "report.html"
 COLUMNS = ("query", "rank", "match", "match_id", "score", "p_value", "flagged")
 MAX_REPORT_PAIRS = 5000
-_CSV_OPTIONS: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 def write_audit(
@@ -125,12 +123,6 @@ def refuse_other_audit(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file atomically; names that are not UTF-8 keep their bytes."""
-    with atomic_path(path) as temporary, temporary.open("w", **_CSV_OPTIONS) as file:
-        write_csv_rows(file, itertools.chain([columns], rows))
-
-
 def write_parquet(path: Path, matches: Sequence[Match]) -> None:
     """Write the matches as Parquet, whose text is UTF-8; names that are not are escaped."""
     import pyarrow as pa
@@ -182,7 +174,7 @@ def read_audit(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         )
     table = folder / CSV_NAME
     try:
-        with table.open(**_CSV_OPTIONS) as file:
+        with table.open(**CSV_OPTIONS) as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if row.get("rank") == "1"]
             columns = tuple(reader.fieldnames or ())

@@ -13,8 +13,8 @@ from typing import Literal
 
 from lcmem_cli.engine.data.manifest import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit_files import read_audit, write_csv
-from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, sha256_file
+from lcmem_cli.engine.evaluation.audit.files import read_audit
+from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, sha256_file, write_csv
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import numpy as np
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.detectors.adapted import Adapted
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CorruptFileError, InputError
-from lcmem_cli.engine.evaluation.audit_files import read_audit
-from lcmem_cli.engine.evaluation.audit_null import split_rows
-from lcmem_cli.engine.evaluation.audit_result import NullKind
-from lcmem_cli.engine.evaluation.audit_sets import ImageSet, embed_set, list_set
-from lcmem_cli.engine.evaluation.study import feature_cache
-from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.evaluation.audit.files import read_audit
+from lcmem_cli.engine.evaluation.audit.null import split_rows
+from lcmem_cli.engine.evaluation.audit.result import NullKind
+from lcmem_cli.engine.evaluation.audit.sets import ImageSet, embed_set, list_set
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.runs import read_run_config
+from lcmem_cli.engine.store.features import FeatureCaches
 
 
 def adapt_detector(
@@ -50,11 +50,7 @@ def adapt_detector(
 
 def detector_of(
     folder: Path,
-    *,
-    device: str = "auto",
-    batch_size: int = 32,
-    workers: int = -1,
-    reporter: Reporter = SILENT,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> Detector:
     """Return the detector of a finished audit, with the audit's threshold as its only one.
 
@@ -63,10 +59,7 @@ def detector_of(
 
     Args:
         folder: output of ``audit``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        batch_size: images per network call.
-        workers: decoding workers; -1: from the CPUs.
-        reporter: told the progress.
+        compute: how the training images are embedded.
 
     Raises:
         InputError: no finished audit there, none of a rate per image, or the detector or the
@@ -96,7 +89,7 @@ def detector_of(
             f"{folder}: the audit held a false-discovery rate, which gives no threshold for "
             "single images; run one without --bh"
         )
-    detector = load_detector(name, device=device, input_size=size)
+    detector = load_detector(name, device=compute.device, input_size=size)
     if is_adapted:
         base = Path(asked["basedir"]) if "basedir" in asked else None
         listing = list_set(source, what="training", basedir=base)
@@ -105,11 +98,7 @@ def detector_of(
         training = embed_set(
             listing,
             detector,
-            batch_size=batch_size,
-            workers=workers,
-            cache=feature_cache(detector) if keeps_features else None,
-            ranks=Ranks(),
-            reporter=reporter,
+            dataclasses.replace(compute, cache=FeatureCaches.of_user() if keeps_features else None),
         )
         detector = adapt_detector(detector, training, null=kind, rate=rate, seed=seed).detector
     if detector.fingerprint != fingerprint:

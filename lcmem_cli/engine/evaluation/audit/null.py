@@ -31,14 +31,14 @@ from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit_result import (
+from lcmem_cli.engine.evaluation.audit.result import (
     NullKind,
     SharedPicture,
     counted,
     fewest_flagged,
     percent,
 )
-from lcmem_cli.engine.evaluation.audit_sets import ImageSet
+from lcmem_cli.engine.evaluation.audit.sets import ImageSet
 from lcmem_cli.engine.evaluation.calibration import required_null_size
 from lcmem_cli.engine.store.search import TopK, merge_top_k
 

@@ -21,16 +21,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.detectors.lcmem import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.distributed import Ranks, available_cpus, current_ranks
+from lcmem_cli.engine.distributed import Ranks, available_cpus
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit_detector import adapt_detector
-from lcmem_cli.engine.evaluation.audit_files import refuse_other_audit, write_audit
-from lcmem_cli.engine.evaluation.audit_null import (
+from lcmem_cli.engine.evaluation.audit.detector import adapt_detector
+from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
+from lcmem_cli.engine.evaluation.audit.null import (
     Null,
     check_gate,
     check_size,
@@ -41,7 +42,7 @@ from lcmem_cli.engine.evaluation.audit_null import (
     smallest_rate,
     split_null,
 )
-from lcmem_cli.engine.evaluation.audit_result import (
+from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
     CopiedImage,
     FlagRule,
@@ -56,7 +57,7 @@ from lcmem_cli.engine.evaluation.audit_result import (
     verdict,
     what_it_shows,
 )
-from lcmem_cli.engine.evaluation.audit_sets import ImageSet, embed_set, list_set
+from lcmem_cli.engine.evaluation.audit.sets import ImageSet, embed_set, list_set
 from lcmem_cli.engine.evaluation.calibration import (
     benjamini_hochberg,
     clopper_pearson,
@@ -75,11 +76,11 @@ from lcmem_cli.engine.evaluation.set_metrics import (
     num_cells,
     score_distances,
 )
-from lcmem_cli.engine.evaluation.study import feature_cache
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.report.html import Distribution
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
+from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.index import Index
 from lcmem_cli.engine.store.search import TopK
 
@@ -203,8 +204,14 @@ def audit(
     real = listings["held-out" if kind == "held-out" else "training"]
     most = len(real.records) // 2 if kind == "split" else len(real.records)
     check_size(most, fpr, kind=kind, source=real.source)
-    ranks = current_ranks(device)
-    reporter = reporter if ranks.is_main else SILENT
+    compute = Compute.start(
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        reporter=reporter,
+        cache=FeatureCaches.of_user() if cache else None,
+    )
+    ranks, reporter = compute.ranks, compute.reporter
     if detector is None:
         indexes = [part.index for part in listings.values() if part.index is not None]
         usual = "lcmem" if approximate else DEFAULT_DETECTOR
@@ -241,19 +248,7 @@ def audit(
             stack.enter_context(folder_lock(folder))
             if not overwrite:
                 refuse_other_audit(folder, asked)
-        known = feature_cache(detector) if cache else None
-        sets = {
-            what: embed_set(
-                listing,
-                detector,
-                batch_size=batch_size,
-                workers=workers,
-                cache=known,
-                ranks=ranks,
-                reporter=reporter,
-            )
-            for what, listing in listings.items()
-        }
+        sets = {what: embed_set(listing, detector, compute) for what, listing in listings.items()}
         check_unreadable(
             [item for part in sets.values() for item in part.summary.unreadable], max_unreadable
         )

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.batching import NOT_EMBEDDED
 from lcmem_cli.engine.data.images import is_readable
-from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.pairs import dataset_name, single_identity_datasets
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
+from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import (
     InputError,
     MissingExtraError,
@@ -38,13 +37,11 @@ from lcmem_cli.engine.files import (
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable, check_unreadable
 from lcmem_cli.engine.runs import CONFIG_NAME, ENVIRONMENT_NAME, write_run_files
-from lcmem_cli.engine.store.features import FeatureCache
 
 DEFAULT_DETECTORS = ("lcmem", "mse", "ssim", "ncc", "phash", "random")
 INPUTS_NAME = "inputs.json"
 THRESHOLDS_NAME = "thresholds.json"
 STAGES_NAME = "stages"
-MAX_CACHED_FEATURES = 16_384
 _TILE = 64
 
 
@@ -317,28 +314,12 @@ def fit_records(manifest: Manifest, reporter: Reporter = SILENT) -> tuple[Record
     return tuple(r for r in manifest.records if dataset_name(r) not in set(left_out))
 
 
-def content_hashes(
-    records: Sequence[Record], basedir: Path, *, workers: int = -1, ranks: Ranks | None = None
-) -> list[str | None]:
-    """Return the SHA-256 of each image's file, ``None`` where it cannot be read.
-
-    Args:
-        records: the images.
-        basedir: folder that their paths start from.
-        workers: threads; -1 from the CPUs.
-        ranks: processes that share the work; by default this one alone.
-    """
-    ranks = ranks or Ranks()
-    paths = [basedir / record.path for record in records]
-    return hash_files(paths, resolve_workers(workers, ranks.local_size), ranks)[0]
-
-
 def content_digest(records: Sequence[Record], contents: Sequence[str | None]) -> str:
     """Return a SHA-256 over a list of images: names, identities, data sets and file contents.
 
     Args:
         records: the images.
-        contents: of each, see ``content_hashes``.
+        contents: SHA-256 of each file, ``None`` where it cannot be read.
     """
     lines = []
     for record, content in zip(records, contents, strict=True):
@@ -422,16 +403,6 @@ def pack_unreadable(unreadable: Sequence[Unreadable]) -> NDArray[np.uint8]:
 def unpack_unreadable(packed: NDArray[np.uint8]) -> list[Unreadable]:
     """Return what ``pack_unreadable`` was given."""
     return [Unreadable(**item) for item in unpack_json(packed)]
-
-
-def feature_cache(detector: Detector) -> FeatureCache | None:
-    """Return the user's cache of a detector's features.
-
-    ``None`` where the features are the images themselves: decoding them again costs no more.
-    """
-    if detector.num_features > MAX_CACHED_FEATURES:
-        return None
-    return FeatureCache(FeatureCache.default_folder(), detector.fingerprint)
 
 
 def named_unreadable(

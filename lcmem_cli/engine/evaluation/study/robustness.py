@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.images import UnreadableImageError, load_image, to_tensor
+from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import PairSet, identity_pairs, same_image_pairs
 from lcmem_cli.engine.data.perturb import (
@@ -30,11 +32,10 @@ from lcmem_cli.engine.data.perturb import (
 )
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_perturbed
-from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device
+from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError, MissingExtraError
-from lcmem_cli.engine.evaluation.audit_files import write_csv
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
-from lcmem_cli.engine.evaluation.study import (
+from lcmem_cli.engine.evaluation.study.folder import (
     DEFAULT_DETECTORS,
     THRESHOLDS_NAME,
     ResultsFolder,
@@ -43,8 +44,6 @@ from lcmem_cli.engine.evaluation.study import (
     check_names,
     check_splits,
     content_digest,
-    content_hashes,
-    feature_cache,
     find_detectors,
     fit_records,
     named_unreadable,
@@ -53,12 +52,12 @@ from lcmem_cli.engine.evaluation.study import (
     refuse_adapted_to,
     unpack_unreadable,
 )
-from lcmem_cli.engine.files import write_json
+from lcmem_cli.engine.files import write_csv, write_json
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
 from lcmem_cli.engine.report.plots import plot_strengths, plot_transforms
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
-from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store.features import FeatureCaches
 
 JSON_NAME = "robustness_results.json"
 CSV_NAME = "robustness_results.csv"
@@ -283,11 +282,7 @@ class _Study:
 class _Run:
     """How to embed with one detector."""
 
-    cache: FeatureCache | None
-    batch_size: int
-    workers: int
-    ranks: Ranks
-    reporter: Reporter
+    compute: Compute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,8 +366,14 @@ def robustness(
     """
     rates = _check_arguments(fit, fit_rate, same_image, split, fit_split, suite, round_trip)
     check_names(detectors)
-    ranks = current_ranks(device)
-    reporter = reporter if ranks.is_main else SILENT
+    compute = Compute.start(
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        reporter=reporter,
+        cache=FeatureCaches.of_user() if cache else None,
+    )
+    ranks, reporter = compute.ranks, compute.reporter
     codec = None if round_trip is None else _load_round_trip(round_trip, device, input_size)
     study = _make_study(
         filelist,
@@ -392,7 +393,7 @@ def robustness(
     available = find_detectors(
         detectors, device=device, input_size=input_size, strict=strict, reporter=reporter
     )
-    contents = content_hashes(study.records, study.basedir, workers=workers, ranks=ranks)
+    contents = hash_files([study.basedir / record.path for record in study.records], compute)[0]
     inputs = {
         "command": "robustness",
         "images_digest": content_digest(study.records, contents),
@@ -434,11 +435,7 @@ def robustness(
                 detector = available.take(name)
                 refuse_adapted_to(detector, study.records, contents)
                 run = _Run(
-                    cache=feature_cache(detector) if cache else None,
-                    batch_size=batch_size,
-                    workers=workers,
-                    ranks=ranks,
-                    reporter=reporter,
+                    compute=compute,
                 )
                 _score(detector, study, missing, folder, run)
                 del detector
@@ -603,7 +600,9 @@ def _score(
     plain = _embed(detector, study, needed, None, run)
     rows = _rows(study, needed, plain)
     edited_rows = np.unique(study.test.second)
-    with run.reporter.task(f"settings ({detector.name})", len(missing), unit="setting") as task:
+    with run.compute.reporter.task(
+        f"settings ({detector.name})", len(missing), unit="setting"
+    ) as task:
         for setting in missing:
             if setting is None:
                 arrays: dict[str, NDArray[Any]] = {
@@ -626,7 +625,7 @@ def _score(
                 }
             if folder is not None:
                 folder.save(arrays, detector.name, detector.fingerprint, _part(setting))
-            run.ranks.barrier()
+            run.compute.ranks.barrier()
             task.advance()
 
 
@@ -644,13 +643,9 @@ def _embed(
         working_size=study.input_size,
         seed=study.seed,
         round_trip=study.round_trip if setting and setting.transform == VAE_ROUND_TRIP else None,
-        batch_size=run.batch_size,
-        workers=run.workers,
-        cache=run.cache,
-        ranks=run.ranks,
-        reporter=run.reporter,
+        compute=run.compute,
     )
-    run.reporter.event(
+    run.compute.reporter.event(
         "embedded",
         detector=detector.name,
         setting=_part(setting),

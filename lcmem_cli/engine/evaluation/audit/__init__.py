@@ -1,0 +1,1 @@
+"""The audit of a generated set against its training set."""

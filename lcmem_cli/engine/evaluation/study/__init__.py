@@ -1,0 +1,1 @@
+"""Studies that compare detectors: benchmark and robustness."""
