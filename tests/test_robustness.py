@@ -9,8 +9,10 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, REFERENCE_SUITE, Setting, perturb
 from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.evaluation.study import files
 from lcmem_cli.engine.evaluation.study import robustness as module
-from lcmem_cli.engine.evaluation.study.robustness import Outcome, robustness
+from lcmem_cli.engine.evaluation.study.results import Outcome
+from lcmem_cli.engine.evaluation.study.robustness import robustness
 from lcmem_cli.engine.reporter import Reporter
 
 FILES = ("robustness_results.json", "robustness_results.csv", "thresholds.json")
@@ -41,8 +43,8 @@ def quick(request, monkeypatch):
             data[-1].with_name(data[-1].name + suffix).write_text(repr((data[:-1], more)))
 
     monkeypatch.setattr(module, "SUITES", {"reference": FEW[:2], "extended": FEW})
-    monkeypatch.setattr(module, "plot_strengths", draw)
-    monkeypatch.setattr(module, "plot_transforms", lambda *data: draw(data[-1]))
+    monkeypatch.setattr(files, "plot_strengths", draw)
+    monkeypatch.setattr(files, "plot_transforms", lambda *data: draw(data[-1]))
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_rows_equal_editing_and_scoring_each_pair_by_itself(filelist, image_fold
     ]
     assert result.num_pairs == 2 * len(positives) == 24
     table = rows_of(tmp_path / "out")
-    assert tuple(table[0]) == module.COLUMNS and len(table) == 2 * len(FEW)
+    assert tuple(table[0]) == files.ROBUSTNESS_COLUMNS and len(table) == 2 * len(FEW)
     for row in table:
         detector = load_detector(row["Detector"], input_size=24)
         plain = detector.embed_batch(torch.stack(images))

@@ -30,7 +30,7 @@ from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
-from lcmem_cli.engine.evaluation.study.benchmark import check_latents
+from lcmem_cli.engine.evaluation.study.scoring import check_latents
 from lcmem_cli.engine.files import LOCK_NAME, folder_lock
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec, load_codec, needs_download

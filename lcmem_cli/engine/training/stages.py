@@ -522,10 +522,11 @@ def _run(
             reporter=reporter,
         ).run()
         checkpoint = stage.finish(outcome).with_fingerprint()
-        judged = judge(
-            checkpoint, stage.evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
-            device=config.runtime.device, reporter=reporter,
+        compute = Compute(
+            device=config.runtime.device, workers=config.runtime.num_workers, ranks=ranks,
+            reporter=reporter,
         )  # fmt: skip
+        judged = judge(checkpoint, stage.evaluate_on, compute)
         if judged.unreadable:  # they were all readable when the training began
             bad = judged.unreadable[0]
             raise LcmemError(
