@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +19,12 @@ from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.evaluation.metrics import roc_curve
 from lcmem_cli.engine.evaluation.study.results import OVERALL, FitRule
-from lcmem_cli.engine.evaluation.study.scoring import Embedded, Measure, embed_stored, fit_rates
+from lcmem_cli.engine.evaluation.study.scoring import Measure, embed_listed, embed_stored, fit_rates
 from lcmem_cli.engine.models.checkpoint import Checkpoint
 from lcmem_cli.engine.results import Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
-FITTED_RATES: tuple[tuple[FitRule, float], ...] = (
-    ("fpr", 0.01),
-    ("fpr", 0.001),
-    ("recall", 0.95),
-)
+FITTED_RATES: tuple[tuple[FitRule, float], ...] = (("fpr", 0.01), ("fpr", 0.001), ("recall", 0.95))
 _REPLICATES = 200
 _UNNAMED = "all"
 
@@ -118,8 +115,8 @@ def embed_split(
     if isinstance(source, LatentStore):
         found = embed_stored(detector, source, records, rows, compute)
     else:
-        made = embed_files(detector, [source.basedir / r.path for r in records], compute)
-        found = Embedded.of_files(made, records, source.basedir, rows)
+        embed = functools.partial(embed_files, detector, compute=compute)
+        found = embed_listed(records, source.basedir, rows, embed)
     readable = [record for record, row in zip(records, found.rows, strict=True) if row >= 0]
     return readable, found.features[found.rows[found.rows >= 0]], found.unreadable
 
@@ -138,7 +135,7 @@ def fit_thresholds(
     if not num_negatives or not any(part.pairs.num_positives for part in scored):
         return ()
     names = [name for part in scored for name in part.pairs.names]
-    fitted = fit_rates(
+    thresholds, _ = fit_rates(
         np.concatenate([part.scores for part in scored]),
         np.concatenate([part.pairs.labels for part in scored]),
         FITTED_RATES,
@@ -146,7 +143,7 @@ def fit_thresholds(
         fingerprint=fingerprint,
         fitted_on=f"VAL pairs within {len(names)} data set(s){by}: " + ", ".join(names),
     )
-    return tuple(made for made in fitted.values() if isinstance(made, Threshold))
+    return tuple(thresholds.values())
 
 
 def _measure(scored: ScoredSplit) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

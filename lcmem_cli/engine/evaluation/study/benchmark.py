@@ -7,6 +7,7 @@ image is embedded once per detector, whatever the number of pairs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from lcmem_cli.engine.evaluation.study.scoring import (
     Embedded,
     Measure,
     check_latents,
+    embed_listed,
     embed_stored,
     fit_on_split,
 )
@@ -89,7 +91,7 @@ class BenchmarkRequest(StudyRequest):
     def make_pairs(
         self, records: Sequence[Record], *, column: Sequence[str], fitting: bool
     ) -> PairSet:
-        """Return the pairs of one split, see ``pairs.MakePairs``."""
+        """Return the pairs of one split, see ``StudyRequest``."""
         if self.pairs == "all":
             return all_pairs(records)
         count = FIT_NEGATIVES_PER_ANCHOR if fitting else 1
@@ -218,7 +220,7 @@ class Benchmark(Study[BenchmarkResult]):
             # Where latents are stored, the files may have gone.
             max_missing=None if store is not None else request.max_unreadable,
         )
-        images = pair_images(manifest, request, request.make_pairs, compute.reporter)
+        images = pair_images(manifest, request, compute.reporter)
         if not len(images.test):
             raise InputError(
                 f"{request.filelist}: no pairs can be made of the {images.num_judged:,} image(s) "
@@ -320,16 +322,10 @@ class Benchmark(Study[BenchmarkResult]):
         if self.store is not None and isinstance(detector, LCMemDetector):
             check_latents(detector, self.store)
             return embed_stored(detector, self.store, images.records, rows, compute)
-        paths = images.paths()
-        made = embed_files(detector, [paths[row] for row in rows], compute)
-        compute.reporter.event(
-            "embedded",
-            detector=detector.name,
-            images=len(rows),
-            distinct=len(made.features),
-            encoder_passes=made.encoder_passes,
+        embed = functools.partial(embed_files, detector, compute=compute)
+        return embed_listed(
+            images.records, images.basedir, rows, embed, compute.reporter, detector=detector.name
         )
-        return Embedded.of_files(made, images.records, images.basedir, rows)
 
     def _strangers(self) -> dict[str, list[int]]:
         """Return what to adapt to: no image that is judged, under whatever name."""
@@ -406,10 +402,11 @@ class Benchmark(Study[BenchmarkResult]):
         assert split is not None and scores is not None
         kinds: list[tuple[FitRule, float]] = [("fpr", rate) for rate in FPR_RATES]
         kinds.append(("recall", RECALL_RATE))
-        fitted = fit_on_split(scores, pairs, kinds, fingerprint=item.fingerprint, split=split)
-        thresholds = tuple(made for made in fitted.values() if isinstance(made, Threshold))
-        reasons = {rate: why for (_, rate), why in fitted.items() if isinstance(why, str)}
-        return thresholds, {rate: f"{split} has {why}" for rate, why in reasons.items()}
+        thresholds, reasons = fit_on_split(
+            scores, pairs, kinds, fingerprint=item.fingerprint, split=split
+        )
+        lacking_rates = {rate: f"{split} has {why}" for (_, rate), why in reasons.items()}
+        return tuple(thresholds.values()), lacking_rates
 
 
 def _checked_fit(

@@ -30,22 +30,7 @@ ROC_NAME, BARS_NAME = "roc", "bars"
 ROBUSTNESS_JSON, ROBUSTNESS_CSV = "robustness_results.json", "robustness_results.csv"
 RECALL_NAME, FPR_NAME = "robustness_recall", "robustness_fpr"
 GRID_NAME = "robustness_transforms"
-ROBUSTNESS_COLUMNS = (
-    "Detector",
-    "Transform",
-    "Strength",
-    "Recall",
-    "Precision",
-    "Accuracy",
-    "F1",
-    "FPR",
-    "TP",
-    "FP",
-    "TN",
-    "FN",
-    "Threshold",
-    "Fit",
-)
+_AT_FPR = ("threshold", "tpr_at", "fpr_at", "tpr_low", "tpr_high")
 
 
 def _pictures(*names: str) -> list[str]:
@@ -79,7 +64,7 @@ def write_benchmark(
     (folder / BENCHMARK_JSON).unlink(missing_ok=True)
     columns = ["path_a", "path_b", "label", "ds_name", *(item.name for item in scored.detectors)]
     write_csv(folder / SCORES_NAME, columns, _score_rows(scored, records))
-    write_csv(folder / BENCHMARK_CSV, *_benchmark_table(result))
+    _write_table(folder / BENCHMARK_CSV, _benchmark_rows(result))
     _write_thresholds(folder, {item.name: item.thresholds for item in result.detectors})
     curves = {}
     for found, item in zip(result.detectors, scored.detectors, strict=True):
@@ -101,7 +86,7 @@ def write_robustness(folder: Path, result: RobustnessResult, example: Example | 
         example: edits to show, where an image can be read.
     """
     (folder / ROBUSTNESS_JSON).unlink(missing_ok=True)
-    write_csv(folder / ROBUSTNESS_CSV, ROBUSTNESS_COLUMNS, _robustness_rows(result))
+    _write_table(folder / ROBUSTNESS_CSV, _robustness_rows(result))
     thresholds = {item.name: list(item.thresholds.values()) for item in result.detectors}
     _write_thresholds(folder, thresholds)
     _plot_rates(folder / RECALL_NAME, result, "recall", "recall")
@@ -131,38 +116,29 @@ def _score_rows(scored: Scored, records: Sequence[Record]) -> Iterator[tuple[str
         )
 
 
-def _benchmark_table(result: BenchmarkResult) -> tuple[list[str], list[list[str]]]:
-    rates = [f"fpr{at.rate:g}" for at in result.detectors[0].overall.at_fpr]
-    columns = [
-        "detector",
-        "ds_name",
-        *METRIC_KEYS,
-        *(f"{key}_{end}" for key in INTERVAL_KEYS for end in ("low", "high")),
-        *(
-            f"{what}_{name}"
-            for name in rates
-            for what in ("threshold", "tpr_at", "fpr_at", "tpr_low", "tpr_high")
-        ),
-        "num_positives",
-        "num_negatives",
-        "num_duplicates",
-    ]
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns; ``None`` becomes an empty cell."""
+    texts = (["" if cell is None else str(cell) for cell in row.values()] for row in rows)
+    write_csv(path, list(rows[0]), texts)
+
+
+def _benchmark_rows(result: BenchmarkResult) -> list[dict[str, Any]]:
     rows = []
     for item in result.detectors:
         for name, part in [(OVERALL, item.overall), *item.per_dataset.items()]:
-            metrics: Mapping[str, float | None] = part.metrics or {}
-            cells: list[Any] = [metrics.get(key) for key in METRIC_KEYS]
+            row: dict[str, Any] = {"detector": item.name, "ds_name": name}
+            row |= part.metrics or dict.fromkeys(METRIC_KEYS)
             for key in INTERVAL_KEYS:
-                cells += part.intervals.get(key) or (None, None)
+                row[f"{key}_low"], row[f"{key}_high"] = part.intervals.get(key) or (None, None)
             for at in part.at_fpr:
-                cells += [at.threshold, at.tpr, at.fpr, *(at.tpr_interval or (None, None))]
-            cells += [part.num_positives, part.num_negatives, part.num_duplicates]
-            rows.append([item.name, name, *_texts(cells)])
-    return columns, rows
-
-
-def _texts(cells: Sequence[Any]) -> list[str]:
-    return ["" if cell is None else str(cell) for cell in cells]
+                low, high = at.tpr_interval or (None, None)
+                cells = (at.threshold, at.tpr, at.fpr, low, high)
+                for what, cell in zip(_AT_FPR, cells, strict=True):
+                    row[f"{what}_fpr{at.rate:g}"] = cell
+            for count in ("num_positives", "num_negatives", "num_duplicates"):
+                row[count] = getattr(part, count)
+            rows.append(row)
+    return rows
 
 
 def _bars(result: BenchmarkResult) -> dict[str, dict[str, Bar | None]]:
@@ -179,20 +155,29 @@ def _bars(result: BenchmarkResult) -> dict[str, dict[str, Bar | None]]:
     return panels
 
 
-def _robustness_rows(result: RobustnessResult) -> list[list[str]]:
+def _robustness_rows(result: RobustnessResult) -> list[dict[str, Any]]:
     rows = []
     for item in result.detectors:
         threshold = item.thresholds[result.fit]
         for at in item.settings:
             out = at.outcomes[result.fit]
-            cells = [
-                *(out.recall, out.precision, out.accuracy, out.f1, out.fpr),
-                *(out.true_positives, out.false_positives),
-                *(out.true_negatives, out.false_negatives),
-                threshold.value,
-                threshold.name,
-            ]
-            rows.append([item.name, at.transform, f"{at.strength:g}", *_texts(cells)])
+            row = {
+                "Detector": item.name,
+                "Transform": at.transform,
+                "Strength": f"{at.strength:g}",
+                "Recall": out.recall,
+                "Precision": out.precision,
+                "Accuracy": out.accuracy,
+                "F1": out.f1,
+                "FPR": out.fpr,
+                "TP": out.true_positives,
+                "FP": out.false_positives,
+                "TN": out.true_negatives,
+                "FN": out.false_negatives,
+                "Threshold": threshold.value,
+                "Fit": threshold.name,
+            }
+            rows.append(row)
     return rows
 
 

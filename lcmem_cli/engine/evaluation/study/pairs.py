@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +15,6 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.study.request import StudyRequest
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.reporter import Reporter
-
-
-class MakePairs(Protocol):
-    """How a study pairs images."""
-
-    def __call__(
-        self, records: Sequence[Record], *, column: Sequence[str], fitting: bool
-    ) -> PairSet:
-        """Return pairs of one split.
-
-        Args:
-            records: its images.
-            column: ids of the whole filelist, see ``data.pairs.reference_pairs``.
-            fitting: whether thresholds are fitted on the pairs, rather than judged.
-        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +66,12 @@ class StudyImages:
         return sha256_bytes(b"\0\0".join(lines))
 
 
-def pair_images(
-    manifest: Manifest, request: StudyRequest, make: MakePairs, reporter: Reporter
-) -> StudyImages:
+def pair_images(manifest: Manifest, request: StudyRequest, reporter: Reporter) -> StudyImages:
     """Make the pairs of both splits.
 
     Args:
         manifest: the whole list of images.
-        request: names the splits and data sets.
-        make: makes the pairs of one split.
+        request: names the splits and data sets, and makes the pairs of one split.
         reporter: warned of data sets that no threshold can be fitted on.
 
     Raises:
@@ -100,12 +81,12 @@ def pair_images(
     judged = manifest.select(request.split, request.ds_names).records
     if not judged:
         raise InputError(f"{request.filelist}: no image has the split {request.split}")
-    test = make(judged, column=column, fitting=False)
+    test = request.make_pairs(judged, column=column, fitting=False)
     fit: PairSet | None = None
     fit_from: tuple[Record, ...] = ()
     if request.fit_split is not None:
         fit_from = _with_negatives(manifest.select(request.fit_split, request.ds_names), reporter)
-        fit = make(fit_from, column=column, fitting=True).shifted(len(judged))
+        fit = request.make_pairs(fit_from, column=column, fitting=True).shifted(len(judged))
     return StudyImages(
         records=(*judged, *fit_from),
         num_judged=len(judged),

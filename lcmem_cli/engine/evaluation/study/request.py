@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcmem_cli.engine.data.manifest import Record
+from lcmem_cli.engine.data.pairs import PairSet
 from lcmem_cli.engine.detectors.registry import check_name
 from lcmem_cli.engine.errors import InputError
 
@@ -13,7 +16,7 @@ DEFAULT_DETECTORS = ("lcmem", "mse", "ssim", "ncc", "phash", "random")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyRequest:
+class StudyRequest(abc.ABC):
     """The arguments that ``benchmark`` and ``robustness`` share; they are explained there.
 
     Raises:
@@ -47,3 +50,15 @@ class StudyRequest:
                 f"--fit-split: thresholds must not be fitted on the split that is judged "
                 f"({self.split})"
             )
+
+    @abc.abstractmethod
+    def make_pairs(
+        self, records: Sequence[Record], *, column: Sequence[str], fitting: bool
+    ) -> PairSet:
+        """Return the pairs of one split.
+
+        Args:
+            records: images of the split.
+            column: ids of the whole filelist, see ``data.pairs.reference_pairs``.
+            fitting: whether thresholds are fitted on the pairs; else they are judged.
+        """

@@ -77,12 +77,6 @@ class SetResult:
     at_fpr: tuple[RateAtThreshold, ...]
     problem: str | None = None
 
-    def to_flat(self) -> dict[str, Any]:
-        """Return the metrics beside the counts, all keys present."""
-        values = dataclasses.asdict(self)
-        metrics = values.pop("metrics") or dict.fromkeys(METRIC_KEYS)
-        return {**metrics, **values}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorResult:
@@ -149,30 +143,33 @@ class BenchmarkResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; detectors by name, each with ``overall`` and data sets."""
         values = super().to_dict()
-        values["detectors"] = {
-            item.name: {
-                "fingerprint": item.fingerprint,
-                OVERALL: item.overall.to_flat(),
-                "per_dataset": {name: part.to_flat() for name, part in item.per_dataset.items()},
-                "thresholds": [dataclasses.asdict(threshold) for threshold in item.thresholds],
-                "adapted_to": item.adapted_to,
-            }
-            for item in self.detectors
-        }
-        return values
+        for item in values["detectors"]:
+            item[OVERALL] = _flat(item[OVERALL])
+            item["per_dataset"] = {name: _flat(part) for name, part in item["per_dataset"].items()}
+        return _by_name(values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a threshold says about pairs: counts, and the rates that follow.
+    """What a threshold says about pairs: rates, ``None`` where they are not known, and counts.
 
     Attributes:
+        recall: share of the positives that were found.
+        precision: share of the called that are positive; not known without negatives.
+        accuracy: share of the pairs that were called rightly; not known without negatives.
+        f1: harmonic mean of precision and recall; not known without negatives.
+        fpr: share of the negatives that were called positive.
         true_positives: positives at or above the threshold.
         false_positives: negatives at or above it.
         true_negatives: negatives below it.
         false_negatives: positives below it.
     """
 
+    recall: float | None
+    precision: float | None
+    accuracy: float | None
+    f1: float | None
+    fpr: float | None
     true_positives: int
     false_positives: int
     true_negatives: int
@@ -180,48 +177,25 @@ class Outcome:
 
     @classmethod
     def of(cls, called: NDArray[np.bool_], positive: NDArray[np.bool_]) -> Outcome:
-        """Count what was called, given which pairs are positive; both ``[n]``."""
+        """Count which pairs ``[n]`` were called, and which of them are positive."""
+        tp, fp = int((called & positive).sum()), int((called & ~positive).sum())
+        fn, tn = int((~called & positive).sum()), int((~called & ~positive).sum())
+
+        def ratio(part: int, whole: int) -> float | None:
+            return part / whole if whole else None
+
+        has_negatives = fp + tn > 0
         return cls(
-            true_positives=int((called & positive).sum()),
-            false_positives=int((called & ~positive).sum()),
-            true_negatives=int((~called & ~positive).sum()),
-            false_negatives=int((~called & positive).sum()),
+            recall=ratio(tp, tp + fn),
+            precision=ratio(tp, tp + fp) if has_negatives else None,
+            accuracy=ratio(tp + tn, tp + tn + fp + fn) if has_negatives else None,
+            f1=ratio(2 * tp, 2 * tp + fp + fn) if has_negatives else None,
+            fpr=ratio(fp, fp + tn),
+            true_positives=tp,
+            false_positives=fp,
+            true_negatives=tn,
+            false_negatives=fn,
         )
-
-    @property
-    def recall(self) -> float | None:
-        """Share of the positives that were found."""
-        return _ratio(self.true_positives, self.true_positives + self.false_negatives)
-
-    @property
-    def fpr(self) -> float | None:
-        """Share of the negatives that were called positive."""
-        return _ratio(self.false_positives, self.false_positives + self.true_negatives)
-
-    @property
-    def precision(self) -> float | None:
-        """Share of the called that are positive; not known without negatives."""
-        return self._with_negatives(self.true_positives, self.true_positives + self.false_positives)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of the pairs that were called rightly; not known without negatives."""
-        right = self.true_positives + self.true_negatives
-        return self._with_negatives(right, right + self.false_positives + self.false_negatives)
-
-    @property
-    def f1(self) -> float | None:
-        """Harmonic mean of precision and recall; not known without negatives."""
-        wrong = self.false_positives + self.false_negatives
-        return self._with_negatives(2 * self.true_positives, 2 * self.true_positives + wrong)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return counts and rates."""
-        names = ("recall", "precision", "accuracy", "f1", "fpr")
-        return {**{name: getattr(self, name) for name in names}, **dataclasses.asdict(self)}
-
-    def _with_negatives(self, part: int, whole: int) -> float | None:
-        return _ratio(part, whole) if self.false_positives + self.true_negatives else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,25 +279,17 @@ class RobustnessResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; detectors by name, rates beside the counts."""
         values = super().to_dict()
-        values["detectors"] = {
-            item.name: {
-                "fingerprint": item.fingerprint,
-                "thresholds": {k: dataclasses.asdict(t) for k, t in item.thresholds.items()},
-                "reasons": item.reasons,
-                "unedited": {rule: out.to_dict() for rule, out in item.unedited.items()},
-                "settings": [
-                    {
-                        "transform": at.transform,
-                        "strength": at.strength,
-                        **{rule: outcome.to_dict() for rule, outcome in at.outcomes.items()},
-                    }
-                    for at in item.settings
-                ],
-            }
-            for item in self.detectors
-        }
-        return values
+        for item in values["detectors"]:
+            for at in item["settings"]:
+                at.update(at.pop("outcomes"))
+        return _by_name(values)
 
 
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "detectors": {item.pop("name"): item for item in values["detectors"]}}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a data set beside its counts, all keys present."""
+    metrics = values.pop("metrics") or dict.fromkeys(METRIC_KEYS)
+    return {**metrics, **values}

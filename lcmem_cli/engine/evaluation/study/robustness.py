@@ -7,6 +7,7 @@ one rule for every detector. Recall always stands beside the false-positive rate
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ from lcmem_cli.engine.evaluation.study.results import (
     Suite,
 )
 from lcmem_cli.engine.evaluation.study.runner import Scored, ScoredDetector, Study, run_study
-from lcmem_cli.engine.evaluation.study.scoring import Embedded, fit_on_split
+from lcmem_cli.engine.evaluation.study.scoring import Embedded, embed_listed, fit_on_split
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
@@ -99,7 +100,7 @@ class RobustnessRequest(StudyRequest):
     def make_pairs(
         self, records: Sequence[Record], *, column: Sequence[str], fitting: bool
     ) -> PairSet:
-        """Return the pairs of one split, see ``pairs.MakePairs``."""
+        """Return the pairs of one split, see ``StudyRequest``."""
         make = same_image_pairs if self.same_image else identity_pairs
         negatives = fitting or not self.only_positives
         return make(records, self.seed, column=column, negatives=negatives)
@@ -228,7 +229,7 @@ class Robustness(Study[RobustnessResult]):
         manifest = load_manifest(
             request.filelist, basedir=request.basedir, max_missing=request.max_unreadable
         )
-        images = pair_images(manifest, request, request.make_pairs, compute.reporter)
+        images = pair_images(manifest, request, compute.reporter)
         _check_support(images, request)
         available = find_detectors(request, compute)
         names = {f"{setting.transform} {setting.strength!r}": setting for setting in settings}
@@ -307,27 +308,21 @@ class Robustness(Study[RobustnessResult]):
     def _embed(
         self, detector: Detector, needed: NDArray[np.int64], name: str, compute: Compute
     ) -> Embedded:
-        images, rows = self.images, needed.tolist()
-        paths, setting = images.paths(), self.suite[name]
+        images, setting = self.images, self.suite[name]
         uses_codec = setting is not None and setting.transform == VAE_ROUND_TRIP
-        made = embed_perturbed(
+        embed = functools.partial(
+            embed_perturbed,
             detector,
-            [paths[row] for row in rows],
-            setting,
+            setting=setting,
             working_size=self.request.input_size,
             seed=self.request.seed,
             round_trip=self._round_trip() if uses_codec else None,
             compute=compute,
         )
-        compute.reporter.event(
-            "embedded",
-            detector=detector.name,
-            setting=name,
-            images=len(rows),
-            distinct=len(made.features),
-            encoder_passes=made.encoder_passes,
+        told = {"detector": detector.name, "setting": name}
+        return embed_listed(
+            images.records, images.basedir, needed.tolist(), embed, compute.reporter, **told
         )
-        return Embedded.of_files(made, images.records, images.basedir, rows)
 
     def _round_trip(self) -> RoundTrip | None:
         """Return a function that encodes and decodes images ``[1, 3, H, W]`` in [0, 1]."""
@@ -393,25 +388,24 @@ class Robustness(Study[RobustnessResult]):
         """Fit both rules; the one that was not asked for may fail."""
         request, scores = self.request, item.parts[_UNEDITED].fit
         assert pairs is not None and scores is not None
-        rates = request.rates
-        reasons: dict[str, str] = {}
-        if request.same_image:
-            reasons["recall"] = "the unedited positive pairs are identical images"
-            del rates["recall"]
-        fitted = fit_on_split(
+        fitted, lacking = fit_on_split(
             scores,
             pairs,
-            rates.items(),
+            [
+                (r, rate)
+                for r, rate in request.rates.items()
+                if r == "fpr" or not request.same_image
+            ],
             fingerprint=item.fingerprint,
             split=request.fit_split,
             what="unedited pairs",
         )
-        thresholds: dict[str, Threshold] = {}
-        for (rule, _), made in fitted.items():
-            if isinstance(made, Threshold):
-                thresholds[rule] = made
-            else:
-                reasons[rule] = made
+        thresholds: dict[str, Threshold] = {
+            rule: threshold for (rule, _), threshold in fitted.items()
+        }
+        reasons: dict[str, str] = {rule: why for (rule, _), why in lacking.items()}
+        if request.same_image:
+            reasons["recall"] = "the unedited positive pairs are identical images"
         if request.fit not in thresholds:
             raise InputError(
                 f"no threshold for {item.name}: {reasons[request.fit]} among the readable images "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from lcmem_cli.engine.results import Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
 _TILE = 64
+Fitted = tuple[dict[tuple[FitRule, float], Threshold], dict[tuple[FitRule, float], str]]
+"""By kind and rate: thresholds, and for the others the reason why there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,22 +54,6 @@ class Embedded:
     rows: NDArray[np.int64]
     unreadable: tuple[Unreadable, ...]
 
-    @classmethod
-    def of_files(
-        cls, made: EmbeddedFiles, records: Sequence[Record], basedir: Path, needed: Sequence[int]
-    ) -> Embedded:
-        """Return what was made of the files of the ``needed`` rows of ``records``."""
-        reasons = {item.path: item.reason for item in made.unreadable}
-        rows = np.full(len(records), -1, dtype=np.int64)
-        rows[needed] = made.rows
-        paths = [records[row].path for row in needed]
-        unreadable = tuple(
-            Unreadable(path=path, reason=reasons[file])
-            for path in paths
-            if (file := str(basedir / path)) in reasons
-        )
-        return cls(features=made.features, rows=rows, unreadable=unreadable)
-
     def score(
         self, detector: Detector, pairs: PairSet, *, dense: bool = False
     ) -> NDArray[np.float64]:
@@ -81,6 +68,39 @@ class Embedded:
         if dense:
             return score_dense(detector, self.features, first, second, pairs.dataset)
         return score_listed(detector, self.features, first, second)
+
+
+def embed_listed(
+    records: Sequence[Record],
+    basedir: Path,
+    needed: Sequence[int],
+    embed: Callable[[list[Path]], EmbeddedFiles],
+    reporter: Reporter = SILENT,
+    **told: str,
+) -> Embedded:
+    """Embed the files of the ``needed`` rows of ``records``.
+
+    Args:
+        records: images.
+        basedir: folder that their paths start from.
+        needed: rows.
+        embed: embeds files.
+        reporter: told how many images there were, and how many the network had to see.
+        **told: what else it is told.
+    """
+    made = embed([basedir / records[row].path for row in needed])
+    counts = {"distinct": len(made.features), "encoder_passes": made.encoder_passes}
+    reporter.event("embedded", **told, images=len(needed), **counts)
+    rows = np.full(len(records), -1, dtype=np.int64)
+    rows[needed] = made.rows
+    reasons = {item.path: item.reason for item in made.unreadable}
+    paths = [records[row].path for row in needed]
+    unreadable = tuple(
+        Unreadable(path=path, reason=reasons[file])
+        for path in paths
+        if (file := str(basedir / path)) in reasons
+    )
+    return Embedded(features=made.features, rows=rows, unreadable=unreadable)
 
 
 def embed_stored(
@@ -105,48 +125,31 @@ def embed_stored(
             f"{store.folder}: has no latents of {len(missing):,} of {len(needed):,} images, the "
             f"first is {missing[0]!r}; make them with lcmem latents on the same filelist"
         )
-    present = [row for row in needed if records[row].path in stored]
-    bad = {row: reasons[records[row].path] for row in needed if records[row].path not in stored}
-    mine = list(compute.ranks.share(present))
-    made = _embed_latents(
-        detector, store, [(row, stored[records[row].path]) for row in mine], compute
-    )
-    features = np.zeros((len(present), detector.num_features), dtype=np.float32)
-    rows = np.full(len(records), -1, dtype=np.int64)
-    used = 0
-    # Every process gets all features, in the order of the ranks, whatever share each has made.
-    for numbers, pieces, failed in compute.ranks.gather(made):
-        if numbers:
-            rows[numbers] = np.arange(used, used + len(numbers))
-            features[used : used + len(numbers)] = np.concatenate(pieces)
-            used += len(numbers)
-        bad |= failed
-    unreadable = tuple(Unreadable(path=records[row].path, reason=bad[row]) for row in bad)
-    return Embedded(features=features[:used], rows=rows, unreadable=unreadable)
-
-
-def _embed_latents(
-    detector: LCMemDetector,
-    store: LatentStore,
-    wanted: Sequence[tuple[int, int]],
-    compute: Compute,
-) -> tuple[list[int], list[NDArray[Any]], dict[int, str]]:
-    """Embed pairs of record and store row; return the records, their features, and the failed."""
+    made: dict[int, NDArray[Any]] = {}
+    bad = {row: reasons[path] for row in needed if (path := records[row].path) not in stored}
+    mine = compute.ranks.share([row for row in needed if row not in bad])
     batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
-    kept: list[int] = []
-    pieces: list[NDArray[Any]] = []
-    failed: dict[int, str] = {}
     name = f"embedding latents ({detector.name})"
-    with compute.reporter.task(name, len(wanted), unit="image") as task:
-        for start in range(0, len(wanted), batching.loaded):
-            numbers, rows = zip(*wanted[start : start + batching.loaded], strict=True)
-            batch = LoadedBatch(indices=list(numbers), images=store.latents(rows), unreadable=[])
-            indices, made, bad = batching.embed(detector.embed_latents, batch)
-            kept += indices
-            pieces += made
-            failed.update(bad)
-            task.advance(len(numbers))
-    return kept, pieces, failed
+    with compute.reporter.task(name, len(mine), unit="image") as task:
+        for start in range(0, len(mine), batching.loaded):
+            part = list(mine[start : start + batching.loaded])
+            latents = store.latents([stored[records[row].path] for row in part])
+            batch = LoadedBatch(indices=part, images=latents, unreadable=[])
+            indices, pieces, failed = batching.embed(detector.embed_latents, batch)
+            made.update(zip(indices, itertools.chain.from_iterable(pieces), strict=True))
+            bad.update(failed)
+            task.advance(len(part))
+    # Rows come from the ranks in no order; each process sorts them, so that all hold the same.
+    for of_rank, bad_of_rank in compute.ranks.gather((made, bad)):
+        made |= of_rank
+        bad |= bad_of_rank
+    kept = sorted(made)
+    features = np.zeros((len(kept), detector.num_features), dtype=np.float32)
+    rows = np.full(len(records), -1, dtype=np.int64)
+    for place, row in enumerate(kept):
+        features[place], rows[row] = made[row], place
+    unreadable = tuple(Unreadable(path=records[row].path, reason=bad[row]) for row in bad)
+    return Embedded(features=features, rows=rows, unreadable=unreadable)
 
 
 def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
@@ -256,13 +259,11 @@ class AdaptedToSets:
         for number, name in enumerate(pairs.names):
             own = pairs.dataset == number
             part = pairs.select(own)
-            records = np.unique([part.first, part.second])
-            records = records[whole.rows[records] >= 0]
-            used, place = np.unique(whole.rows[records], return_inverse=True)
-            rows = np.full(len(whole.rows), -1, dtype=np.int64)
-            rows[records] = place
+            used = np.unique(whole.rows[np.concatenate([part.first, part.second])])
+            used = used[used >= 0]
+            place = np.where(whole.rows < 0, -1, np.searchsorted(used, whole.rows))
             kind = self._kinds[name]
-            moved = Embedded(features=kind.convert(whole.features[used]), rows=rows, unreadable=())
+            moved = Embedded(features=kind.convert(whole.features[used]), rows=place, unreadable=())
             scores[own] = moved.score(kind.detector, part, dense=dense)
         return scores
 
@@ -275,7 +276,7 @@ def fit_rates(
     num_distinct: int,
     fingerprint: str,
     fitted_on: str,
-) -> dict[tuple[FitRule, float], Threshold | str]:
+) -> Fitted:
     """Fit the thresholds that the pairs support; for the others return the reason.
 
     Args:
@@ -286,20 +287,19 @@ def fit_rates(
         fingerprint: of the detector that made the scores.
         fitted_on: the data, in words.
     """
-    fitted: dict[tuple[FitRule, float], Threshold | str] = {}
+    thresholds: dict[tuple[FitRule, float], Threshold] = {}
+    reasons: dict[tuple[FitRule, float], str] = {}
     for kind, rate in rates:
         if kind == "recall" and not labels.any():
-            fitted[kind, rate] = "no positive pairs"
-        elif kind == "fpr" and num_distinct < required_negatives(rate):
-            fitted[kind, rate] = (
-                f"{num_distinct} different negative pairs; a rate of {rate:g} needs "
-                f"{required_negatives(rate)}"
-            )
+            reasons[kind, rate] = "no positive pairs"
+        elif kind == "fpr" and num_distinct < (needed := required_negatives(rate)):
+            lacking = f"{num_distinct} different negative pairs; a rate of {rate:g} needs {needed}"
+            reasons[kind, rate] = lacking
         else:
-            fitted[kind, rate] = fit_threshold(
+            thresholds[kind, rate] = fit_threshold(
                 scores, labels, kind=kind, rate=rate, fingerprint=fingerprint, fitted_on=fitted_on
             )
-    return fitted
+    return thresholds, reasons
 
 
 def fit_on_split(
@@ -310,7 +310,7 @@ def fit_on_split(
     fingerprint: str,
     split: str,
     what: str = "pairs",
-) -> dict[tuple[FitRule, float], Threshold | str]:
+) -> Fitted:
     """Fit thresholds on the pairs of a split, as ``fit_rates`` does.
 
     Args:
