@@ -29,7 +29,7 @@ from lcmem_cli.engine.errors import (
     WriteError,
 )
 from lcmem_cli.engine.models import checkpoint as ckpt
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
 from lcmem_cli.engine.results import Threshold
 

@@ -26,7 +26,8 @@ from lcmem_cli.engine.errors import (
     ManifestError,
 )
 from lcmem_cli.engine.models import checkpoint as ckpt
-from lcmem_cli.engine.models.codec import CodecSpec, load_codec
+from lcmem_cli.engine.models.codec import CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.weights import read_state_dict
 from lcmem_cli.engine.results import Threshold

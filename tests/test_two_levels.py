@@ -27,7 +27,7 @@ from lcmem_cli.engine.models.checkpoint import (
     read_header,
     save_checkpoint,
 )
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLevelBackbone
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
 from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels

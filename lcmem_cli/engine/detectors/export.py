@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lcmem_cli.engine.detectors.external import open_session
 from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
+from lcmem_cli.engine.detectors.onnx import open_session
 from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError, first_line
 from lcmem_cli.engine.files import atomic_path, check_writable, sha256_bytes
 from lcmem_cli.engine.models.codec import Codec

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Adapted, Detector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import CorruptFileError, InputError
 from lcmem_cli.engine.evaluation.audit.files import read_audit

@@ -100,7 +100,8 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
     parts = {
         offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
     }
-    rows = merge_top_k(list(parts.values()), list(parts), k).rows
+    merged = merge_top_k(list(parts.values()), list(parts), k)
+    rows = merged.rows
     scores = np.empty(rows.shape)
     block = max(1, _PAIR_BYTES // (k * queries[:1].nbytes))
     for start in range(0, len(rows), block):
@@ -109,7 +110,9 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
         pairs = detector.score_features(left, bank[part_rows.ravel()])
         scores[start : start + block] = pairs.reshape(-1, k)
     order = np.lexsort((rows, -scores), axis=1)
-    return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
+    return TopK(
+        np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1), merged.recall
+    )
 
 
 def held_out_null(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks, available_cpus
@@ -104,12 +104,14 @@ class _Found:
         scores: ``[d, k]``.
         best: ``[d]`` highest score.
         exact: ``[d]`` whether the first match is an identical image.
+        recall: of the search, see ``TopK``.
     """
 
     rows: NDArray[np.int64]
     scores: Scores
     best: Scores
     exact: NDArray[np.bool_]
+    recall: float
 
 
 def audit(
@@ -429,7 +431,7 @@ class _Study:
             )
             rows[query] = np.concatenate([[row], np.delete(rows[query], last)])
             scores[query] = np.concatenate([score, np.delete(scores[query], last)])
-        return _Found(rows=rows, scores=scores, best=best, exact=exact)
+        return _Found(rows=rows, scores=scores, best=best, exact=exact, recall=top.recall)
 
     def distribution(self, null: Null, found: _Found, rule: FlagRule) -> Distribution:
         """Return the scores to draw."""
@@ -494,7 +496,7 @@ class _Study:
             ),
             shows=shows,
             does_not_show=does_not_show,
-            warnings=tuple(self._warnings(null, summary, rule, found.best[queries.rows], copying)),
+            warnings=tuple(self._warnings(null, summary, rule, found, copying)),
             detector=self.detector.name,
             fingerprint=self.detector.fingerprint,
             adapted_to=self.adapted_to,
@@ -660,13 +662,14 @@ class _Study:
         null: Null,
         summary: NullSummary,
         rule: FlagRule,
-        best: Scores,
+        found: _Found,
         copying: float | None,
     ) -> list[str]:
         """Return what weakens the finding, one sentence each."""
+        best = found.best[self.queries.rows]
         return [
             *self._about_the_sets(),
-            *self._about_the_search(),
+            *self._about_the_search(found.recall),
             *self._about_mixed_up_sets(null, best, copying),
             *self._about_the_null(null, summary, rule),
         ]
@@ -695,11 +698,11 @@ class _Study:
                 "independent."
             )
 
-    def _about_the_search(self) -> Iterator[str]:
+    def _about_the_search(self, recall: float) -> Iterator[str]:
         if self.approximate:
             yield (
                 "The search was approximate: on a sample it found the best match of "
-                f"{self.detector.search_recall:.1%} of the images. A copy whose match was "
+                f"{recall:.1%} of the images. A copy whose match was "
                 "missed is not flagged."
             )
 
