@@ -1,11 +1,9 @@
-"""The head: scores from two rows of features, and how an exported file carries it."""
+"""The head: scores from two rows of features."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.adapted import Adaptation
 from lcmem_cli.engine.detectors.base import Adapted, Detector, FloatArray
-from lcmem_cli.engine.errors import CheckpointError, InputError, NotAdaptableError
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import (
@@ -25,9 +23,6 @@ from lcmem_cli.engine.store.search import (
     weighted_l1_pairs,
     weighted_l1_top_k,
 )
-
-EXPORT_FORMAT = 1
-EXPORT_KEY = "lcmem"
 
 
 class HeadDetector(Detector):
@@ -143,77 +138,3 @@ def approximate_search(detector: Detector) -> HeadDetector:
     approximate = copy.copy(detector)
     approximate.is_approximate = True
     return approximate
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportHeader:
-    """What scoring with an exported network needs; a JSON document inside its file.
-
-    Attributes:
-        fingerprint: of the checkpoint that was exported.
-        image_size: side in pixels of the square images that the network takes.
-        head_weight: ``w``, one number per feature.
-        head_bias: ``b``.
-        thresholds: on the probability; they belong to the checkpoint.
-        codec: what encodes the images inside the network, for people.
-        adapted_to: SHA-256 of the image files that the checkpoint was adapted to.
-    """
-
-    fingerprint: str
-    image_size: int
-    head_weight: tuple[float, ...]
-    head_bias: float
-    thresholds: tuple[Threshold, ...]
-    codec: str
-    adapted_to: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        """Return the document."""
-        explained = {
-            "format": EXPORT_FORMAT,
-            "input": f"images [N, 3, {self.image_size}, {self.image_size}] float32 RGB in [0, 1], "
-            "resized with antialiased bilinear interpolation, aspect ratio not kept",
-            "output": f"features [N, {len(self.head_weight)}] in [0, 1]",
-            "score": "sigmoid(sum(head_weight * abs(f1 - f2)) + head_bias)",
-        }
-        return json.dumps(explained | dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str, *, source: str) -> ExportHeader:
-        """Read the document.
-
-        Args:
-            text: see ``to_json``.
-            source: for messages.
-
-        Raises:
-            CheckpointError: it is of another format, or a value is missing or not usable.
-        """
-        try:
-            values = json.loads(text)
-            if values["format"] != EXPORT_FORMAT:
-                raise CheckpointError(
-                    f"{source}: exported in format {values['format']!r}; this version of lcmem "
-                    f"reads format {EXPORT_FORMAT}: export the checkpoint again"
-                )
-            header = cls(
-                fingerprint=str(values["fingerprint"]),
-                image_size=int(values["image_size"]),
-                head_weight=tuple(float(weight) for weight in values["head_weight"]),
-                head_bias=float(values["head_bias"]),
-                thresholds=tuple(Threshold.from_dict(t) for t in values["thresholds"]),
-                codec=str(values["codec"]),
-                adapted_to=tuple(str(digest) for digest in values.get("adapted_to", [])),
-            )
-        except (
-            ValueError, KeyError, TypeError, OverflowError, RecursionError, InputError
-        ) as error:  # fmt: skip
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{source}: its lcmem header cannot be used ({type(error).__name__}: {error}); "
-                "export the checkpoint again"
-            ) from error
-        if not all(math.isfinite(value) for value in (*header.head_weight, header.head_bias)):
-            raise CheckpointError(f"{source}: the head in its lcmem header is not finite")
-        return header

@@ -16,10 +16,11 @@ from lcmem_cli.engine.detectors.external import (
     read_file,
     size_unknown,
 )
-from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader, HeadDetector
+from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.detectors.kinds import Request
 from lcmem_cli.engine.distributed import available_cpus, resolve_device
 from lcmem_cli.engine.errors import CheckpointError, InputError, MissingExtraError, first_line
+from lcmem_cli.engine.models.export_header import EXPORT_KEY, ExportHeader
 
 
 def build(request: Request) -> Detector:

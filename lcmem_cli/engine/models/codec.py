@@ -10,11 +10,13 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 
+from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import CheckpointError, InputError
 
 EMBEDDED = "embedded"
@@ -25,6 +27,8 @@ CODEC_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecSpec:
     """What a codec is and how it is fed; recorded beside everything made with it.
+
+    The bounds are checked where a spec is read from a file.
 
     Attributes:
         name: ``embedded``, ``none`` (pixels), a folder, or a hub id.
@@ -37,13 +41,13 @@ class CodecSpec:
         weights_hash: SHA-256 over class and weights of the encoder.
     """
 
-    name: str
+    name: FileName
     revision: str | None
     class_name: str
     input_range: Literal["symmetric", "unit"]
     posterior: Literal["mean", "sample"]
-    latent_channels: int
-    downsampling: int
+    latent_channels: Annotated[int, Field(ge=1, le=4096)]
+    downsampling: Annotated[int, Field(ge=1, le=4096)]
     weights_hash: str
 
     def describe(self) -> str:
