@@ -17,7 +17,7 @@ FIGURES = ROOT / "docs" / "figures.json"
 CARD = ROOT / "lcmem_cli" / "assets" / "default" / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), CARD])
 MARKED = re.compile(
-    r"(?<=<!-- figures: )(?P<name>[\w-]+)(?P<gap> -->\n\n)(?P<shown>(\|[^\n]*\n)+|```text\n.*?```\n)",
+    r"(?<=<!-- figures: )(?P<name>[\w-]+)(?P<gap> -->\n\n)((\|[^\n]*\n)+|```text\n.*?```\n)",
     re.DOTALL,
 )
 
