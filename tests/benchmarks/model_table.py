@@ -1,4 +1,4 @@
-"""The figures of README and of the model card: detectors side by side on the same pairs.
+"""Figures of docs/results.md and of the model card: detectors side by side on the same pairs.
 
     python tests/benchmarks/model_table.py --filelist F --detectors lcmem,ncc --identities --copies
     python tests/benchmarks/model_table.py --speed

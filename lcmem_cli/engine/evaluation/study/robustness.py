@@ -50,7 +50,8 @@ from lcmem_cli.engine.evaluation.study.results import (
 )
 from lcmem_cli.engine.evaluation.study.runner import Scored, ScoredDetector, Study, run_study
 from lcmem_cli.engine.evaluation.study.scoring import Embedded, embed_listed, fit_on_split
-from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
+from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.features import FeatureCaches

@@ -17,8 +17,7 @@ from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.loading import LoadedBatch
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.data.pairs import PairSet, identity_numbers
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector, score_listed
+from lcmem_cli.engine.detectors.base import Adapted, Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
