@@ -3,57 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
 import typer
 
-from lcmem_cli.cli import render, startup
+from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BatchSizeOption,
-    CheckpointOption,
-    CodecOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    MaxUnreadableOption,
-    WorkersOption,
+    CODEC,
+    INPUT,
+    JSON,
+    JUDGING,
+    MAX_UNREADABLE,
+    OUTPUT,
+    ComputeOptions,
+    argument,
+    option,
 )
 
 
-def infer(
-    image_a: Annotated[Optional[Path], typer.Argument(help="First image.")] = None,  # noqa: UP045
-    image_b: Annotated[Optional[Path], typer.Argument(help="Second image.")] = None,  # noqa: UP045
-    pairs: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--pairs", help="CSV with path_a,path_b, instead of two images."),
-    ] = None,
-    checkpoint: CheckpointOption = None,
-    detector: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--detector", help="Another detector than a checkpoint's, such as joint."),
-    ] = None,
-    codec: CodecOption = None,
-    audit: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--audit", help="Folder of an audit: judge by its detector, as adapted, and threshold."
-        ),
-    ] = None,
-    threshold: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--threshold", help="One of the checkpoint's, such as fpr0.01, fpr0.001."),
-    ] = None,
-    save: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--save", help="Write a side-by-side picture (.png) of two images."),
-    ] = None,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?"""
+class InferOptions(ComputeOptions):
+    """What the scoring of pairs is asked for."""
+
+    image_a: Path | None = argument("First image.", None)
+    image_b: Path | None = argument("Second image.", None)
+    pairs: Path | None = option(INPUT, "CSV with path_a,path_b, instead of two images.", None)
+    checkpoint: str | None = option(
+        INPUT,
+        "An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
+        None,
+    )
+    codec: str | None = CODEC
+    max_unreadable: int = MAX_UNREADABLE
+    detector: str | None = option(
+        JUDGING, "Another detector than a checkpoint's, such as joint.", None
+    )
+    audit: Path | None = option(
+        JUDGING, "Folder of an audit: judge by its detector, as adapted, and threshold.", None
+    )
+    threshold: str | None = option(
+        JUDGING, "One of the checkpoint's, such as fpr0.01, fpr0.001.", None
+    )
+    save: Path | None = option(OUTPUT, "Write a side-by-side picture (.png) of two images.", None)
+    as_json: bool = JSON
+
+
+def infer(options: InferOptions) -> None:
+    """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?
+
+    Examples:
+        lcmem infer a.png b.png
+        lcmem infer a.png b.png --audit audit --save pair.png
+        lcmem infer --pairs pairs.csv --detector joint --json
+    """
+    image_a, image_b, pairs, save = options.image_a, options.image_b, options.pairs, options.save
+    checkpoint, detector, codec = options.checkpoint, options.detector, options.codec
+    audit, threshold = options.audit, options.threshold
     images = [image for image in (image_a, image_b) if image is not None]
     if len(images) != (2 if pairs is None else 0):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
@@ -74,45 +77,32 @@ def infer(
         )
 
     from lcmem_cli.engine.detectors.base import Detector
-    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
     from lcmem_cli.engine.evaluation.inference import (
         read_pairs,
         save_picture,
         score_pairs,
         verdict_text,
     )
-    from lcmem_cli.engine.models.codec import PIXELS
 
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
     chosen: Detector
     if audit is not None:
-        from lcmem_cli.engine.compute import Compute
         from lcmem_cli.engine.evaluation.audit.detector import detector_of
 
-        chosen = detector_of(
-            audit,
-            Compute(
-                device=device.value,
-                batch_size=batch_size,
-                workers=workers,
-                reporter=render.reporter(),
-            ),
-        )
+        chosen = detector_of(audit, options.compute())
     elif detector is None:
-        chosen = Detector.load(checkpoint, codec=codec, device=device.value)
+        chosen = Detector.load(checkpoint, codec=codec, device=options.device)
     else:
         from lcmem_cli.engine.detectors.registry import load_detector
 
-        chosen = load_detector(detector, device=device.value)
-    if isinstance(chosen, LCMemDetector) and chosen.checkpoint.codec.name != PIXELS:
-        startup.lighten_diffusers()  # pixels need nothing of it
+        chosen = load_detector(detector, device=options.device)
     result = score_pairs(
         chosen,
         wanted,
         threshold=threshold,
-        batch_size=batch_size,
-        workers=workers,
-        max_unreadable=max_unreadable,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_unreadable=options.max_unreadable,
         reporter=render.reporter(),
     )
     picture = None if result.pairs[0].score is None else save
@@ -150,7 +140,7 @@ def infer(
         if save is not None:
             render.line(f"picture    {picture or 'none: an image cannot be read'}")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)
 
 
 def _percent(share: float | None) -> str:
