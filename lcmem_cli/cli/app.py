@@ -31,7 +31,7 @@ from lcmem_cli.cli.manifest import manifest
 from lcmem_cli.cli.processes import IN_PROCESSES, require_one_process
 from lcmem_cli.cli.robustness import robustness_command
 from lcmem_cli.cli.train import finetune, train_codec, train_stage1
-from lcmem_cli.engine.errors import LcmemError
+from lcmem_cli.engine.errors import LcmemError, first_line
 
 Commands = dict[str, Callable[..., None]]
 COMMANDS: dict[str, Commands] = {
@@ -65,7 +65,11 @@ CONFIG_COMMANDS: Commands = {
     "cp": copy_config,
     "check": check_config,
 }
-_NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory|start new thread")
+_ENOUGH_ROOM = 6 << 30
+"""Bytes of address space; a build of PyTorch for CUDA takes about 4 GiB before any work."""
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|start new thread|failed to map segment"
+)
 """How libraries say so in errors that are not a ``MemoryError``."""
 
 
@@ -117,8 +121,8 @@ def _explain(error: BaseException) -> int | None:
         return 1
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         render.error(
-            "not enough memory; try a smaller --batch-size or fewer --workers, and look for a "
-            "limit on this process (ulimit -v, a container's)"
+            f"not enough memory ({first_line(error)}); try a smaller --batch-size or fewer "
+            "--workers, and look for a limit on this process (ulimit -v, a container's)"
         )
         return 1
     return _explain_usage(error)
@@ -181,8 +185,23 @@ def main(
 ) -> None:
     """Set what holds for every command."""
     render.configure(quiet=quiet, debug=debug, log_format=log_format)
+    _warn_of_little_room()
     if context.invoked_subcommand not in IN_PROCESSES:
         require_one_process(context.invoked_subcommand or "lcmem")
+
+
+def _warn_of_little_room() -> None:
+    """Tell of a limit under which a library may hang or end without a word when it is loaded."""
+    try:
+        import resource
+    except ImportError:  # there is no such limit on Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _ENOUGH_ROOM:
+        render.reporter().warn(
+            f"this process may use {limit / 2**30:.1f} GiB of addresses (ulimit -v), which may be "
+            "too little to load PyTorch; it should be unlimited"
+        )
 
 
 def _add_group(name: str, panel: str, help: str, commands: Commands) -> None:

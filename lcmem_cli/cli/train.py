@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
@@ -38,6 +38,15 @@ class TrainingOptions(Options):
     output: Path = FOLDER
     resume: bool = option(OUTPUT, "Continue the run in the output folder, if there is one.", False)
     as_json: bool = JSON
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every function of the engine that trains takes."""
+        return {
+            "output": self.output,
+            "resume": self.resume,
+            "max_unreadable": self.max_unreadable,
+            "reporter": render.reporter(),
+        }
 
     def load_config(self, kind: type[ConfigT]) -> ConfigT:
         """Return the config that is asked for."""
@@ -89,13 +98,7 @@ def train_codec(options: TrainCodecOptions) -> None:
 
     resolved = options.load_config(CodecConfig)
     result = train_codec_on(
-        resolved,
-        options.filelist,
-        basedir=options.basedir,
-        output=options.output,
-        resume=options.resume,
-        max_unreadable=options.max_unreadable,
-        reporter=render.reporter(),
+        resolved, options.filelist, basedir=options.basedir, **options.arguments()
     )
 
     def human() -> None:
@@ -127,12 +130,9 @@ def train_stage1(options: Stage1Options) -> None:
     filelist = options.filelist
     result = run(
         options.load_config(Stage1Config),
-        output=options.output,
         store=None if options.latents is None else LatentStore.open(options.latents),
         manifest=None if filelist is None else options.load_manifest(filelist),
-        resume=options.resume,
-        max_unreadable=options.max_unreadable,
-        reporter=render.reporter(),
+        **options.arguments(),
     )
     render.emit(result, as_json=options.as_json, human=lambda: _show(result))
 
@@ -150,11 +150,8 @@ def finetune(options: FinetuneOptions) -> None:
         options.load_config(FinetuneConfig),
         checkpoint=options.checkpoint,
         manifest=options.load_manifest(options.filelist),
-        output=options.output,
         codec=options.codec,
-        resume=options.resume,
-        max_unreadable=options.max_unreadable,
-        reporter=render.reporter(),
+        **options.arguments(),
     )
     render.emit(result, as_json=options.as_json, human=lambda: _show(result))
 
