@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer.main
 
 from lcmem_cli.cli.app import app
+from lcmem_cli.cli.reference import reference
 
 ROOT = typer.main.get_command(app)
 
@@ -47,8 +49,7 @@ def test_help_fits_80_columns_and_stands_in_panels(run_cli, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     text = run_cli(*name.split(), "--help").stdout
     lines = text.splitlines()
-    examples = lines.index("Examples:") if "Examples:" in lines else len(lines)
-    assert max(map(len, lines[:examples])) <= 80
+    assert max(map(len, lines)) <= 80
     assert not re.search(r"<\w+>|bool|Options:", text)
     if name in COMMANDS:
         panels = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
@@ -89,6 +90,27 @@ def test_every_option_has_one_declaration_or_says_why():
             said.setdefault(parameter.opts[0], set()).add((parameter.help, parameter.metavar))
     several = {flag for flag, texts in said.items() if len(texts) > 1 and flag.startswith("--")}
     assert several == differ
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def test_the_reference_in_the_docs_is_what_help_says():
+    command = "python -m lcmem_cli.cli.reference > docs/cli.md"
+    assert PAGE.read_text() == reference(), f"run: {command}"
+    assert command in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_flag_stands_in_the_reference_under_its_own_heading(name):
+    _, _, section = PAGE.read_text().partition(f"\n## lcmem {name}\n")
+    section = section.partition("\n## ")[0]
+    assert " ".join(COMMANDS[name].help.split())[:40] in section
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, f"{name} {parameter.opts} has no help"
+        for flag in (*parameter.opts, *parameter.secondary_opts):
+            shown = flag if flag.startswith("-") else parameter.metavar
+            assert re.search(rf"^  .*{re.escape(shown)}\b", section, re.MULTILINE), shown
 
 
 # --- global options ------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def calibrate(options: CalibrateOptions) -> None:
     """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer.
 
     Examples:
-        lcmem calibrate run/checkpoint.safetensors --filelist list.csv -o mine.safetensors
-        lcmem calibrate embedded --filelist list.csv --adapt -o mine.safetensors
+        lcmem calibrate model.safetensors --filelist list.csv -o my.safetensors
+        lcmem calibrate embedded --filelist list.csv --adapt -o my.safetensors
     """
     from lcmem_cli.engine.evaluation.recalibrate import recalibrate
     from lcmem_cli.engine.results import named_thresholds

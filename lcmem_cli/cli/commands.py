@@ -72,21 +72,26 @@ class _Help:
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
         """Write the commands of a group, or arguments and options, in panels."""
-        _write(formatter, _command_panels(self))
-        _write(formatter, _option_panels(self.get_params(ctx), ctx))
+        for panels in (_command_panels(self), _option_panels(self.get_params(ctx), ctx)):
+            _write(formatter, panels, ctx)
 
     def format_epilog(self: Any, ctx: Any, formatter: Any) -> None:
         """Write the examples as they stand."""
         if self.epilog:
             formatter.write_paragraph()
-            formatter.write(f"{_heading('Examples')}:\n{self.epilog}\n")
+            formatter.write(f"{_heading('Examples', ctx)}:\n{self.epilog}\n")
+
+
+def summary(command: Any) -> str:
+    """Return the first paragraph of a command's help, on one line."""
+    return str(command.help).partition("\n\n")[0].replace("\n", " ")
 
 
 def _command_panels(group: Any) -> Panels:
     panels: Panels = {}
     for name, command in getattr(group, "commands", {}).items():
-        text = command.help.partition("\n\n")[0].replace("\n", " ")
-        panels.setdefault(command.rich_help_panel or "Commands", []).append((name, text))
+        row = (name, summary(command))
+        panels.setdefault(command.rich_help_panel or "Commands", []).append(row)
     return panels
 
 
@@ -102,18 +107,18 @@ def _option_panels(parameters: Sequence[Any], ctx: Any) -> Panels:
     return panels
 
 
-def _write(formatter: Any, panels: Panels) -> None:
+def _write(formatter: Any, panels: Panels, ctx: Any) -> None:
     names = [name for rows in panels.values() for name, _ in rows]
     width = max((len(name) for name in names if len(name) <= _NAMES_WIDTH), default=0)
     for panel, rows in panels.items():
         if rows:
-            with formatter.section(_heading(panel)):
+            with formatter.section(_heading(panel, ctx)):
                 rows = [(name.ljust(width), text) for name, text in rows]
                 formatter.write_dl(rows, col_max=width)
 
 
-def _heading(text: str) -> str:
-    return typer.style(text, bold=True) if render.may_color() else text
+def _heading(text: str, ctx: Any) -> str:
+    return typer.style(text, bold=True) if render.may_color() and ctx.color is not False else text
 
 
 class Command(_Help, TyperCommand):
@@ -125,7 +130,7 @@ class Command(_Help, TyperCommand):
     def __init__(self, name: str | None, **settings: Any) -> None:
         text, _, examples = settings.pop("help").partition(_EXAMPLES)
         examples = textwrap.indent(textwrap.dedent(examples), "  ")
-        super().__init__(name, **{**settings, "help": text, "epilog": examples})
+        super().__init__(name, **{**settings, "help": text.strip(), "epilog": examples})
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the command's parameters, the global options and ``--help``."""

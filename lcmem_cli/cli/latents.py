@@ -50,7 +50,7 @@ def latents(options: LatentsOptions) -> None:
 
     Examples:
         lcmem latents --filelist list.csv -o latents
-        lcmem latents --filelist list.csv --codec stabilityai/sd-vae-ft-mse --size 256 -o latents
+        lcmem latents --filelist list.csv --codec codec --size 256 -o latents
     """
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import resolve_device

@@ -43,7 +43,7 @@ def robustness_command(options: RobustnessOptions) -> None:
 
     Examples:
         lcmem robustness --filelist list.csv -o robustness
-        lcmem robustness --filelist list.csv --suite extended --same-image -o robustness
+        lcmem robustness --filelist list.csv --suite extended -o robustness
     """
     from lcmem_cli.engine.evaluation.study.robustness import robustness
 
