@@ -15,7 +15,6 @@ from lcmem_cli.cli.options import (
     CACHE,
     FOLDER,
     INPUT,
-    JSON,
     JUDGING,
     OUTPUT,
     OVERWRITE,
@@ -80,7 +79,6 @@ class AuditOptions(ComputeOptions):
     cache: bool = CACHE
     output: Path = FOLDER
     overwrite: bool = OVERWRITE
-    as_json: bool = JSON
 
 
 def audit_command(options: AuditOptions) -> None:

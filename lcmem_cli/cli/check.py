@@ -10,7 +10,6 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BASEDIR,
     INPUT,
-    JSON,
     JUDGING,
     OUTPUT,
     OVERRIDES,
@@ -49,7 +48,6 @@ class CheckOptions(DeviceOptions):
     )
     resume: bool = option(OUTPUT, "The run in --output is to be continued.", False)
     overrides: list[str] | None = OVERRIDES
-    as_json: bool = JSON
 
 
 def check(options: CheckOptions) -> None:

@@ -7,27 +7,24 @@ from pathlib import Path
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     ANY_UNREADABLE,
-    BASEDIR,
-    FILELIST,
     INPUT,
-    JSON,
     JUDGING,
     OUTPUT,
     DecodeOptions,
     InputRange,
-    Options,
+    JsonOptions,
+    ListOptions,
     argument,
     option,
     seed_option,
 )
 
 
-class InfoOptions(Options):
+class InfoOptions(JsonOptions):
     """What a description is asked for."""
 
     path: str | None = argument("Checkpoint or latent store (default: the embedded model).", None)
     verify: bool = option(JUDGING, "Compare every shard with its checksum.", False)
-    as_json: bool = JSON
 
 
 def info(options: InfoOptions) -> None:
@@ -57,7 +54,7 @@ def info(options: InfoOptions) -> None:
     render.emit(described, as_json=options.as_json, human=lambda: show(described))
 
 
-class ConvertOptions(Options):
+class ConvertOptions(JsonOptions):
     """What a conversion is asked for."""
 
     source: Path = argument("The authors' .pth file.")
@@ -67,7 +64,6 @@ class ConvertOptions(Options):
     )
     image_size: int = option(INPUT, "Image side in pixels.", 512, flags="--size", min=16)
     input_range: InputRange = option(INPUT, "What its VAE was fed.", "unit")
-    as_json: bool = JSON
 
 
 def convert(options: ConvertOptions) -> None:
@@ -89,12 +85,10 @@ def convert(options: ConvertOptions) -> None:
     render.emit(checkpoint.summary(), as_json=options.as_json, human=human)
 
 
-class CalibrateOptions(DecodeOptions):
+class CalibrateOptions(ListOptions, DecodeOptions):
     """What a fit is asked for."""
 
     checkpoint: str = argument("An lcmem checkpoint.")
-    filelist: Path = FILELIST
-    basedir: Path | None = BASEDIR
     half: bool = option(JUDGING, "Store the network in float16, before fitting.", False)
     size: int | None = option(
         JUDGING,
@@ -129,7 +123,6 @@ class CalibrateOptions(DecodeOptions):
     seed: int = seed_option()
     max_unreadable: int | None = ANY_UNREADABLE
     output: Path = option(OUTPUT, ".safetensors file to write.", flags="--output -o")
-    as_json: bool = JSON
 
 
 def calibrate(options: CalibrateOptions) -> None:

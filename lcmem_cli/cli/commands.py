@@ -35,9 +35,14 @@ def flat(command: Callable[[Any], None]) -> Callable[..., None]:
     """
     kind = next(iter(get_type_hints(command).values()))
     keyword = inspect.Parameter.KEYWORD_ONLY
+    hints = get_type_hints(kind)
+    # A command's own options come before those that it shares.
+    names = dict.fromkeys(name for base in kind.__mro__ for name in inspect.get_annotations(base))
     parameters = [
-        inspect.Parameter(name, keyword, default=_named(name, kind, hint), annotation=hint)
-        for name, hint in get_type_hints(kind).items()
+        inspect.Parameter(
+            name, keyword, default=_named(name, kind, hints[name]), annotation=hints[name]
+        )
+        for name in names
     ]
 
     @functools.wraps(command)
@@ -97,7 +102,7 @@ def _command_panels(group: Any) -> Panels:
 
 def _option_panels(parameters: Sequence[Any], ctx: Any) -> Panels:
     panels: Panels = {panel: [] for panel in ("Arguments", *PANELS, "Everywhere")}
-    for parameter in parameters:
+    for parameter in sorted(parameters, key=lambda each: not each.required):
         name, text = parameter.get_help_record(ctx)
         if parameter.param_type_name == "argument":
             name, panel = parameter.metavar, "Arguments"

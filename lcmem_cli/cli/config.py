@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JSON, OVERRIDES, Options, argument, complete_config
+from lcmem_cli.cli.options import OVERRIDES, JsonOptions, Options, argument, complete_config
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.config import AnyConfig
 
 _NAME = argument("Shipped name or TOML file.", autocompletion=complete_config)
-
-
-class ListOptions(Options):
-    """What a list of configs is asked for."""
-
-    as_json: bool = JSON
 
 
 class ConfigOptions(Options):
@@ -35,7 +29,7 @@ class CopyOptions(Options):
     target: Path = argument("File to write; must not exist.")
 
 
-def list_configs(options: ListOptions) -> None:
+def list_configs(options: JsonOptions) -> None:
     """List the shipped configs.
 
     Examples:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JSON, OUTPUT, DeviceOptions, option
+from lcmem_cli.cli.options import OUTPUT, DeviceOptions, option
 
 
 class DemoOptions(DeviceOptions):
     """What the demo is asked for."""
 
     output: Path = option(OUTPUT, "Folder to write to.", Path("lcmem-demo"), flags="--output -o")
-    as_json: bool = JSON
 
 
 def demo(options: DemoOptions) -> None:

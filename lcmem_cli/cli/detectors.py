@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JSON, Options
+from lcmem_cli.cli.options import JsonOptions
 
 
-class DetectorsOptions(Options):
-    """What the list of detectors is asked for."""
-
-    as_json: bool = JSON
-
-
-def detectors(options: DetectorsOptions) -> None:
+def detectors(options: JsonOptions) -> None:
     """List the detectors: what they measure, where their weights come from, what can run here.
 
     Examples:

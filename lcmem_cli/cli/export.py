@@ -7,10 +7,10 @@ from pathlib import Path
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import CODEC, JSON, Options, argument
+from lcmem_cli.cli.options import CODEC, JsonOptions, argument
 
 
-class ExportOptions(Options):
+class ExportOptions(JsonOptions):
     """What an export is asked for."""
 
     checkpoint: str | None = argument(
@@ -20,7 +20,6 @@ class ExportOptions(Options):
         "File to write: .onnx or .pt2 (torch.export).", None, metavar="OUT"
     )
     codec: str | None = CODEC
-    as_json: bool = JSON
 
 
 def export(options: ExportOptions) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import FOLDER, JSON, JUDGING, OUTPUT, Options, argument, option
+from lcmem_cli.cli.options import FOLDER, JUDGING, OUTPUT, JsonOptions, argument, option
 
 
-class FilterOptions(Options):
+class FilterOptions(JsonOptions):
     """What a filter is asked for."""
 
     audit_folder: Path = argument("Output folder of lcmem audit.")
@@ -23,7 +23,6 @@ class FilterOptions(Options):
     reject_p: float | None = option(
         JUDGING, "Reject p-values of at most this, not what is flagged.", None
     )
-    as_json: bool = JSON
 
 
 def filter_command(options: FilterOptions) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import INPUT, JSON, OUTPUT, Options, argument, option
+from lcmem_cli.cli.options import INPUT, OUTPUT, JsonOptions, argument, option
 
 _REPO = argument("Repository of the hub, such as name/model.")
 
 
-class PushOptions(Options):
+class PushOptions(JsonOptions):
     """What an upload is asked for."""
 
     checkpoint: str = argument("A .safetensors file, or embedded for the one in the package.")
@@ -20,10 +20,9 @@ class PushOptions(Options):
         OUTPUT, "Who sees the repository, if it is made now.", True, flags="--private/--public"
     )
     message: str | None = option(OUTPUT, "Message of the commit.", None, flags="--message -m")
-    as_json: bool = JSON
 
 
-class PullOptions(Options):
+class PullOptions(JsonOptions):
     """What a download is asked for."""
 
     repo_id: str = _REPO
@@ -31,7 +30,6 @@ class PullOptions(Options):
         "File to write (default: leave it in the cache).", None, metavar="OUT"
     )
     revision: str | None = option(INPUT, "Branch, tag or commit (default: the main branch).", None)
-    as_json: bool = JSON
 
 
 def push(options: PushOptions) -> None:

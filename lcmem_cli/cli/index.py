@@ -9,12 +9,11 @@ from lcmem_cli.cli.options import (
     ANY_UNREADABLE,
     APPROXIMATE,
     BASEDIR,
-    JSON,
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
     ComputeOptions,
-    Options,
+    JsonOptions,
     argument,
     option,
 )
@@ -31,7 +30,6 @@ class FillOptions(ComputeOptions):
     source: Path
     basedir: Path | None = BASEDIR
     max_unreadable: int = MAX_UNREADABLE
-    as_json: bool = JSON
 
 
 class BuildOptions(FillOptions):
@@ -51,11 +49,10 @@ class AddOptions(FillOptions):
     source: Path = _SOURCE
 
 
-class IndexInfoOptions(Options):
+class IndexInfoOptions(JsonOptions):
     """What the description of an index is asked for."""
 
     index: Path = _INDEX
-    as_json: bool = JSON
 
 
 class QueryOptions(ComputeOptions):
@@ -67,7 +64,6 @@ class QueryOptions(ComputeOptions):
     approximate: bool = APPROXIMATE
     basedir: Path | None = BASEDIR
     max_unreadable: int | None = ANY_UNREADABLE
-    as_json: bool = JSON
 
 
 def build_index(options: BuildOptions) -> None:

@@ -10,7 +10,6 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     CODEC,
     INPUT,
-    JSON,
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
@@ -43,7 +42,6 @@ class InferOptions(ComputeOptions):
         JUDGING, "One of the checkpoint's, such as fpr0.01, fpr0.001.", None
     )
     save: Path | None = option(OUTPUT, "Write a side-by-side picture (.png) of two images.", None)
-    as_json: bool = JSON
 
 
 def infer(options: InferOptions) -> None:

@@ -7,27 +7,23 @@ from typing import Literal
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BASEDIR,
-    FILELIST,
     FOLDER,
     INPUT,
-    JSON,
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
     ComputeOptions,
     InputRange,
+    ListOptions,
     batch_option,
     option,
     seed_option,
 )
 
 
-class LatentsOptions(ComputeOptions):
+class LatentsOptions(ListOptions, ComputeOptions):
     """What an encoding is asked for."""
 
-    filelist: Path = FILELIST
-    basedir: Path | None = BASEDIR
     codec: str = option(
         INPUT, "'embedded', a diffusers folder, or a hub id (AutoencoderKL or Tiny).", "embedded"
     )
@@ -42,7 +38,6 @@ class LatentsOptions(ComputeOptions):
     batch_size: int = batch_option(16)
     output: Path = FOLDER
     package: bool = option(OUTPUT, "Also write OUTPUT.tar.gz of this store's files.", False)
-    as_json: bool = JSON
 
 
 def latents(options: LatentsOptions) -> None:

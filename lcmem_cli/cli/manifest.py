@@ -8,16 +8,15 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BASEDIR,
     INPUT,
-    JSON,
     OUTPUT,
-    Options,
+    JsonOptions,
     argument,
     option,
     seed_option,
 )
 
 
-class ManifestOptions(Options):
+class ManifestOptions(JsonOptions):
     """What a filelist is made of."""
 
     source: Path = argument("Folder (a subfolder = an id), or a filelist without Split.")
@@ -27,7 +26,6 @@ class ManifestOptions(Options):
         INPUT, "Find the id in each path, for example '^([0-9]+)_' (its group).", None
     )
     seed: int = seed_option()
-    as_json: bool = JSON
 
 
 def manifest(options: ManifestOptions) -> None:

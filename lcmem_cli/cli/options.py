@@ -90,9 +90,6 @@ def batch_option(default: int = 32) -> Any:
 
 
 InputRange = Literal["symmetric", "unit"]
-FILELIST = option(
-    INPUT, "CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id)."
-)
 BASEDIR = option(INPUT, "Folder that paths start from (default: the filelist's).", None)
 CODEC = option(INPUT, "Where the codec is, if the checkpoint does not hold it.", None)
 OVERRIDES = option(
@@ -120,10 +117,24 @@ APPROXIMATE = option(
 CACHE = option(COMPUTE, "Keep features for other runs.", True, flags="--cache/--no-cache")
 FOLDER = option(OUTPUT, "Folder to write to.", flags="--output -o")
 OVERWRITE = option(OUTPUT, "Replace other results in the folder.", False)
-JSON = option(OUTPUT, "Print one JSON document to stdout.", False, flags="--json")
 
 
-class DeviceOptions(Options):
+class JsonOptions(Options):
+    """What every command with a result is asked for."""
+
+    as_json: bool = option(OUTPUT, "Print one JSON document to stdout.", False, flags="--json")
+
+
+class ListOptions(JsonOptions):
+    """A set of images with identities."""
+
+    filelist: Path = option(
+        INPUT, "CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id)."
+    )
+    basedir: Path | None = BASEDIR
+
+
+class DeviceOptions(JsonOptions):
     """Where to compute, and who is told of the progress."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = option(COMPUTE, "Where to compute.", "auto")
@@ -156,11 +167,9 @@ class ComputeOptions(DecodeOptions):
         )
 
 
-class StudyOptions(ComputeOptions):
+class StudyOptions(ListOptions, ComputeOptions):
     """What the studies of detectors share: their pairs, their splits and their folder."""
 
-    filelist: Path = FILELIST
-    basedir: Path | None = BASEDIR
     detectors: str = option(
         INPUT,
         "Names separated by commas (lcmem detectors lists them).",
@@ -179,7 +188,6 @@ class StudyOptions(ComputeOptions):
     cache: bool = CACHE
     output: Path = FOLDER
     overwrite: bool = OVERWRITE
-    as_json: bool = JSON
 
     def arguments(self) -> dict[str, Any]:
         """Return the values with their lists split."""

@@ -335,23 +335,12 @@ class _JsonTask(Task):
 
 
 class _RichReporter(_PlainReporter):
-    """Draws progress bars; warnings and events are printed above them."""
+    """Draws progress bars; rich moves what others write to stderr above them."""
 
     def __init__(self) -> None:
         self.console = _console(sys.stderr)
         self.progress: Progress | None = None
         self.open_tasks = 0
-
-    def warn(self, message: str) -> None:
-        from rich.text import Text
-
-        self.console.print(Text("warning: ", style="yellow") + Text(_printable(message)))
-
-    def event(self, name: str, **fields: object) -> None:
-        from rich.text import Text
-
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
-        self.console.print(Text(_printable(f"{name}  {shown}")))
 
     def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
         if total == 0:  # all of it was there already

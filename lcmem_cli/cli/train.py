@@ -9,14 +9,13 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BASEDIR,
     CODEC,
-    FILELIST,
     FOLDER,
     INPUT,
-    JSON,
     MAX_UNREADABLE,
     OUTPUT,
     OVERRIDES,
-    Options,
+    JsonOptions,
+    ListOptions,
     argument,
     config_option,
     option,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from lcmem_cli.engine.training.stages import TrainingResult
 
 
-class TrainingOptions(Options):
+class TrainingOptions(JsonOptions):
     """What every training is asked for."""
 
     config: str
@@ -37,7 +36,6 @@ class TrainingOptions(Options):
     max_unreadable: int = MAX_UNREADABLE
     output: Path = FOLDER
     resume: bool = option(OUTPUT, "Continue the run in the output folder, if there is one.", False)
-    as_json: bool = JSON
 
     def arguments(self) -> dict[str, Any]:
         """Return what every function of the engine that trains takes."""
@@ -61,10 +59,9 @@ class TrainingOptions(Options):
         return load_manifest(filelist, basedir=self.basedir, max_missing=self.max_unreadable)
 
 
-class TrainCodecOptions(TrainingOptions):
+class TrainCodecOptions(ListOptions, TrainingOptions):
     """What the training of a codec is asked for."""
 
-    filelist: Path = FILELIST
     config: str = config_option("mini/codec")
 
 
@@ -78,11 +75,10 @@ class Stage1Options(TrainingOptions):
     config: str = config_option("stage1")
 
 
-class FinetuneOptions(TrainingOptions):
+class FinetuneOptions(ListOptions, TrainingOptions):
     """What the second stage is asked for."""
 
     checkpoint: str = argument("Stage-1 checkpoint.")
-    filelist: Path = FILELIST
     config: str = config_option("finetune")
     codec: str | None = CODEC
 
