@@ -29,8 +29,9 @@ change, run `python -m lcmem_cli.cli.reference > docs/cli.md`.
 def reference() -> str:
     """Return the page as Markdown."""
     root: Any = typer.main.get_command(app)
-    with typer.Context(root, info_name="lcmem", terminal_width=WIDTH, color=False) as context:
-        pages = list(_pages(root, context))
+    settings = {**root.context_settings, "terminal_width": WIDTH, "color": False}
+    with typer.Context(root, info_name="lcmem", **settings) as context:
+        pages = _pages(root, context)
     names = [f"- [{name}](#{name.replace(' ', '-')}): {text}" for name, text, _ in pages[1:]]
     parts = [_HEAD, "\n".join(names) + "\n"]
     parts += [f"## {name}\n\n```text\n{help_text}\n```\n" for name, _, help_text in pages]
@@ -41,7 +42,9 @@ def _pages(command: Any, context: Any) -> list[tuple[str, str, str]]:
     """Return name, first sentence and help of a command and of all that stand under it."""
     pages = [(context.command_path, summary(command), command.get_help(context).strip())]
     for name, inner in getattr(command, "commands", {}).items():
-        with typer.Context(inner, info_name=name, parent=context) as below:
+        with typer.Context(
+            inner, info_name=name, parent=context, help_option_names=context.help_option_names
+        ) as below:
             pages += _pages(inner, below)
     return pages
 

@@ -211,20 +211,11 @@ def _log_line(level: str, event: str, /, **fields: object) -> None:
 
 
 def _log_python_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
 ) -> None:
-    _log_line(
-        "warning",
-        "python-warning",
-        message=str(message),
-        category=category.__name__,
-        where=f"{filename}:{lineno}",
-    )
+    where = f"{filename}:{lineno}"
+    kind = category.__name__
+    _log_line("warning", "python-warning", message=str(message), category=kind, where=where)
 
 
 class _JsonStream(io.TextIOBase):
