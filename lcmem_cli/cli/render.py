@@ -264,8 +264,7 @@ class _PlainReporter(_WarningsOnly):
     """No bars: stderr is a file or a pipe."""
 
     def event(self, name: str, **fields: object) -> None:
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
-        typer.echo(_printable(f"{name}  {shown}"), err=True)
+        typer.echo(_printable(_event_text(name, fields)), err=True)
 
 
 class _QuietJsonReporter(Reporter):
@@ -326,12 +325,22 @@ class _JsonTask(Task):
 
 
 class _RichReporter(_PlainReporter):
-    """Draws progress bars; rich moves what others write to stderr above them."""
+    """Draws progress bars; warnings and events are printed above them."""
 
     def __init__(self) -> None:
         self.console = _console(sys.stderr)
         self.progress: Progress | None = None
         self.open_tasks = 0
+
+    def warn(self, message: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text("warning: ", style="yellow") + Text(_printable(message)))
+
+    def event(self, name: str, **fields: object) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(_printable(_event_text(name, fields))))
 
     def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
         if total == 0:  # all of it was there already
@@ -378,9 +387,11 @@ class _RichTask(Task):
         assert self.owner.progress is not None
         self.done += steps
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
         self.owner.progress.update(
-            self.id, advance=steps, rate=f"{rate:,.1f} {self.unit or 'it'}/s", shown=shown
+            self.id,
+            advance=steps,
+            rate=f"{rate:,.1f} {self.unit or 'it'}/s",
+            shown=_fields_text(fields),
         )
 
     def __exit__(
@@ -395,6 +406,14 @@ class _RichTask(Task):
         if self.owner.open_tasks == 0:
             self.owner.progress.stop()
             self.owner.progress = None
+
+
+def _event_text(name: str, fields: Mapping[str, object]) -> str:
+    return f"{name}  {_fields_text(fields)}"
+
+
+def _fields_text(fields: Mapping[str, object]) -> str:
+    return "  ".join(f"{key} {_short(value)}" for key, value in fields.items())
 
 
 def _short(value: object) -> str:
