@@ -18,7 +18,14 @@ from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
     Match,
 )
-from lcmem_cli.engine.files import CSV_OPTIONS, atomic_path, write_csv, write_json, write_text
+from lcmem_cli.engine.files import (
+    CSV_OPTIONS,
+    atomic_path,
+    unguarded,
+    write_csv,
+    write_json,
+    write_text,
+)
 from lcmem_cli.engine.report.html import Distribution, ReportCopied, ReportPair, render_report
 from lcmem_cli.engine.report.thumbnails import make_thumbnails
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -186,6 +193,7 @@ def read_audit(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
             f"{table}: does not belong to {path} ({len(rows)} images, {expected} expected); run "
             "the audit again"
         )
+    rows = [{name: unguarded(row[name] or "") for name in COLUMNS} for row in rows]
     for row in rows:
         if row["flagged"] not in ("true", "false") or not _are_numbers(
             row["score"], row["p_value"]
