@@ -100,7 +100,7 @@ def audit_command(options: AuditOptions) -> None:
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit.result import percent
+    from lcmem_cli.engine.evaluation.audit.sentences import percent
 
     _show_verdict(result)
     _show_sets(result)
@@ -124,7 +124,7 @@ def _show(result: AuditResult, output: Path) -> None:
 
 
 def _show_verdict(result: AuditResult) -> None:
-    from lcmem_cli.engine.evaluation.audit.result import counted
+    from lcmem_cli.engine.evaluation.audit.sentences import counted
 
     render.line(result.statement)
     render.line(result.verdict)

@@ -10,7 +10,7 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import INPUT, JUDGING, StudyOptions, option
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.study.benchmark import BenchmarkResult, SetResult
+    from lcmem_cli.engine.evaluation.study.results import BenchmarkResult, SetResult
 
 
 class BenchmarkOptions(StudyOptions):
@@ -50,7 +50,7 @@ def benchmark_command(options: BenchmarkOptions) -> None:
 
 
 def _show(result: BenchmarkResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.study.benchmark import OVERALL
+    from lcmem_cli.engine.evaluation.study.results import OVERALL
 
     datasets = list(dict.fromkeys(name for item in result.detectors for name in item.per_dataset))
     _show_set(result, [item.overall for item in result.detectors], OVERALL)

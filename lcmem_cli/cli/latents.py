@@ -49,7 +49,7 @@ def latents(options: LatentsOptions) -> None:
     """
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import resolve_device
-    from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.models.codec_loading import load_codec
     from lcmem_cli.engine.store.latents import encode_latents
 
     compute = options.compute()

@@ -211,11 +211,20 @@ def _log_line(level: str, event: str, /, **fields: object) -> None:
 
 
 def _log_python_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
-    where = f"{filename}:{lineno}"
-    kind = category.__name__
-    _log_line("warning", "python-warning", message=str(message), category=kind, where=where)
+    _log_line(
+        "warning",
+        "python-warning",
+        message=str(message),
+        category=category.__name__,
+        where=f"{filename}:{lineno}",
+    )
 
 
 class _JsonStream(io.TextIOBase):

@@ -10,7 +10,7 @@ from lcmem_cli.cli.options import INPUT, JUDGING, StudyOptions, option
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lcmem_cli.engine.evaluation.study.robustness import RobustnessOfDetector, RobustnessResult
+    from lcmem_cli.engine.evaluation.study.results import RobustnessOfDetector, RobustnessResult
 
 
 class RobustnessOptions(StudyOptions):
