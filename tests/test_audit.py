@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from audit_images import SmallCorrelation, altered, picture, save_all
+from audit_images import SmallCorrelation, altered, picture, save_all, small_network
 from PIL import Image
 from scipy.special import expit
 from scipy.stats import binom
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import lcmem_cli
 from lcmem_cli.cli.app import app
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
@@ -399,7 +400,6 @@ def test_leave_one_out_reaches_past_a_large_identity(tmp_path, monkeypatch):
     assert result.metrics.null_scores.largest < 0.9
     # However few neighbours are asked for before an identity is searched by itself.
     monkeypatch.setattr(audit_null, "_MOST_NEIGHBOURS", 8)
-    monkeypatch.setattr(audit_null, "_BANK_BYTES", 2000)
     again = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
     assert dataclasses.replace(again, times=result.times) == result
 
@@ -958,8 +958,9 @@ def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorize
 
 def test_an_approximate_search_states_its_recall(sets):
     pytest.importorskip("faiss", reason="needs the extra [search]")
-    exact = run(sets, detector="lcmem")
-    rough = run(sets, detector="lcmem", approximate=True)
+    network = LCMemDetector(small_network(), name="net")
+    exact = run(sets, detector=network)
+    rough = run(sets, detector=network, approximate=True)
     assert any("approximate" in warning and "100.0%" in warning for warning in rough.warnings)
     assert rough.matches == exact.matches  # 40 images are one cell of the inverted file
     with pytest.raises(InputError, match="--approximate has no effect"):
