@@ -20,7 +20,7 @@ from lcmem_cli.engine.detectors.adapted import (
     shrunk_whitening,
     some_images,
 )
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
@@ -39,6 +39,7 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lcmem_cli.engine.models.codec_loading import load_codec_of
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.models.whitening import whitened_projection

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.pairs import PairSet
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Adapted, Detector
 from lcmem_cli.engine.errors import NotAdaptableError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 

@@ -53,7 +53,8 @@ from lcmem_cli.engine.evaluation.study.folder import (
     unpack_unreadable,
 )
 from lcmem_cli.engine.files import write_csv, write_json
-from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec, load_codec
+from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.report.plots import plot_strengths, plot_transforms
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable
