@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.distributed import available_cpus
+from lcmem_cli.engine.evaluation.audit import sentences
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.null import Null, same_picture, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
@@ -24,15 +25,6 @@ from lcmem_cli.engine.evaluation.audit.result import (
     Times,
 )
 from lcmem_cli.engine.evaluation.audit.search import Found
-from lcmem_cli.engine.evaluation.audit.sentences import (
-    Circumstances,
-    does_not_show,
-    meaning_of_rate,
-    shows,
-    statement,
-    verdict,
-    warnings,
-)
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
 from lcmem_cli.engine.evaluation.calibration import (
     benjamini_hochberg,
@@ -108,11 +100,8 @@ def _rule(
 
 def _resaved(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which flagged images show the picture of their best match, saved anew."""
-    generated, training, ranks = (
-        embedded.sets.generated,
-        embedded.sets.training,
-        embedded.compute.ranks,
-    )
+    sets, ranks = embedded.sets, embedded.compute.ranks
+    generated, training = sets.generated, sets.training
     resaved = np.zeros(len(flagged), dtype=np.bool_)
     if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         rows = np.flatnonzero(flagged & ~found.exact)
@@ -172,11 +161,11 @@ def conclude(
     circumstances = _circumstances(request, embedded, null, found, flags)
     return AuditResult(
         **vars(finding),
-        statement=statement(finding),
-        verdict=verdict(finding),
-        shows=tuple(shows(finding, circumstances)),
-        does_not_show=tuple(does_not_show(circumstances)),
-        warnings=tuple(warnings(finding, circumstances)),
+        statement=sentences.statement(finding),
+        verdict=sentences.verdict(finding),
+        shows=tuple(sentences.shows(finding, circumstances)),
+        does_not_show=tuple(sentences.does_not_show(circumstances)),
+        warnings=tuple(sentences.warnings(finding, circumstances)),
     )
 
 
@@ -193,7 +182,7 @@ def _null_summary(embedded: Embedded, null: Null, rule: FlagRule) -> NullSummary
         num_not_searched=not_searched,
         removed=null.removed,
         shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
-        meaning=meaning_of_rate(null.kind, rule, not_searched),
+        meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
     )
 
 
@@ -227,13 +216,13 @@ def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tupl
 
 def _circumstances(
     request: AuditRequest, embedded: Embedded, null: Null, found: Found, flags: Flags
-) -> Circumstances:
+) -> sentences.Circumstances:
     generated, training = embedded.sets.generated, embedded.sets.training
     null_scores = null.scores[:, 0]
     num_below = None
     if flags.contents.any():
         num_below = int((null_scores < found.scores[flags.contents, 0].min()).sum())
-    return Circumstances(
+    return sentences.Circumstances(
         search_recall=found.recall if request.approximate else None,
         num_below=num_below,
         share_below=float(np.mean(found.best[generated.rows] < null_scores.min())),

@@ -35,7 +35,6 @@ from lcmem_cli.engine.evaluation.audit.search import search_training
 from lcmem_cli.engine.evaluation.audit.sentences import percent
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
 from lcmem_cli.engine.evaluation.calibration import required_null_size
-from lcmem_cli.engine.store.search import TopK, merge_top_k
 
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
@@ -45,7 +44,6 @@ _PICTURE_SIZE = 16
 _FIRST_NEIGHBOURS = 8
 _MOST_NEIGHBOURS = 128
 """Beyond these, an image is searched among those of other identities alone."""
-_BANK_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,9 +233,9 @@ def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
     # What is left has many images of its own identity nearer than any other's.
     left_groups = groups[sample[pending]]
     for group in np.unique(left_groups):
-        own = pending[left_groups == group]
-        found = _search_without(embedded, sample[own], int(group))
-        if found.rows.shape[1]:
+        own, others = pending[left_groups == group], np.flatnonzero(groups != group)
+        if len(others):
+            found = search_training(embedded, training.features_of(sample[own]), others, 2)
             matches[own] = found.rows[:, 0]
             scores[own, : found.scores.shape[1]] = found.scores
     usable = matches >= 0  # a set of one identity has no other
@@ -250,24 +248,6 @@ def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
         scores=scores[usable],
         removed=(),
     )
-
-
-def _search_without(embedded: Embedded, rows: NDArray[np.int64], group: int) -> TopK:
-    """Find the two best matches of training images among those of other identities.
-
-    The bank is a copy of their features, so it is made and searched a block at a time.
-    """
-    training = embedded.sets.training
-    queries = training.features_of(rows)
-    parts: list[TopK] = []
-    block = max(1, _BANK_BYTES // training.features[:1].nbytes)
-    for start in range(0, training.num_distinct, block):
-        others = start + np.flatnonzero(training.groups[start : start + block] != group)
-        if len(others):
-            parts.append(search_training(embedded, queries, others, 2))
-    if not parts:
-        return TopK(np.zeros((len(rows), 0)), np.zeros((len(rows), 0), dtype=np.int64))
-    return merge_top_k(parts, [0] * len(parts), 2)
 
 
 def without_same_pictures(null: Null, embedded: Embedded) -> Null:

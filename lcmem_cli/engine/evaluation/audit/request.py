@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit.result import NullKind
+from lcmem_cli.engine.evaluation.audit.result import AuditResult, NullKind
 from lcmem_cli.engine.evaluation.audit.sets import Sets, Source
 
 
@@ -91,3 +91,8 @@ class AuditSettings(BaseModel):
     cache: bool
     fingerprint: str
     adapted_to: int | None = None
+
+    def of(self, result: AuditResult) -> AuditSettings:
+        """Return the settings with what the audit made of the detector."""
+        made = {"fingerprint": result.fingerprint, "adapted_to": result.adapted_to}
+        return self.model_copy(update=made)

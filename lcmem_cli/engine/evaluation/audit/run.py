@@ -81,7 +81,7 @@ def audit(
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
-            some training images are not searched). See ``audit_null``.
+            some training images are not searched). See ``audit.null``.
         fpr: chance of flagging an image that copies nothing, in (0, 1); with ``bh`` the share of
             false ones among the flagged.
         bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.
@@ -171,12 +171,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
             write_audit(
                 request.output,
                 result,
-                settings.model_copy(
-                    update={
-                        "fingerprint": result.fingerprint,
-                        "adapted_to": result.adapted_to,
-                    }
-                ),
+                settings.of(result),
                 embedded=embedded,
                 distribution=scores_to_draw(embedded, null, found, result.rule.threshold),
             )
@@ -237,24 +232,16 @@ def _settings(
     request: AuditRequest, listings: Sets[Listing], detector: Detector, compute: Compute
 ) -> AuditSettings:
     paths = listings.map(lambda _, listing: str(Path(listing.source).absolute()))
-    return AuditSettings(
-        generated=paths.generated,
-        training=paths.training,
-        held_out=paths.held_out,
-        basedir=None if request.basedir is None else str(request.basedir.absolute()),
-        null=request.null_kind,
-        fpr=request.fpr,
-        bh=request.bh,
-        detector=absolute_name(detector.name),
-        input_size=detector.input_size,
-        adapt=request.adapt,
-        approximate=request.approximate,
-        seed=request.seed,
-        top_k=request.top_k,
-        fail_over=request.fail_over,
-        cache=compute.cache is not None,
-        fingerprint=detector.fingerprint,
-    )
+    resolved = {
+        **vars(paths),
+        "basedir": None if request.basedir is None else str(request.basedir.absolute()),
+        "null": request.null_kind,
+        "detector": absolute_name(detector.name),
+        "input_size": detector.input_size,
+        "cache": compute.cache is not None,
+        "fingerprint": detector.fingerprint,
+    }
+    return AuditSettings.model_validate(vars(request) | resolved)
 
 
 def _check_gate(request: AuditRequest, embedded: Embedded, null: Null, found: Found) -> None:
