@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lcmem_cli.engine.data import manifest as manifest_module
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.manifest import (
     Manifest,
     Record,
@@ -21,7 +21,7 @@ from lcmem_cli.engine.data.manifest import (
     split_by_identity,
     write_manifest,
 )
-from lcmem_cli.engine.errors import InputError, ManifestError
+from lcmem_cli.engine.errors import InputError, ManifestError, UnreadableImageError
 
 
 @pytest.fixture

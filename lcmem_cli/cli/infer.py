@@ -73,14 +73,10 @@ def infer(
             "--detector or --threshold"
         )
 
+    from lcmem_cli.engine.data.tables import read_pairs
     from lcmem_cli.engine.detectors.base import Detector
     from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-    from lcmem_cli.engine.evaluation.inference import (
-        read_pairs,
-        save_picture,
-        score_pairs,
-        verdict_text,
-    )
+    from lcmem_cli.engine.evaluation.inference import save_picture, score_pairs, verdict_text
     from lcmem_cli.engine.models.codec import PIXELS
 
     wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
@@ -123,6 +119,8 @@ def infer(
         if len(result.pairs) == 1 and result.pairs[0].score is not None:
             render.line(f"score      {result.pairs[0].score:.6f}")
             render.line(f"verdict    {verdict_text(result.pairs[0])}")
+            if result.pairs[0].form is not None:
+                render.line(f"           compared {result.pairs[0].form}")
             if result.pairs[0].identical:
                 render.line("           both files are the same, byte for byte")
         else:

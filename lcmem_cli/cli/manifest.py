@@ -28,7 +28,7 @@ def manifest(
     as_json: JsonOption = False,
 ) -> None:
     """Write a filelist with an identity-disjoint, seeded TRAIN/VAL/TEST split."""
-    from lcmem_cli.engine.data.manifest import make_filelist
+    from lcmem_cli.engine.data.filelist import make_filelist
 
     result = make_filelist(
         source,

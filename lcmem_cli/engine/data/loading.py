@@ -12,20 +12,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
-    UnreadableImageError,
+    FRAMES_NOTE,
     content_hash,
     load_image,
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.data.looks import blank_colour
+from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
+Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
+Remarks = NDArray[np.int32]
+"""``[n, 3]``: what a reader of the results should know of each image, in these columns."""
+GUESSED, BLANK, FRAMES = range(3)
+"""Whether its depth was guessed; its colour ``0xRRGGBB`` where it shows nothing else, otherwise -1;
+how many images its file holds, where only the first was read without being asked for."""
+_NOTHING_REMARKABLE = (0, -1, 1)
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +47,13 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        notes: position and remark of each image whose bit depth had to be guessed.
+        remarks: ``[len(indices), 3]``, see ``Remarks``.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
-    notes: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    remarks: Remarks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,49 @@ class _Loaded:
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
     reason: str | None = None
-    note: str | None = None
+    remark: tuple[int, int, int] = _NOTHING_REMARKABLE
+
+
+def no_remarks(count: int) -> Remarks:
+    """Return the remarks of images of which there is nothing to say."""
+    return np.tile(np.array(_NOTHING_REMARKABLE, dtype=np.int32), (count, 1))
+
+
+def remarks_texts(paths: Sequence[Path], remarks: Remarks) -> list[str]:
+    """Return what to tell of some images, one sentence for each kind of remark.
+
+    Args:
+        paths: ``n`` files.
+        remarks: ``[n, 3]``, of each.
+    """
+    texts = []
+    if count := int(np.count_nonzero(remarks[:, GUESSED])):
+        texts.append(guesses_text(count))
+    if len(several := np.flatnonzero(remarks[:, FRAMES] > 1)):
+        texts.append(
+            f"{len(several):,} file(s) hold several images (pages, frames), "
+            f"{int(remarks[several, FRAMES].sum()):,} in all, of which only the first was used: "
+            f"{_some(paths, several)}; --frames all lists each by itself"
+        )
+    if len(blank := np.flatnonzero(remarks[:, BLANK] >= 0)):
+        texts.append(
+            f"{len(blank):,} image(s) show nothing but one colour, and match only their equals: "
+            f"{_some(paths, blank)}"
+        )
+    return texts
+
+
+def guesses_text(count: int) -> str:
+    """Return what to tell about images of which the depth was guessed."""
+    return (
+        f"{count:,} image(s) of more than 8 bits without a stated range: their brightness was "
+        "guessed from their values"
+    )
+
+
+def _some(paths: Sequence[Path], rows: NDArray[np.intp]) -> str:
+    shown = ", ".join(str(paths[row]) for row in rows[:_SHOWN])
+    return f"{shown}, ..." if len(rows) > _SHOWN else shown
 
 
 def iter_images(
@@ -63,6 +115,7 @@ def iter_images(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[LoadedBatch]:
     """Load images in order; the next batch is decoded while the caller works on this one.
 
@@ -77,6 +130,7 @@ def iter_images(
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
             returns what is to stand in its place. It runs in the decoding thread.
+        edit: gets a decoded image and its position, and returns what is to be resized.
 
     Yields:
         One ``LoadedBatch`` for every ``batch_size`` paths.
@@ -84,16 +138,17 @@ def iter_images(
 
     def load(index: int) -> _Loaded:
         try:
-            image = load_image(paths[index])
+            image = load_image(paths[index], size=size)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
-        except MissingExtraError as error:
-            return _Loaded(reason=str(error))
-        note = image.info.get(DEPTH_NOTE)
+        guessed, frames = DEPTH_NOTE in image.info, image.info.get(FRAMES_NOTE, 1)
+        if edit is not None:
+            image = edit(image, index)
         pixels = resized_pixels(image, size)
+        remark = (int(guessed), blank_colour(pixels), frames)
         if transform is None:
-            return _Loaded(pixels=pixels, note=note)
-        return _Loaded(image=transform(pixels_to_tensor(pixels), index), note=note)
+            return _Loaded(pixels=pixels, remark=remark)
+        return _Loaded(image=transform(pixels_to_tensor(pixels), index), remark=remark)
 
     outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
     try:
@@ -168,7 +223,7 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
             for index, outcome in zip(part, outcomes, strict=True)
             if outcome.reason is not None
         ],
-        notes=[(index, outcome.note) for index, outcome in readable if outcome.note is not None],
+        remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(-1, 3),
     )
 
 

@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import guesses_text
-from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
+from lcmem_cli.engine.data.loading import (
+    BLANK,
+    GUESSED,
+    LoadedBatch,
+    Remarks,
+    hash_files,
+    iter_images,
+    no_remarks,
+    remarks_texts,
+)
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.errors import LcmemError, WriteError
@@ -42,7 +50,7 @@ class EmbeddedFiles:
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
-        guessed: ``[d]`` whether a bit depth was guessed, see the text of ``data.images``.
+        remarks: ``[d, 3]`` what to know of each content, see ``data.loading.Remarks``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 
@@ -50,8 +58,22 @@ class EmbeddedFiles:
     rows: NDArray[np.int64]
     content_hashes: list[str | None]
     unreadable: tuple[Unreadable, ...]
-    guessed: NDArray[np.bool_]
+    remarks: Remarks
     encoder_passes: int
+
+    @property
+    def guessed(self) -> NDArray[np.bool_]:
+        """``[d]`` whether a bit depth was guessed, see the text of ``data.pixels``."""
+        guessed: NDArray[np.bool_] = self.remarks[:, GUESSED] > 0
+        return guessed
+
+    @property
+    def blank(self) -> NDArray[np.int32]:
+        """``[d]`` colour of a content that shows nothing else, otherwise -1; see ``data.looks``.
+
+        Two of them match where ``looks.same_blank`` says so, and match nothing besides.
+        """
+        return self.remarks[:, BLANK]
 
 
 def embed_files(
@@ -91,6 +113,7 @@ def embed_files(
         key=lambda content: content,
         batching=batching,
         description=f"embedding ({detector.name})",
+        tells=True,
     )
 
 
@@ -154,6 +177,7 @@ def embed_perturbed(
         key=key,
         batching=batching,
         description=f"embedding ({detector.name}, {setting or 'unedited'})",
+        tells=setting is None,  # the same images are edited in many ways
     )
 
 
@@ -166,6 +190,7 @@ def _embed(
     key: Callable[[str], str],
     batching: Batching,
     description: str,
+    tells: bool,
 ) -> EmbeddedFiles:
     hashes, failed_files = hash_files(paths, compute)
     first: dict[str, int] = {}
@@ -177,8 +202,9 @@ def _embed(
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
     row_of = dict(zip(first, work.close_gaps(), strict=True))
-    if work.guessed.any():
-        compute.reporter.warn(guesses_text(int(work.guessed.sum())))
+    used = [file for file, row in zip(files, row_of.values(), strict=True) if row >= 0]
+    for text in remarks_texts(used, work.remarks) if tells else []:
+        compute.reporter.warn(text)
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,
@@ -189,7 +215,7 @@ def _embed(
             for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
             if (reason := failed_files[index] if content is None else reasons[content])
         ),
-        guessed=work.guessed,
+        remarks=work.remarks,
         encoder_passes=passes,
     )
 
@@ -213,7 +239,7 @@ class _Features:
         if compute.cache is not None and self.ranks.is_main:
             self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
         self.failed: dict[int, str] = {}
-        self.guessed = np.zeros(len(keys), dtype=bool)
+        self.remarks = no_remarks(len(keys))
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
         self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
         self.features = allocate_features(
@@ -231,8 +257,8 @@ class _Features:
             found = None
             if self.cache is not None:
                 keys = [self.keys[row] for row in part]
-                found = self.cache.get_many(keys)[0], self.cache.guessed(keys)
-            self.features[part], self.guessed[part] = self.ranks.broadcast(found)
+                found = self.cache.get_many(keys)[0], self.cache.remarks(keys)
+            self.features[part], self.remarks[part] = self.ranks.broadcast(found)
         left_out = set(known)
         return [row for row in range(len(self.keys)) if row not in left_out]
 
@@ -260,18 +286,21 @@ class _Features:
             for _ in range(num_rounds):
                 rows: list[int] = []
                 values: list[NDArray[Any]] = []
-                guessed: set[int] = set()
+                remarks: dict[int, NDArray[np.int32]] = {}
                 bad: dict[int, str] = {}
                 for batch in itertools.islice(batches, per_round):
                     bad.update({mine[i]: reason for i, reason in batch.unreadable})
-                    guessed.update(mine[i] for i, _ in batch.notes)
+                    remarks.update(
+                        (mine[i], remark)
+                        for i, remark in zip(batch.indices, batch.remarks, strict=True)
+                    )
                     if batch.indices:
                         indices, features, failed = batching.embed(self.detector.embed_batch, batch)
                         bad.update({mine[i]: reason for i, reason in failed})
                         rows += [mine[i] for i in indices]
                         values += features
                     task.advance(len(batch.indices) + len(batch.unreadable))
-                made = (rows, np.concatenate(values) if values else None, guessed, bad)
+                made = (rows, np.concatenate(values) if values else None, remarks, bad)
                 for part in self.ranks.gather(made):
                     passes += self._take(*part)
         return passes
@@ -280,17 +309,17 @@ class _Features:
         self,
         rows: list[int],
         values: NDArray[Any] | None,
-        guessed: set[int],
+        remarks: dict[int, NDArray[np.int32]],
         bad: dict[int, str],
     ) -> int:
         self.failed.update(bad)
         if values is None:
             return 0
         self.features[rows] = values
-        self.guessed[rows] = [row in guessed for row in rows]
+        self.remarks[rows] = [remarks[row] for row in rows]
         if self.cache is not None and self.cache.is_kept:
             try:
-                self.cache.put_many([self.keys[row] for row in rows], values, self.guessed[rows])
+                self.cache.put_many([self.keys[row] for row in rows], values, self.remarks[rows])
             except OSError as error:
                 cause = error.__cause__ if isinstance(error, WriteError) else error
                 self.reporter.warn(
@@ -310,10 +339,10 @@ class _Features:
                 continue
             if used != row:
                 self.features[used] = self.features[row]
-                self.guessed[used] = self.guessed[row]
+                self.remarks[used] = self.remarks[row]
             numbers.append(used)
             used += 1
-        self.features, self.guessed = self.features[:used], self.guessed[:used]
+        self.features, self.remarks = self.features[:used], self.remarks[:used]
         return numbers
 
 

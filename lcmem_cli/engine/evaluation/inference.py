@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, content_hash, guesses_text, load_pixels
-from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.data.images import content_hash, load_pixels
+from lcmem_cli.engine.data.loading import BLANK, Edit, iter_images, no_remarks, remarks_texts
+from lcmem_cli.engine.data.looks import has_bars, is_grey, is_page, same_blank, without_bars
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.distributed import resolve_workers
@@ -22,8 +26,6 @@ from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
-MAX_PAIRS_BYTES = 1 << 30
-PAIR_COLUMNS = ("path_a", "path_b")
 _PICTURE_SIDE, _GAP = 320, 12
 
 
@@ -37,6 +39,7 @@ class PairScore:
         score: of the detector; ``None`` where an image could not be read.
         match: ``score >= threshold``; ``None`` without score or threshold.
         identical: whether both files are the same, byte for byte.
+        form: how they were altered for the score, ``None``: not at all; see ``score_pairs``.
     """
 
     path_a: str
@@ -44,6 +47,7 @@ class PairScore:
     score: float | None
     match: bool | None
     identical: bool
+    form: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class InferenceResult(Result):
         threshold: what the verdicts were made with, and where it is from.
         num_images_embedded: distinct images.
         unreadable: images that could not be read.
+        blank: images of one colour, which match only their equals.
     """
 
     detector: str
@@ -65,6 +70,7 @@ class InferenceResult(Result):
     threshold: Threshold | None
     num_images_embedded: int
     unreadable: tuple[Unreadable, ...]
+    blank: tuple[str, ...] = ()
 
 
 def score_pairs(
@@ -78,6 +84,11 @@ def score_pairs(
     reporter: Reporter = SILENT,
 ) -> InferenceResult:
     """Score pairs of files; each distinct file is decoded and embedded once.
+
+    Two kinds of copies are compared in a second form as well, and the higher score counts: where
+    one image is grey and the other is not, the other in grey; where an image stands in a frame of
+    bars of one colour, what they surround. An image of one colour shows nothing: it matches only
+    another of that colour.
 
     Args:
         detector: what scores.
@@ -104,18 +115,115 @@ def score_pairs(
         for path in pair:
             number.setdefault(path, len(number))
     files = list(number)
+    num_workers = min(len(files), resolve_workers(workers))
+    embedded = _embed(detector, files, batching, num_workers, reporter)
+    bad = embedded.bad
+    told = [i for i in range(len(files)) if i not in bad]
+    for text in remarks_texts([files[i] for i in told], embedded.remarks[told]):
+        reporter.warn(text)
+    unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
+    check_unreadable(unreadable, max_unreadable)
+    rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+    rows[np.isin(rows, list(bad))] = -1
+    scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1])
+    forms = _compare_other_forms(detector, files, rows, scores, embedded, batching, num_workers)
+    blank = embedded.remarks[:, BLANK]
+
+    size_of = functools.cache(lambda path: path.stat().st_size)  # a file may be in many pairs
+    content_of = functools.cache(content_hash)
+
+    def scored(index: int, a: Path, b: Path) -> PairScore:
+        known = None if math.isnan(scores[index]) else float(scores[index])
+        match = None
+        if known is not None and chosen is not None:
+            match = chosen.decide(known, detector.fingerprint)
+            colours = [int(blank[row]) for row in rows[index]]
+            if max(colours) >= 0:
+                match = same_blank(*colours)
+        identical = known is not None and (
+            a == b or (size_of(a) == size_of(b) and content_of(a) == content_of(b))
+        )
+        return PairScore(
+            path_a=str(a),
+            path_b=str(b),
+            score=known,
+            match=match,
+            identical=identical,
+            form=forms.get(index),
+        )
+
+    results = tuple(scored(index, a, b) for index, (a, b) in enumerate(pairs))
+    pages = sum(
+        pair.match is True and not pair.identical and bool(embedded.pages[rows[index]].all())
+        for index, pair in enumerate(results)
+    )
+    if pages and chosen is not None and chosen.num_positives:  # not by an audit
+        reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
+        )
+    return InferenceResult(
+        detector=detector.name,
+        fingerprint=detector.fingerprint,
+        pairs=results,
+        threshold=chosen,
+        num_images_embedded=len(files) - len(bad),
+        unreadable=unreadable,
+        blank=tuple(str(files[i]) for i in told if blank[i] >= 0),
+    )
+
+
+class _Form(NamedTuple):
+    """An image as it is compared: perhaps without bars, perhaps in grey."""
+
+    file: int
+    cut: bool = False
+    grey: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Embedded:
+    """Features of files, and what they look like.
+
+    Attributes:
+        features: ``[n, d]``; zeros where an image is bad.
+        remarks: ``[n, 3]``, see ``data.loading.Remarks``.
+        bad: positions without features, and why.
+        grey: ``[n]`` images without colour.
+        bars: ``[n]`` images that may stand in a frame of bars.
+        pages: ``[n]`` images that are mostly white ground.
+    """
+
+    features: NDArray[Any]
+    remarks: NDArray[np.int32]
+    bad: dict[int, str]
+    grey: NDArray[np.bool_]
+    bars: NDArray[np.bool_]
+    pages: NDArray[np.bool_]
+
+
+def _embed(
+    detector: Detector,
+    files: Sequence[Path],
+    batching: Batching,
+    num_workers: int,
+    reporter: Reporter = SILENT,
+    edit: Edit | None = None,
+) -> _Embedded:
     features = np.zeros((len(files), 0), dtype=np.float32)
+    remarks = no_remarks(len(files))
+    looks = np.zeros((3, len(files)), dtype=np.bool_)
     bad: dict[int, str] = {}
-    num_guessed = 0
     with reporter.task("embedding", len(files), unit="image") as task:
         for batch in iter_images(
-            files,
-            detector.input_size,
-            workers=min(len(files), resolve_workers(workers)),
-            batch_size=batching.loaded,
+            files, detector.input_size, workers=num_workers, batch_size=batching.loaded, edit=edit
         ):
             bad.update(batch.unreadable)
-            num_guessed += len(batch.notes)
+            remarks[batch.indices] = batch.remarks
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+                looks[:, index] = is_grey(pixels), has_bars(pixels), is_page(pixels)
             if batch.indices:
                 indices, pieces, failed = batching.embed(detector.embed_batch, batch)
                 bad.update(failed)
@@ -125,37 +233,67 @@ def score_pairs(
                         features = allocate_features((len(files), made.shape[1]), made.dtype.type)
                     features[indices] = made
             task.advance(len(batch.indices) + len(batch.unreadable))
-    if num_guessed:
-        reporter.warn(guesses_text(num_guessed))
-    unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
-    check_unreadable(unreadable, max_unreadable)
-    rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
-    rows[np.isin(rows, list(bad))] = -1
-    scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
+    grey, bars, pages = looks
+    return _Embedded(features=features, remarks=remarks, bad=bad, grey=grey, bars=bars, pages=pages)
 
-    size_of = functools.cache(lambda path: path.stat().st_size)  # a file may be in many pairs
-    content_of = functools.cache(content_hash)
 
-    def scored(a: Path, b: Path, score: float) -> PairScore:
-        known = None if math.isnan(score) else score
-        match = None
-        if known is not None and chosen is not None:
-            match = chosen.decide(known, detector.fingerprint)
-        identical = known is not None and (
-            a == b or (size_of(a) == size_of(b) and content_of(a) == content_of(b))
-        )
-        return PairScore(
-            path_a=str(a), path_b=str(b), score=known, match=match, identical=identical
-        )
+def _compare_other_forms(
+    detector: Detector,
+    files: Sequence[Path],
+    rows: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    embedded: _Embedded,
+    batching: Batching,
+    num_workers: int,
+) -> dict[int, str]:
+    """Raise scores to those of second forms where these are higher.
 
-    return InferenceResult(
-        detector=detector.name,
-        fingerprint=detector.fingerprint,
-        pairs=tuple(scored(a, b, score) for (a, b), score in zip(pairs, scores, strict=True)),
-        threshold=chosen,
-        num_images_embedded=len(files) - len(bad),
-        unreadable=unreadable,
+    Args:
+        detector: what scores.
+        files: all images.
+        rows: ``[n, 2]`` positions of each pair's images, -1 where one is bad.
+        scores: ``[n]``, changed in place.
+        embedded: of the files.
+        batching: of the detector.
+        num_workers: decoding threads.
+
+    Returns:
+        For the pairs with a higher score, which form it is of.
+    """
+    wanted: list[tuple[int, _Form, _Form]] = []
+    for index, (a, b) in enumerate(rows.tolist()):
+        if min(a, b) < 0 or a == b or (embedded.remarks[[a, b], BLANK] >= 0).any():
+            continue
+        is_copy_in_grey = embedded.grey[a] != embedded.grey[b]
+        for cut_a, cut_b in itertools.product(
+            {False, bool(embedded.bars[a])}, {False, bool(embedded.bars[b])}
+        ):
+            first = _Form(a, cut_a, is_copy_in_grey and not embedded.grey[a])
+            second = _Form(b, cut_b, is_copy_in_grey and not embedded.grey[b])
+            if any((*first[1:], *second[1:])):
+                wanted.append((index, first, second))
+    if not wanted:
+        return {}
+    forms = list(dict.fromkeys(form for _, *pair in wanted for form in pair))
+
+    def edit(image: Image.Image, position: int) -> Image.Image:
+        if forms[position].cut:
+            image = without_bars(image) or image
+        return image.convert("L").convert("RGB") if forms[position].grey else image
+
+    others = _embed(detector, [files[f.file] for f in forms], batching, num_workers, edit=edit)
+    place = {form: -1 if row in others.bad else row for row, form in enumerate(forms)}
+    first_rows, second_rows = (
+        np.array([place[pair[side]] for pair in wanted], dtype=np.int64) for side in (1, 2)
     )
+    found: dict[int, str] = {}
+    again = score_listed(detector, others.features, first_rows, second_rows)
+    for (index, first, second), score in zip(wanted, again, strict=True):
+        if score > scores[index]:
+            scores[index] = score
+            words = ["without bars"] * (first.cut or second.cut)
+            found[index] = " and ".join(words + ["in grey"] * (first.grey or second.grey))
+    return found
 
 
 def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
@@ -173,40 +311,6 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
     return known[name]
 
 
-def read_pairs(path: Path) -> list[tuple[Path, Path]]:
-    """Read ``path_a,path_b`` rows; relative paths start from the file's folder.
-
-    Raises:
-        InputError: unreadable, too large, a missing column, or an incomplete row.
-    """
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: this is an image; expected a CSV file of pairs")
-    try:
-        if path.stat().st_size > MAX_PAIRS_BYTES:
-            raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in PAIR_COLUMNS if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path}: no column {', '.join(missing)}; expected path_a,path_b, found "
-                    f"{','.join(reader.fieldnames or []) or 'nothing'}"
-                )
-            rows = []
-            for row in reader:
-                a, b = row["path_a"], row["path_b"]
-                if not a or not b:
-                    raise InputError(f"{path}, line {reader.line_num}: path_a or path_b is empty")
-                rows.append((path.parent / a, path.parent / b))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: not a CSV file: {error}") from error
-    if not rows:
-        raise InputError(f"{path}: no pairs")
-    return rows
-
-
 def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:
     """Draw both images and their absolute difference side by side.
 
@@ -218,7 +322,7 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
     Raises:
         InputError: another kind of file.
     """
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     if target.suffix.lower() != ".png":
         raise InputError(f"{target}: expected a file name that ends in .png")

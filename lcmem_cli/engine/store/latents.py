@@ -28,8 +28,15 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import guesses_text, is_readable
-from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
+from lcmem_cli.engine.data.images import is_readable
+from lcmem_cli.engine.data.loading import (
+    GUESSED,
+    LoadedBatch,
+    Transform,
+    guesses_text,
+    hash_files,
+    iter_images,
+)
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
 from lcmem_cli.engine.errors import (
@@ -582,7 +589,7 @@ def _encode_shards(
                     {"path": manifest.records[rows[i]].path, "reason": reason}
                     for i, reason in batch.unreadable
                 ]
-                num_notes += len(batch.notes)
+                num_notes += int(batch.remarks[:, GUESSED].sum())
                 names = [manifest.records[rows[i]].path for i in batch.indices]
                 if names and is_light:
                     collected.append(batch.images.numpy())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcmem_cli.engine.data.manifest import paths_outside
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.files import read_audit
 from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, sha256_file, write_csv

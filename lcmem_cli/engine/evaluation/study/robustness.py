@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image, to_tensor
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import PairSet, identity_pairs, same_image_pairs
@@ -33,7 +33,7 @@ from lcmem_cli.engine.data.perturb import (
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_perturbed
 from lcmem_cli.engine.distributed import resolve_device
-from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.study.folder import (
     DEFAULT_DETECTORS,
@@ -868,7 +868,7 @@ def _plot_grid(folder: Path, study: _Study) -> None:
     for path in study.paths(range(study.num_judged)):
         try:
             image = to_tensor(load_image(path), study.input_size)
-        except (UnreadableImageError, MissingExtraError):
+        except UnreadableImageError:
             continue
         break
     if image is None:
