@@ -10,7 +10,8 @@ Beside them:
 - A JPEG of more than ``memory.LARGE_PIXELS`` of which a small copy is wanted is decoded at half, a
   quarter or an eighth of its size; other large images are shrunk in blocks of rows.
 
-``image.info`` says what a reader should be told: ``DEPTH_NOTE``, ``FRAMES_NOTE``.
+``image.info`` says what a reader should be told: ``DEPTH_NOTE``, ``FRAMES_NOTE``, and
+``pixels.ON_WHITE_NOTE``.
 """
 
 from __future__ import annotations

@@ -24,17 +24,19 @@ from lcmem_cli.engine.data.images import (
     resized_pixels,
 )
 from lcmem_cli.engine.data.looks import blank_colour
+from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
 Remarks = NDArray[np.int32]
-"""``[n, 3]``: what a reader of the results should know of each image, in these columns."""
-GUESSED, BLANK, FRAMES = range(3)
+"""``[n, 4]``: what a reader of the results should know of each image, in these columns."""
+GUESSED, BLANK, FRAMES, ON_WHITE = range(4)
 """Whether its depth was guessed; its colour ``0xRRGGBB`` where it shows nothing else, otherwise -1;
-how many images its file holds, where only the first was read without being asked for."""
-_NOTHING_REMARKABLE = (0, -1, 1)
+how many images its file holds, where only the first was read without being asked for; whether it
+is transparent and was laid on white."""
+_NOTHING_REMARKABLE = (0, -1, 1, 0)
 _SHOWN = 5
 
 
@@ -47,7 +49,7 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        remarks: ``[len(indices), 3]``, see ``Remarks``.
+        remarks: ``[len(indices), 4]``, see ``Remarks``.
     """
 
     indices: list[int]
@@ -63,7 +65,7 @@ class _Loaded:
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
     reason: str | None = None
-    remark: tuple[int, int, int] = _NOTHING_REMARKABLE
+    remark: tuple[int, int, int, int] = _NOTHING_REMARKABLE
 
 
 def no_remarks(count: int) -> Remarks:
@@ -76,7 +78,7 @@ def remarks_texts(paths: Sequence[Path], remarks: Remarks) -> list[str]:
 
     Args:
         paths: ``n`` files.
-        remarks: ``[n, 3]``, of each.
+        remarks: ``[n, 4]``, of each.
     """
     texts = []
     if count := int(np.count_nonzero(remarks[:, GUESSED])):
@@ -86,6 +88,11 @@ def remarks_texts(paths: Sequence[Path], remarks: Remarks) -> list[str]:
             f"{len(several):,} file(s) hold several images (pages, frames), "
             f"{int(remarks[several, FRAMES].sum()):,} in all, of which only the first was used: "
             f"{_some(paths, several)}; --frames all lists each by itself"
+        )
+    if len(dark := np.flatnonzero(remarks[:, ON_WHITE])):
+        texts.append(
+            f"{len(dark):,} transparent image(s) of dark content were laid on white, all others "
+            f"on black: {_some(paths, dark)}"
         )
     if len(blank := np.flatnonzero(remarks[:, BLANK] >= 0)):
         texts.append(
@@ -141,11 +148,16 @@ def iter_images(
             image = load_image(paths[index], size=size)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
-        guessed, frames = DEPTH_NOTE in image.info, image.info.get(FRAMES_NOTE, 1)
+        notes = image.info
         if edit is not None:
             image = edit(image, index)
         pixels = resized_pixels(image, size)
-        remark = (int(guessed), blank_colour(pixels), frames)
+        remark = (
+            int(DEPTH_NOTE in notes),
+            blank_colour(pixels),
+            notes.get(FRAMES_NOTE, 1),
+            int(ON_WHITE_NOTE in notes),
+        )
         if transform is None:
             return _Loaded(pixels=pixels, remark=remark)
         return _Loaded(image=transform(pixels_to_tensor(pixels), index), remark=remark)
@@ -223,7 +235,9 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
             for index, outcome in zip(part, outcomes, strict=True)
             if outcome.reason is not None
         ],
-        remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(-1, 3),
+        remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(
+            -1, len(_NOTHING_REMARKABLE)
+        ),
     )
 
 

@@ -24,9 +24,12 @@ from PIL import Image
 
 from lcmem_cli.engine.data.memory import LARGE_PIXELS
 
+ON_WHITE_NOTE = "lcmem_on_white"
+"""Key of ``image.info``: a transparent image was laid on white."""
 DARK = 64.0
 """Mean brightness, of 255, below which the opaque part of an image is laid on white."""
 _DEPTHS = ((255, 8), (1023, 10), (4095, 12), (65535, 16))
+_BLACK, _WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
 _BLOCK_VALUES = 1 << 22
 _SAMPLES = 1 << 16
 _REDUCED_SIDES = 2  # sides of the small copy that a shrunk image keeps, so that little is lost
@@ -193,11 +196,14 @@ def _assemble(
         if (across, down) != (1, 1):
             part = part.reduce((across, down))
         if rows >= height:
-            return part
+            canvas = part
+            break
         if canvas is None:
             canvas = Image.new(part.mode, (part.width, math.ceil(height / down)))
         canvas.paste(part, (0, top // down))
     assert canvas is not None
+    if ground == _WHITE:
+        canvas.info[ON_WHITE_NOTE] = True
     return canvas
 
 
@@ -214,7 +220,7 @@ def _ground(sample: Image.Image) -> tuple[int, int, int, int]:
     alpha = np.asarray(sample.getchannel("A"), dtype=np.float64)
     brightness = np.asarray(sample.convert("RGB").convert("L"))
     is_dark = alpha.any() and float((brightness * alpha).sum() / alpha.sum()) < DARK
-    return (255, 255, 255, 255) if is_dark else (0, 0, 0, 255)
+    return _WHITE if is_dark else _BLACK
 
 
 def _thinned(width: int, height: int, step: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class EmbeddedFiles:
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
-        remarks: ``[d, 3]`` what to know of each content, see ``data.loading.Remarks``.
+        remarks: ``[d, 4]`` what to know of each content, see ``data.loading.Remarks``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 

@@ -188,7 +188,7 @@ class _Embedded:
 
     Attributes:
         features: ``[n, d]``; zeros where an image is bad.
-        remarks: ``[n, 3]``, see ``data.loading.Remarks``.
+        remarks: ``[n, 4]``, see ``data.loading.Remarks``.
         bad: positions without features, and why.
         grey: ``[n]`` images without colour.
         bars: ``[n]`` images that may stand in a frame of bars.
@@ -264,12 +264,12 @@ def _compare_other_forms(
     for index, (a, b) in enumerate(rows.tolist()):
         if min(a, b) < 0 or a == b or (embedded.remarks[[a, b], BLANK] >= 0).any():
             continue
-        is_copy_in_grey = embedded.grey[a] != embedded.grey[b]
+        grey_a, grey_b = bool(embedded.grey[a]), bool(embedded.grey[b])
         for cut_a, cut_b in itertools.product(
             {False, bool(embedded.bars[a])}, {False, bool(embedded.bars[b])}
         ):
-            first = _Form(a, cut_a, is_copy_in_grey and not embedded.grey[a])
-            second = _Form(b, cut_b, is_copy_in_grey and not embedded.grey[b])
+            first = _Form(a, cut_a, grey_b and not grey_a)
+            second = _Form(b, cut_b, grey_a and not grey_b)
             if any((*first[1:], *second[1:])):
                 wanted.append((index, first, second))
     if not wanted:
@@ -291,8 +291,8 @@ def _compare_other_forms(
     for (index, first, second), score in zip(wanted, again, strict=True):
         if score > scores[index]:
             scores[index] = score
-            words = ["without bars"] * (first.cut or second.cut)
-            found[index] = " and ".join(words + ["in grey"] * (first.grey or second.grey))
+            cut, grey = first.cut or second.cut, first.grey or second.grey
+            found[index] = " and ".join(["without bars"] * cut + ["in grey"] * grey)
     return found
 
 
