@@ -24,6 +24,7 @@ BASE = {
     "results",
     "reporter",
     "config",
+    "documents",
     "distributed",
     "runs",
     "compute",
@@ -91,29 +92,6 @@ def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
 def modules(importtime):
     """Return the names of the modules that ``-X importtime`` lists."""
     return {line.rpartition("|")[2].strip() for line in importtime.splitlines()}
-
-
-def test_infer_leaves_out_what_the_samplers_of_diffusers_take_in(tmp_path):
-    """Nor does it list all packages, which are listed as ever afterwards."""
-    for seed in range(2):
-        draw_scene(seed).save(tmp_path / f"{seed}.png")
-    program = (
-        "import importlib.metadata as metadata, sys\n"
-        "from lcmem_cli.__main__ import main\n"
-        "before, calls = metadata.packages_distributions, []\n"
-        "metadata.packages_distributions = lambda: calls.append(1) or before()\n"
-        "sys.argv = ['lcmem', 'infer', '0.png', '1.png']\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "assert 'diffusers.models.autoencoders.autoencoder_kl' in sys.modules\n"
-        "assert 'scipy.stats' not in sys.modules and 'transformers' not in sys.modules\n"
-        "assert not calls and 'torch' in metadata.packages_distributions() and calls\n"
-        "from diffusers import AutoencoderKL\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_infer_on_pixels_does_without_diffusers(tmp_path):

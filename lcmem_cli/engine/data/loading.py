@@ -23,7 +23,7 @@ from lcmem_cli.engine.data.images import (
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.data.looks import blank_colour
+from lcmem_cli.engine.data.looks import blank_colour, has_bars, is_grey, is_page
 from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -31,12 +31,13 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
 Remarks = NDArray[np.int32]
-"""``[n, 4]``: what a reader of the results should know of each image, in these columns."""
-GUESSED, BLANK, FRAMES, ON_WHITE = range(4)
+"""``[n, 7]``: what a reader of the results should know of each image, in these columns."""
+GUESSED, BLANK, FRAMES, ON_WHITE, GREY, BARS, PAGE = range(7)
 """Whether its depth was guessed; its colour ``0xRRGGBB`` where it shows nothing else, otherwise -1;
 how many images its file holds, where only the first was read without being asked for; whether it
-is transparent and was laid on white."""
-_NOTHING_REMARKABLE = (0, -1, 1, 0)
+is transparent and was laid on white; and by ``data.looks``: whether it has no colour, may stand in
+a frame of bars, is mostly white ground."""
+_NOTHING_REMARKABLE = (0, -1, 1, 0, 0, 0, 0)
 _SHOWN = 5
 
 
@@ -49,7 +50,7 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        remarks: ``[len(indices), 4]``, see ``Remarks``.
+        remarks: ``[len(indices), 7]``, see ``Remarks``.
     """
 
     indices: list[int]
@@ -65,7 +66,7 @@ class _Loaded:
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
     reason: str | None = None
-    remark: tuple[int, int, int, int] = _NOTHING_REMARKABLE
+    remark: tuple[int, ...] = _NOTHING_REMARKABLE
 
 
 def no_remarks(count: int) -> Remarks:
@@ -78,7 +79,7 @@ def remarks_texts(paths: Sequence[Path], remarks: Remarks) -> list[str]:
 
     Args:
         paths: ``n`` files.
-        remarks: ``[n, 4]``, of each.
+        remarks: ``[n, 7]``, of each.
     """
     texts = []
     if count := int(np.count_nonzero(remarks[:, GUESSED])):
@@ -157,6 +158,9 @@ def iter_images(
             blank_colour(pixels),
             notes.get(FRAMES_NOTE, 1),
             int(ON_WHITE_NOTE in notes),
+            int(is_grey(pixels)),
+            int(has_bars(pixels)),
+            int(is_page(pixels)),
         )
         if transform is None:
             return _Loaded(pixels=pixels, remark=remark)

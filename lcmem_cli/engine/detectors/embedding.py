@@ -50,7 +50,9 @@ class EmbeddedFiles:
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
-        remarks: ``[d, 4]`` what to know of each content, see ``data.loading.Remarks``.
+        left_out: files that show nothing but one colour, with it (``0xRRGGBB``), where they were to
+            be left out; their rows are -1.
+        remarks: ``[d, 7]`` what to know of each content, see ``data.loading.Remarks``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 
@@ -58,6 +60,7 @@ class EmbeddedFiles:
     rows: NDArray[np.int64]
     content_hashes: list[str | None]
     unreadable: tuple[Unreadable, ...]
+    left_out: tuple[tuple[Path, int], ...]
     remarks: Remarks
     encoder_passes: int
 
@@ -80,6 +83,8 @@ def embed_files(
     detector: Detector,
     paths: Sequence[Path],
     compute: Compute = DEFAULT_COMPUTE,
+    *,
+    with_blank: bool = True,
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
@@ -93,6 +98,7 @@ def embed_files(
         compute: how it is done. Features change by rounding at most with the batch size. The cache
             is filled as the work goes on, so that a killed run continues; each process gets the
             whole result, and the first one's cache is used for all.
+        with_blank: keep images that show nothing but one colour; otherwise ``left_out`` lists them.
 
     Raises:
         LcmemError: no room for the features.
@@ -114,6 +120,7 @@ def embed_files(
         batching=batching,
         description=f"embedding ({detector.name})",
         tells=True,
+        with_blank=with_blank,
     )
 
 
@@ -191,6 +198,7 @@ def _embed(
     batching: Batching,
     description: str,
     tells: bool,
+    with_blank: bool = True,
 ) -> EmbeddedFiles:
     hashes, failed_files = hash_files(paths, compute)
     first: dict[str, int] = {}
@@ -201,10 +209,13 @@ def _embed(
     files = [paths[index] for index in first.values()]
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
+    if tells:
+        used = [row for row in range(len(files)) if row not in work.failed]
+        for text in remarks_texts([files[row] for row in used], work.remarks[used]):
+            compute.reporter.warn(text)
+    blank = {} if with_blank else work.take_out_blank()
     row_of = dict(zip(first, work.close_gaps(), strict=True))
-    used = [file for file, row in zip(files, row_of.values(), strict=True) if row >= 0]
-    for text in remarks_texts(used, work.remarks) if tells else []:
-        compute.reporter.warn(text)
+    colours = dict(zip(first, (blank.get(i) for i in range(len(first))), strict=True))
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,
@@ -214,6 +225,11 @@ def _embed(
             Unreadable(path=str(path), reason=reason)
             for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
             if (reason := failed_files[index] if content is None else reasons[content])
+        ),
+        left_out=tuple(
+            (path, colour)
+            for path, content in zip(paths, hashes, strict=True)
+            if content is not None and (colour := colours[content]) is not None
         ),
         remarks=work.remarks,
         encoder_passes=passes,
@@ -239,6 +255,7 @@ class _Features:
         if compute.cache is not None and self.ranks.is_main:
             self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
         self.failed: dict[int, str] = {}
+        self.taken_out: set[int] = set()
         self.remarks = no_remarks(len(keys))
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
         self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
@@ -329,12 +346,21 @@ class _Features:
                 self.cache.is_kept = False
         return len(rows)
 
+    def take_out_blank(self) -> dict[int, int]:
+        """Leave out the contents that show nothing; return the colour of each, by its row."""
+        blank = {
+            int(row): int(self.remarks[row, BLANK])
+            for row in np.flatnonzero(self.remarks[:, BLANK] >= 0)
+        }
+        self.taken_out.update(blank)
+        return blank
+
     def close_gaps(self) -> list[int]:
-        """Move the rows up over those that failed; return each content's row, or -1."""
+        """Move the rows up over those that are not used; return each content's row, or -1."""
         numbers: list[int] = []
         used = 0
         for row in range(len(self.keys)):
-            if row in self.failed:
+            if row in self.failed or row in self.taken_out:
                 numbers.append(-1)
                 continue
             if used != row:

@@ -115,7 +115,7 @@ class FeatureCache:
         return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
 
     def remarks(self, hashes: Sequence[str]) -> Remarks:
-        """Return what is to be known of some images, ``[n, 4]``; of unknown ones nothing."""
+        """Return what is to be known of some images, ``[n, 7]``; of unknown ones nothing."""
         result = no_remarks(len(hashes))
         for row, place in enumerate(map(self._find, hashes)):
             if place is not None:
@@ -133,7 +133,7 @@ class FeatureCache:
         Args:
             hashes: SHA-256 of each image file, in hexadecimal.
             features: ``[n, d]``, float32 or uint8.
-            remarks: ``[n, 4]``, see ``data.loading.Remarks``; ``None``: nothing to be known.
+            remarks: ``[n, 7]``, see ``data.loading.Remarks``; ``None``: nothing to be known.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
