@@ -344,6 +344,8 @@ def test_a_missing_number_in_parquet_is_nobody(tmp_path):
 
 def test_pairs_are_read_by_the_rules_of_filelists(tmp_path):
     path = tmp_path / "pairs.csv"
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     path.write_text("﻿Note, PATH_A ,Path_B\nx, a.png,b.png \n")
     assert read_pairs(path) == [(tmp_path / "a.png", tmp_path / "b.png")]
     for content, words in (

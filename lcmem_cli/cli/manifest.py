@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import BasedirOption, JsonOption, SeedOption
+from lcmem_cli.cli.options import BasedirOption, Frames, FramesOption, JsonOption, SeedOption
 
 
 def manifest(
@@ -25,6 +25,7 @@ def manifest(
         ),
     ] = None,
     seed: SeedOption = 0,
+    frames: FramesOption = Frames.FIRST,
     as_json: JsonOption = False,
 ) -> None:
     """Write a filelist with an identity-disjoint, seeded TRAIN/VAL/TEST split."""
@@ -36,6 +37,7 @@ def manifest(
         basedir=basedir,
         id_regex=id_regex,
         seed=seed,
+        frames=frames.value,
         reporter=render.reporter(),
     )
 

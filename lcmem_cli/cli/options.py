@@ -25,6 +25,13 @@ class InputRange(str, enum.Enum):
     UNIT = "unit"
 
 
+class Frames(str, enum.Enum):
+    """Which images of a file of several."""
+
+    FIRST = "first"
+    ALL = "all"
+
+
 def complete_config(incomplete: str) -> list[str]:
     """Return the shipped configs for the shell's completion; a shell completes files itself."""
     from lcmem_cli.engine.config import shipped_configs
@@ -58,6 +65,13 @@ FilelistOption = Annotated[
 BasedirOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--basedir", help="Folder that paths are relative to (default: the filelist's)."),
+]
+FramesOption = Annotated[
+    Frames,
+    typer.Option(
+        "--frames",
+        help="Of a file of several images (pages, frames): the first, or each as file#3.",
+    ),
 ]
 BatchSizeOption = Annotated[
     int,

@@ -24,7 +24,7 @@ import typer
 
 from lcmem_cli.engine.files import dump_json, jsonable
 from lcmem_cli.engine.reporter import Reporter, Task
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.results import Result, Unreadable, install_hints
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -110,6 +110,8 @@ def unreadable(items: Sequence[Unreadable], *, listed_in: str | None = None) -> 
         line(f"unreadable {item.path}: {item.reason}")
     if len(items) > len(shown):
         line(f"unreadable {len(items) - len(shown):,} more, listed in {listed_in}")
+    for hint in install_hints(items):
+        note(hint)
 
 
 BEST_NOTE = "* the best of its column"

@@ -134,7 +134,8 @@ def tiff_frames(file: BinaryIO) -> list[int]:
 
 
 def _whole_pages(tiff: TiffFile) -> list[int]:
-    return [number for number, page in enumerate(tiff.pages) if not page.is_reduced]
+    pages: Any = tiff.pages
+    return [number for number, page in enumerate(pages) if not page.is_reduced]
 
 
 def _check_tiff(page: TiffPage, path: Path) -> None:
@@ -142,8 +143,11 @@ def _check_tiff(page: TiffPage, path: Path) -> None:
     expected = {_TIFF_RGB: 3, _TIFF_PALETTE: 1, _TIFF_CMYK: 4, _TIFF_YCBCR: 3}
     expected.update(dict.fromkeys(_TIFF_GREY, 1))
     kind = getattr(page.photometric, "name", page.photometric)
-    is_read = colours == expected.get(int(page.photometric)) and (
-        page.photometric != _TIFF_YCBCR or page.compression == _TIFF_JPEG
+    is_alpha = page.extrasamples in ((), (_ASSOCIATED_ALPHA,), (_UNASSOCIATED_ALPHA,))
+    is_read = (
+        colours == expected.get(int(page.photometric))
+        and (is_alpha or (page.photometric == _TIFF_RGB and len(page.extrasamples) == 1))
+        and (page.photometric != _TIFF_YCBCR or page.compression == _TIFF_JPEG)
     )
     if not is_read or page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth > 1:
         raise UnreadableImageError(

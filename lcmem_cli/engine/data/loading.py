@@ -50,13 +50,13 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        remarks: ``[len(indices), 7]``, see ``Remarks``.
+        remarks: ``[len(indices), 7]``, see ``Remarks``; of no rows where they are no images.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
-    remarks: Remarks
+    remarks: Remarks = dataclasses.field(default_factory=lambda: no_remarks(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ def is_page(pixels: NDArray[np.uint8]) -> bool:
         return False
     ground = pixels[::2, ::2][paper]
     near = np.abs(ground.astype(np.int16) - np.median(ground, axis=0)).max(axis=1) <= _PAPER_LEVELS
-    return float(near.sum()) / paper.size >= _PAGE_SHARE
+    return bool(near.sum() >= _PAGE_SHARE * paper.size)
 
 
 def has_bars(pixels: NDArray[np.uint8]) -> bool:

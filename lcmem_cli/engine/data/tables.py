@@ -109,9 +109,11 @@ def read_pairs(path: Path) -> list[tuple[Path, Path]]:
 
 
 def as_named(path: str, folder: Path) -> str:
-    """Return a listed path without spaces around it, unless the file's name has them."""
+    """Return a listed path, without the spaces around it where only so there is such a file."""
     plain = path.strip()
-    return path if plain == path or (folder / path).exists() else plain
+    if plain == path or (folder / path).exists() or not (folder / plain).exists():
+        return path
+    return plain
 
 
 def _check_size(source: Path, num_bytes: int, unit: str, columns: Columns) -> None:

@@ -59,12 +59,11 @@ def compare_other_forms(
         if a != b and np.isfinite(scores[index])
         for pair in _forms_of(a, b, remarks)
     ]
-    forms = list(dict.fromkeys(form for _, *pair in wanted for form in pair))
+    forms = list(dict.fromkeys(form for _, a, b in wanted for form in (a, b)))
     features, rows = _embed(detector, files, forms, compute)
     place = dict(zip(forms, rows.tolist(), strict=True))
-    first, second = (
-        np.array([place[each[side]] for each in wanted], dtype=np.int64) for side in (1, 2)
-    )
+    first = np.array([place[form] for _, form, _ in wanted], dtype=np.int64)
+    second = np.array([place[form] for _, _, form in wanted], dtype=np.int64)
     again = score_listed(detector, features, first, second)
     found: dict[int, str] = {}
     for (index, a, b), score in zip(wanted, again, strict=True):
