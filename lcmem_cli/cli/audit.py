@@ -17,6 +17,8 @@ from lcmem_cli.cli.options import (
     CacheOption,
     Device,
     DeviceOption,
+    Frames,
+    FramesOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
@@ -52,6 +54,7 @@ def audit_command(
         typer.Option("--held-out", help="Real images that the generator never saw, likewise."),
     ] = None,
     basedir: BasedirOption = None,
+    frames: FramesOption = Frames.FIRST,
     null: Annotated[
         Optional[NullChoice],  # noqa: UP045
         typer.Option(
@@ -119,6 +122,7 @@ def audit_command(
         against,
         held_out=held_out,
         basedir=basedir,
+        frames=frames.value,
         null=None if null is None else null.value,
         fpr=fpr,
         bh=bh,

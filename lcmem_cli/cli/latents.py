@@ -14,6 +14,8 @@ from lcmem_cli.cli.options import (
     Device,
     DeviceOption,
     FilelistOption,
+    Frames,
+    FramesOption,
     InputRange,
     JsonOption,
     MaxUnreadableOption,
@@ -34,6 +36,7 @@ def latents(
     filelist: FilelistOption,
     output: OutputOption,
     basedir: BasedirOption = None,
+    frames: FramesOption = Frames.FIRST,
     codec: Annotated[
         str,
         typer.Option(help="'embedded', a diffusers folder, or a hub id (AutoencoderKL or Tiny)."),
@@ -65,11 +68,18 @@ def latents(
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import current_ranks, resolve_device
     from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.reporter import SILENT
     from lcmem_cli.engine.store.latents import encode_latents
 
     ranks = current_ranks(device.value)
     result = encode_latents(
-        load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
+        load_manifest(
+            filelist,
+            basedir=basedir,
+            max_missing=max_unreadable,
+            frames=frames.value,
+            reporter=render.reporter() if ranks.is_main else SILENT,
+        ),
         load_codec(
             codec,
             revision=revision,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import approximate_search
@@ -71,6 +71,7 @@ def add_to_index(
     detector: Detector,
     *,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_unreadable: int = 0,
     only_listed: bool = False,
     compute: Compute = DEFAULT_COMPUTE,
@@ -86,6 +87,7 @@ def add_to_index(
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
         compute: how the images are embedded; its cache is not used, the index is one itself.
@@ -102,6 +104,7 @@ def add_to_index(
         basedir=basedir,
         need_split=False,
         max_missing=max_unreadable,
+        frames=frames,
         reporter=compute.reporter,
     )
     # Held to the end: a second addition at the same time would number its segments alike.
@@ -261,10 +264,11 @@ def query_index(
     if not is_image:
         listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
         paths = listed.paths()
-    embedded = embed_files(detector, paths, compute)
+    embedded = embed_files(detector, paths, compute, with_blank=False)
     check_unreadable(embedded.unreadable, max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
+        reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
     found = index.search(searcher, embedded.features, top_k)

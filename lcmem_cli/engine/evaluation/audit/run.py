@@ -49,6 +49,7 @@ def audit(
     *,
     held_out: Source | None = None,
     basedir: str | Path | None = None,
+    frames: Literal["first", "all"] = "first",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
@@ -79,6 +80,8 @@ def audit(
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
+        frames: ``all`` takes each image of a file of several, such as the pages of a TIFF, by
+            itself, as ``scan.tif#3``.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
             some training images are not searched). See ``audit_null``.
@@ -123,6 +126,7 @@ def audit(
     request = AuditRequest(
         sources=Sets(generated=generated, training=against, held_out=held_out),
         basedir=None if basedir is None else Path(basedir),
+        frames=frames,
         null=null,
         fpr=fpr,
         bh=bh,
@@ -191,6 +195,7 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
             source,
             what=what,
             basedir=basedir,
+            frames=request.frames,
             max_missing=request.max_unreadable,
             reporter=reporter,
         )

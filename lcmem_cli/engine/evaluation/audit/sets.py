@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.manifest import Record, load_manifest, tells_identities
+from lcmem_cli.engine.data.manifest import Frames, Record, load_manifest, tells_identities
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
@@ -193,6 +193,7 @@ def list_set(
     *,
     what: str,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_missing: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Listing:
@@ -202,6 +203,7 @@ def list_set(
         source: path, or an open index.
         what: name of the set in messages.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
             any number.
         reporter: told of files of a folder that are no images.
@@ -227,6 +229,7 @@ def list_set(
             basedir=None if path.is_dir() else basedir,
             need_split=False,
             max_missing=max_missing,
+            frames=frames,
             reporter=reporter,
         )
         listing = Listing(
