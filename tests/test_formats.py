@@ -19,7 +19,7 @@ from lcmem_cli.engine.data.formats import format_of, is_image
 from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.images import DEPTH_NOTE, content_hash, list_frames, load_image
 from lcmem_cli.engine.data.loading import BLANK, iter_images, remarks_texts
-from lcmem_cli.engine.data.looks import blank_colour, is_grey, same_blank, without_bars
+from lcmem_cli.engine.data.looks import look_at, same_blank, without_bars
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.pixels import from_image, from_values
 from lcmem_cli.engine.data.tables import read_pairs
@@ -191,13 +191,13 @@ def test_an_image_of_one_colour_is_noticed_and_equals_only_its_like():
     def blank(*colour):
         return np.full((32, 32, 3), colour, np.uint8)
 
-    assert blank_colour(blank(200, 30, 40)) == 0xC81E28
+    assert look_at(blank(200, 30, 40)).blank == 0xC81E28
     noisy = blank(200, 30, 40) + np.random.default_rng(0).integers(0, 3, (32, 32, 3), np.uint8)
-    assert same_blank(blank_colour(noisy.astype(np.uint8)), 0xC81E28)
-    assert not same_blank(blank_colour(blank(0, 0, 0)), blank_colour(blank(255, 255, 255)))
+    assert same_blank(look_at(noisy.astype(np.uint8)).blank, 0xC81E28)
+    assert not same_blank(look_at(blank(0, 0, 0)).blank, look_at(blank(255, 255, 255)).blank)
     drawn = blank(255, 255, 255)
     drawn[3, 5] = 200
-    assert blank_colour(drawn) == -1 and not same_blank(-1, -1)
+    assert look_at(drawn).blank == -1 and not same_blank(-1, -1)
 
 
 def test_blank_images_and_first_pages_are_told_once(tmp_path):
@@ -229,9 +229,9 @@ def test_bars_are_cut_and_plain_ground_is_kept():
 def test_a_grey_picture_is_told_from_one_with_little_colour():
     right = picture()
     grey = np.repeat(right[..., :1], 3, axis=2)
-    assert is_grey(grey) and not is_grey(right)
-    grey[7, 9] = (200, 30, 30)
-    assert not is_grey(grey)
+    assert look_at(grey).is_grey and not look_at(right).is_grey
+    grey[7:12, 9:14] = (200, 30, 30)
+    assert not look_at(grey).is_grey
 
 
 # --- frames --------------------------------------------------------------------------------------

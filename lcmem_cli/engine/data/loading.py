@@ -23,7 +23,7 @@ from lcmem_cli.engine.data.images import (
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.data.looks import blank_colour, has_bars, is_grey, is_page
+from lcmem_cli.engine.data.looks import look_at
 from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -153,14 +153,15 @@ def iter_images(
         if edit is not None:
             image = edit(image, index)
         pixels = resized_pixels(image, size)
+        look = look_at(pixels)
         remark = (
             int(DEPTH_NOTE in notes),
-            blank_colour(pixels),
+            look.blank,
             notes.get(FRAMES_NOTE, 1),
             int(ON_WHITE_NOTE in notes),
-            int(is_grey(pixels)),
-            int(has_bars(pixels)),
-            int(is_page(pixels)),
+            int(look.is_grey),
+            int(look.has_bars),
+            int(look.is_page),
         )
         if transform is None:
             return _Loaded(pixels=pixels, remark=remark)
