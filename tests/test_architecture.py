@@ -13,7 +13,7 @@ from conftest import random_checkpoint
 import lcmem_cli
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
 PACKAGE = Path(lcmem_cli.__file__).parent
@@ -52,6 +52,41 @@ def imports(path):
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+FILES = {
+    ".".join(("lcmem_cli", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in MODULES
+}
+
+
+def imported_files(path):
+    """Return the files of the package that a file imports anywhere, the public names apart."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= named & set(FILES) or {node.module}
+    return found & set(FILES) - {"lcmem_cli"}
+
+
+def circle(graph):
+    """Return the files of a circle, or nothing."""
+    left = dict(graph)
+    while True:  # what imports nothing that is left is in no circle
+        free = [name for name, targets in left.items() if not targets & set(left)]
+        if not free:
+            return sorted(left)
+        for name in free:
+            del left[name]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
+    found = circle({name: imported_files(path) for name, path in FILES.items()})
+    assert not found, f"in a circle, or leading into one: {found}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

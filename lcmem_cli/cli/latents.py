@@ -67,7 +67,7 @@ def latents(
     """Encode every image of a list to VAE latents; continues where it stopped."""
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import current_ranks, resolve_device
-    from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.models.codec_loading import load_codec
     from lcmem_cli.engine.reporter import SILENT
     from lcmem_cli.engine.store.latents import encode_latents
 

@@ -11,7 +11,7 @@ from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
@@ -271,14 +271,15 @@ def query_index(
         reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
-    found = index.search(searcher, embedded.features, top_k)
+    found = index.top_k(searcher, embedded.features, top_k)
+    matches = index.matches(found)
     return QueryResult(
         folder=str(folder),
         matches={
-            str(path): tuple(found[row])
+            str(path): tuple(matches[row])
             for path, row in zip(paths, embedded.rows, strict=True)
             if row >= 0
         },
         unreadable=embedded.unreadable,
-        search_recall=searcher.search_recall,
+        search_recall=found.recall,
     )

@@ -226,7 +226,7 @@ def _circumstances(
     if flags.contents.any():
         num_below = int((null_scores < found.scores[flags.contents, 0].min()).sum())
     return sentences.Circumstances(
-        search_recall=embedded.detector.search_recall if request.approximate else None,
+        search_recall=found.recall if request.approximate else None,
         num_below=num_below,
         share_below=float(np.mean(found.best[generated.rows] < null_scores.min())),
         may_share_identities=(

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector
-from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.base import Adapted, Detector
+from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_settings

@@ -24,12 +24,14 @@ class Found:
         scores: ``[d, k]``.
         best: ``[d]`` highest score.
         exact: ``[d]`` whether the first match is an identical image.
+        recall: of the search, see ``TopK``.
     """
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float64]
     best: NDArray[np.float64]
     exact: NDArray[np.bool_]
+    recall: float
 
 
 def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
@@ -48,7 +50,8 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
     parts = {
         offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
     }
-    rows = merge_top_k(list(parts.values()), list(parts), k).rows
+    merged = merge_top_k(list(parts.values()), list(parts), k)
+    rows = merged.rows
     scores = np.empty(rows.shape)
     block = max(1, _PAIR_BYTES // (k * queries[:1].nbytes))
     for start in range(0, len(rows), block):
@@ -57,7 +60,9 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
         pairs = detector.score_features(left, bank[part_rows.ravel()])
         scores[start : start + block] = pairs.reshape(-1, k)
     order = np.lexsort((rows, -scores), axis=1)
-    return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
+    return TopK(
+        np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1), merged.recall
+    )
 
 
 def search_training(
@@ -73,7 +78,7 @@ def search_training(
     """
     features = embedded.sets.training.features_of(bank)
     found = search(embedded.detector, queries, features, k, embedded.compute.ranks)
-    return TopK(found.scores, bank[found.rows])
+    return TopK(found.scores, bank[found.rows], found.recall)
 
 
 def best_matches(embedded: Embedded, bank: NDArray[np.int64], k: int) -> Found:
@@ -104,4 +109,4 @@ def best_matches(embedded: Embedded, bank: NDArray[np.int64], k: int) -> Found:
         )
         rows[query] = np.concatenate([[row], np.delete(rows[query], last)])
         scores[query] = np.concatenate([score, np.delete(scores[query], last)])
-    return Found(rows=rows, scores=scores, best=top.scores[:, 0], exact=exact)
+    return Found(rows=rows, scores=scores, best=top.scores[:, 0], exact=exact, recall=top.recall)
