@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -175,3 +176,29 @@ def test_missing_extras_are_told_once(run_cli, tmp_path, monkeypatch):
     refused = run_cli("infer", tmp_path / "a.dcm", tmp_path / "b.dcm", exit_code=1)
     assert refused.stderr.count("pip install 'lcmem[dicom]'") == 1
     assert refused.stderr.count("needs the extra [dicom]") == 2
+
+
+def test_a_codec_is_found_where_its_files_are(tiny_codec, tmp_path):
+    from lcmem_cli.engine.errors import InputError
+    from lcmem_cli.engine.models.codec_loading import load_codec
+
+    usual = load_codec(str(tiny_codec))
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(tiny_codec, pipeline / "vae")
+    (pipeline / "model_index.json").write_text("{}")
+    half = tmp_path / "half"
+    shutil.copytree(tiny_codec, half)
+    weights = half / "diffusion_pytorch_model.safetensors"
+    weights.rename(half / "diffusion_pytorch_model.fp16.safetensors")
+    for place in (
+        pipeline,
+        pipeline / "vae" / weights.name,
+        half,
+        half / "diffusion_pytorch_model.fp16.safetensors",
+    ):
+        assert load_codec(str(place)).spec.weights_hash == usual.spec.weights_hash
+    shutil.copy(pipeline / "vae" / weights.name, pipeline / "vae" / "model.safetensors")
+    with pytest.raises(InputError, match=r"expected diffusion_pytorch_model\.safetensors"):
+        load_codec(str(pipeline / "vae" / "model.safetensors"))
+    with pytest.raises(InputError, match="no diffusers autoencoder there"):
+        load_codec(str(tmp_path))

@@ -25,20 +25,12 @@ from lcmem_cli.engine.data.images import (
 )
 from lcmem_cli.engine.data.looks import look_at
 from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
+from lcmem_cli.engine.data.remarks import NOTHING_REMARKABLE, Remarks, no_remarks
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
-Remarks = NDArray[np.int32]
-"""``[n, 7]``: what a reader of the results should know of each image, in these columns."""
-GUESSED, BLANK, FRAMES, ON_WHITE, GREY, BARS, PAGE = range(7)
-"""Whether its depth was guessed; its colour ``0xRRGGBB`` where it shows nothing else, otherwise -1;
-how many images its file holds, where only the first was read without being asked for; whether it
-is transparent and was laid on white; and by ``data.looks``: whether it has no colour, may stand in
-a frame of bars, is mostly white ground."""
-_NOTHING_REMARKABLE = (0, -1, 1, 0, 0, 0, 0)
-_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,54 +58,7 @@ class _Loaded:
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
     reason: str | None = None
-    remark: tuple[int, ...] = _NOTHING_REMARKABLE
-
-
-def no_remarks(count: int) -> Remarks:
-    """Return the remarks of images of which there is nothing to say."""
-    return np.tile(np.array(_NOTHING_REMARKABLE, dtype=np.int32), (count, 1))
-
-
-def remarks_texts(paths: Sequence[Path], remarks: Remarks) -> list[str]:
-    """Return what to tell of some images, one sentence for each kind of remark.
-
-    Args:
-        paths: ``n`` files.
-        remarks: ``[n, 7]``, of each.
-    """
-    texts = []
-    if count := int(np.count_nonzero(remarks[:, GUESSED])):
-        texts.append(guesses_text(count))
-    if len(several := np.flatnonzero(remarks[:, FRAMES] > 1)):
-        texts.append(
-            f"{len(several):,} file(s) hold several images (pages, frames), "
-            f"{int(remarks[several, FRAMES].sum()):,} in all, of which only the first was used: "
-            f"{_some(paths, several)}; --frames all lists each by itself"
-        )
-    if len(dark := np.flatnonzero(remarks[:, ON_WHITE])):
-        texts.append(
-            f"{len(dark):,} transparent image(s) of dark content were laid on white, all others "
-            f"on black: {_some(paths, dark)}"
-        )
-    if len(blank := np.flatnonzero(remarks[:, BLANK] >= 0)):
-        texts.append(
-            f"{len(blank):,} image(s) show nothing but one colour, and match only their equals: "
-            f"{_some(paths, blank)}"
-        )
-    return texts
-
-
-def guesses_text(count: int) -> str:
-    """Return what to tell about images of which the depth was guessed."""
-    return (
-        f"{count:,} image(s) of more than 8 bits without a stated range: their brightness was "
-        "guessed from their values"
-    )
-
-
-def _some(paths: Sequence[Path], rows: NDArray[np.intp]) -> str:
-    shown = ", ".join(str(paths[row]) for row in rows[:_SHOWN])
-    return f"{shown}, ..." if len(rows) > _SHOWN else shown
+    remark: tuple[int, ...] = NOTHING_REMARKABLE
 
 
 def iter_images(
@@ -241,7 +186,7 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
             if outcome.reason is not None
         ],
         remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(
-            -1, len(_NOTHING_REMARKABLE)
+            -1, len(NOTHING_REMARKABLE)
         ),
     )
 

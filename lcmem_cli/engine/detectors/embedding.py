@@ -17,17 +17,9 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.loading import (
-    BLANK,
-    GUESSED,
-    LoadedBatch,
-    Remarks,
-    hash_files,
-    iter_images,
-    no_remarks,
-    remarks_texts,
-)
+from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
+from lcmem_cli.engine.data.remarks import BLANK, GUESSED, Remarks, no_remarks, remarks_texts
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.errors import LcmemError, WriteError
 from lcmem_cli.engine.results import Unreadable
@@ -52,7 +44,7 @@ class EmbeddedFiles:
         unreadable: files that were left out, with reasons.
         left_out: files that show nothing but one colour, with it (``0xRRGGBB``), where they were to
             be left out; their rows are -1.
-        remarks: ``[d, 7]`` what to know of each content, see ``data.loading.Remarks``.
+        remarks: ``[d, 7]`` what to know of each content, see ``data.remarks``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.loading import BARS, BLANK, GREY, Remarks, iter_images
+from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.looks import without_bars
+from lcmem_cli.engine.data.remarks import BARS, BLANK, GREY, Remarks
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, score_listed
 from lcmem_cli.engine.detectors.embedding import allocate_features
 
@@ -47,7 +48,7 @@ def compare_other_forms(
         files: all images.
         pairs: ``[n, 2]`` positions of each pair's images among the files.
         scores: ``[n]``, changed in place; NaN where an image is unreadable.
-        remarks: ``[files, c]``, see ``data.loading.Remarks``.
+        remarks: ``[files, c]``, see ``data.remarks``.
         compute: how it is done.
 
     Returns:

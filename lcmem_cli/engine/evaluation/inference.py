@@ -11,8 +11,8 @@ import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.images import load_pixels
-from lcmem_cli.engine.data.loading import BLANK, PAGE, no_remarks
 from lcmem_cli.engine.data.looks import same_blank
+from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
 from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files

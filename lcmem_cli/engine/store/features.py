@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.images import DECODING_VERSION
-from lcmem_cli.engine.data.loading import Remarks, no_remarks
+from lcmem_cli.engine.data.remarks import Remarks, no_remarks
 from lcmem_cli.engine.files import atomic_path
 
 MAX_CACHED_FEATURES = 16_384
@@ -133,7 +133,7 @@ class FeatureCache:
         Args:
             hashes: SHA-256 of each image file, in hexadecimal.
             features: ``[n, d]``, float32 or uint8.
-            remarks: ``[n, 7]``, see ``data.loading.Remarks``; ``None``: nothing to be known.
+            remarks: ``[n, 7]``, see ``data.remarks``; ``None``: nothing to be known.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
