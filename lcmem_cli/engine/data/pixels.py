@@ -62,7 +62,8 @@ class Scale:
         if values.dtype == np.uint8 and (self.low, self.high) == (0, 255):
             return np.asarray(values, dtype=np.uint8)
         if values.dtype == np.uint16 and values.size > _TABLE_SIZE:
-            return self.to_bytes(np.arange(_TABLE_SIZE, dtype=np.uint16))[values]
+            table = self.to_bytes(np.arange(_TABLE_SIZE, dtype=np.uint16))
+            return np.asarray(table[values], dtype=np.uint8)
         unit = (values.astype(np.float64) - self.low) / (self.high - self.low)
         shades: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
         return shades
