@@ -14,11 +14,13 @@ from lcmem_cli.cli.options import (
     BASEDIR,
     CACHE,
     FOLDER,
+    FRAMES,
     INPUT,
     JUDGING,
     OUTPUT,
     OVERWRITE,
     ComputeOptions,
+    Frames,
     argument,
     option,
     seed_option,
@@ -41,6 +43,7 @@ class AuditOptions(ComputeOptions):
         INPUT, "Real images that the generator never saw, likewise.", None
     )
     basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,
         "Without --held-out: compare training images with those of other identities "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lcmem_cli.engine.data.manifest import Frames
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
@@ -25,6 +26,7 @@ class AuditRequest:
 
     sources: Sets[Source]
     basedir: Path | None
+    frames: Frames
     null: str | None
     fpr: float
     bh: bool
@@ -78,6 +80,7 @@ class AuditSettings(BaseModel):
         None, validation_alias="held-out", serialization_alias="held-out"
     )
     basedir: FileName | None = None
+    frames: Frames = "first"
     null: NullKind
     fpr: float
     bh: bool

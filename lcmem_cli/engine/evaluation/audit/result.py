@@ -18,6 +18,14 @@ NullKind = Literal["held-out", "split", "leave-one-out"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankImage:
+    """An image that shows nothing but one colour, as ``#rrggbb``."""
+
+    path: str
+    colour: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SetSummary:
     """One of the sets that went into an audit.
 
@@ -32,6 +40,7 @@ class SetSummary:
         unreadable: images that could not be used.
         num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
             where that is not known (an index).
+        blank: images that show nothing but one colour; they are counted here and not judged.
     """
 
     source: FileName
@@ -42,6 +51,7 @@ class SetSummary:
     duplicates: tuple[tuple[FileName, ...], ...]
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
+    blank: tuple[BlankImage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

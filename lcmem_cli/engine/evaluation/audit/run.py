@@ -49,6 +49,7 @@ def audit(
     *,
     held_out: Source | None = None,
     basedir: str | Path | None = None,
+    frames: Literal["first", "all"] = "first",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
@@ -79,6 +80,8 @@ def audit(
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
+        frames: ``all`` takes each image of a file of several, such as the pages of a TIFF, by
+            itself, as ``scan.tif#3``.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
             some training images are not searched). See ``audit.null``.
@@ -123,6 +126,7 @@ def audit(
     request = AuditRequest(
         sources=Sets(generated=generated, training=against, held_out=held_out),
         basedir=None if basedir is None else Path(basedir),
+        frames=frames,
         null=null,
         fpr=fpr,
         bh=bh,
@@ -155,7 +159,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
         compute: how it is done.
     """
     started = datetime.datetime.now(datetime.timezone.utc)
-    listings = list_sets(request)
+    listings = list_sets(request, compute.reporter)
     detector = choose_detector(request, listings, device=compute.device)
     settings = _settings(request, listings, detector, compute)
     with _output_folder(request, settings, compute):
@@ -179,7 +183,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     return result
 
 
-def list_sets(request: AuditRequest) -> Sets[Listing]:
+def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
     """List the sets, and see whether there are real images enough before one is opened.
 
     Raises:
@@ -188,7 +192,12 @@ def list_sets(request: AuditRequest) -> Sets[Listing]:
     basedir, kind = request.basedir, request.null_kind
     listings = request.sources.map(
         lambda what, source: list_set(
-            source, what=what, basedir=basedir, max_missing=request.max_unreadable
+            source,
+            what=what,
+            basedir=basedir,
+            frames=request.frames,
+            max_missing=request.max_unreadable,
+            reporter=reporter,
         )
     )
     if basedir is not None and not any(Path(part.source).is_file() for _, part in listings.named()):

@@ -212,6 +212,11 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
         if images is not None and images.unreadable:
             number = counted(len(images.unreadable), f"{name} image")
             yield f"{number} could not be read and stood aside."
+        if images is not None and images.blank:
+            yield (
+                f"{counted(len(images.blank), f'{name} image')} showing nothing but one colour "
+                "stood aside: it would match only its equal."
+            )
         if images is not None and images.num_guessed:
             number = counted(images.num_guessed, f"{name} image")
             yield (
