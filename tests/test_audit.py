@@ -950,3 +950,23 @@ def test_an_approximate_search_states_its_recall(sets):
     assert rough.matches == exact.matches  # 40 images are one cell of the inverted file
     with pytest.raises(InputError, match="--approximate has no effect"):
         run(sets, approximate=True)
+
+
+def test_the_copying_statistic_has_its_own_null():
+    """A mean over cells has a standard deviation far below 1: copies hide within ±3 of it."""
+    rng = np.random.default_rng(0)
+    cells = np.repeat(np.arange(7), 60)
+    null = rng.normal(0, 1, len(cells))
+    found = [
+        copying_statistic(rng.normal(0, 1, len(cells)), null, cells, cells, seed=n)
+        for n in range(40)
+    ]
+    spread = np.std([item.value for item in found])
+    assert spread < 0.6
+    assert 0.6 < np.std([item.z for item in found]) < 1.5
+    copied = rng.normal(0, 1, len(cells))
+    copied[::5] = 6.0
+    hidden = copying_statistic(copied, null, cells, cells)
+    assert -3 < hidden.value < -1 and hidden.z < -3 and hidden.p_value == 1 / 1000
+    flat = copying_statistic(np.ones(60), np.ones(60), cells[:60], cells[:60])
+    assert flat.z is None and flat.p_value == 1.0
