@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, begins_as_image
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
-from lcmem_cli.engine.files import atomic_path, write_csv
+from lcmem_cli.engine.files import atomic_path, unguarded, write_csv
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
 
@@ -554,7 +554,7 @@ def _read_csv(source: Path, magic: bytes) -> _Table:
             uneven: list[str] = []
             for row in reader:
                 if len(row) == width:
-                    rows.append(row)
+                    rows.append([unguarded(cell) for cell in row])
                     numbers.append(reader.line_num)
                 elif row:  # not a blank line
                     uneven.append(f"line {reader.line_num}: {len(row)} cells")

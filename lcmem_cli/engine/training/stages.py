@@ -35,7 +35,8 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
+from lcmem_cli.engine.models.codec import Codec, CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
@@ -250,7 +251,7 @@ def finetune(
         UnreadableLimitError: more unreadable images than tolerated.
         TrainingDivergedError: the loss became NaN.
     """
-    from lcmem_cli.engine.detectors.lcmem import load_codec_of
+    from lcmem_cli.engine.models.codec_loading import load_codec_of
 
     device = resolve_device(config.runtime.device)
     ranks = current_ranks(config.runtime.device)
@@ -522,10 +523,11 @@ def _run(
             reporter=reporter,
         ).run()
         checkpoint = stage.finish(outcome).with_fingerprint()
-        judged = judge(
-            checkpoint, stage.evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
-            device=config.runtime.device, reporter=reporter,
+        compute = Compute(
+            device=config.runtime.device, workers=config.runtime.num_workers, ranks=ranks,
+            reporter=reporter,
         )  # fmt: skip
+        judged = judge(checkpoint, stage.evaluate_on, compute)
         if judged.unreadable:  # they were all readable when the training began
             bad = judged.unreadable[0]
             raise LcmemError(
