@@ -13,7 +13,10 @@ from lcmem_cli.engine.evaluation.comparability import Sample, compare_sets
 def sample(features, groups=None, files=None):
     groups = np.arange(len(features)) if groups is None else np.asarray(groups)
     return Sample(
-        features=features, groups=groups, files=files or [Path("missing")] * len(features)
+        features=features,
+        rows=np.arange(len(features)),
+        groups=groups,
+        files=files or [Path("missing")] * len(features),
     )
 
 

@@ -48,7 +48,7 @@ def halves(groups, seed):
 
 
 def part(features, groups, files, rows):
-    return Sample(features=features[rows], groups=groups[rows], files=[files[r] for r in rows])
+    return Sample(features=features, rows=rows, groups=groups[rows], files=[files[r] for r in rows])
 
 
 def line(name, what, found):

@@ -25,6 +25,7 @@ from lcmem_cli.engine.errors import LcmemError
 MIN_IDENTITIES = 20
 """Of each set; with fewer the classifier sees too little to tell anything."""
 MAX_IMAGES = 800
+MAX_COLUMNS = 4096
 MAX_TRAITS = 120
 TELLING_AUC = 0.6
 """Sets that are told apart less well than this differ too little to move a threshold."""
@@ -60,12 +61,14 @@ class Sample:
     """Images of one set.
 
     Attributes:
-        features: ``[n, d]`` of a detector that was not adapted.
+        features: ``[d, k]`` of a detector that was not adapted, perhaps a memory map.
+        rows: ``[n]`` feature row of each image.
         groups: ``[n]`` number of the identity of each.
         files: of each, to name what differs.
     """
 
     features: NDArray[Any]
+    rows: NDArray[np.int64]
     groups: NDArray[np.int64]
     files: Sequence[Path]
 
@@ -91,8 +94,8 @@ def compare_sets(first: Sample, second: Sample, *, seed: int = 0) -> Comparabili
         return Comparability(comparable=None, auc=None, p_value=None, num_identities=counts)
     features = np.concatenate(
         [
-            sample.features[rows].astype(np.float64)
-            for sample, rows in zip((first, second), chosen, strict=True)
+            _some_columns(sample.features[sample.rows[positions]])
+            for sample, positions in zip((first, second), chosen, strict=True)
         ]
     )
     labels = np.repeat([1.0, 0.0], counts)
@@ -112,6 +115,12 @@ def compare_sets(first: Sample, second: Sample, *, seed: int = 0) -> Comparabili
         if differs
         else (),
     )
+
+
+def _some_columns(features: NDArray[Any]) -> NDArray[np.float64]:
+    """Return evenly spaced columns; the pixel measures have as many as an image has pixels."""
+    step = -(-features.shape[1] // MAX_COLUMNS)
+    return features[:, ::step].astype(np.float64)
 
 
 def _one_of_each(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.distributed import available_cpus
 from lcmem_cli.engine.evaluation.audit import sentences
+from lcmem_cli.engine.evaluation.audit.conditions import Conditions
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.null import Null, same_picture, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
@@ -123,6 +124,7 @@ def conclude(
     null: Null,
     found: Found,
     flags: Flags,
+    conditions: Conditions,
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
@@ -153,6 +155,8 @@ def conclude(
         generated=sets.generated.summary,
         training=sets.training.summary,
         held_out=None if sets.held_out is None else sets.held_out.summary,
+        comparability=conditions.held_out,
+        generated_comparability=conditions.generated,
         metrics=measure_sets(embedded, null, found, seed=request.seed),
         most_copied=_most_copied(embedded, exposed),
         matches=_matches(embedded, found, flags, request.top_k),

@@ -10,6 +10,7 @@ from pydantic import FiniteFloat
 
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
@@ -173,6 +174,9 @@ class Finding:
         generated: the generated set.
         training: the training set.
         held_out: the held-out set, if one was given.
+        comparability: whether a classifier tells held-out from training images; ``None`` without
+            held-out images.
+        generated_comparability: the same of generated and held-out images.
         metrics: figures about the whole set.
         most_copied: training images by number of flagged images, most first.
         matches: every readable generated image with its best matches.
@@ -197,15 +201,34 @@ class Finding:
     generated: SetSummary
     training: SetSummary
     held_out: SetSummary | None
+    comparability: Comparability | None
+    generated_comparability: Comparability | None
     metrics: SetMetrics
     most_copied: tuple[CopiedImage, ...]
     matches: tuple[Match, ...]
     times: Times
 
     @property
+    def comparable(self) -> bool | None:
+        """Whether held-out and training images are of one source; ``None`` if not known."""
+        return None if self.comparability is None else self.comparability.comparable
+
+    @property
+    def gate(self) -> Literal["passed", "failed", "undecided"] | None:
+        """How the gate ended, if ``fail_over`` asks for one.
+
+        It is undecided where the sets are not comparable: then no rate holds.
+        """
+        if self.fail_over is None:
+            return None
+        if self.comparable is False:
+            return "undecided"
+        return "failed" if self.share_flagged > self.fail_over else "passed"
+
+    @property
     def gate_failed(self) -> bool:
-        """Whether more images are flagged than ``fail_over`` allows."""
-        return self.fail_over is not None and self.share_flagged > self.fail_over
+        """Whether more images are flagged than ``fail_over`` allows, on conditions that hold."""
+        return self.gate == "failed"
 
     @property
     def is_undecided(self) -> bool:
@@ -251,6 +274,8 @@ class AuditResult(Finding, Result):
             "schema": 1,
             **{name: values.pop(name) for name in AuditResult.__annotations__},
             **values,
+            "comparable": self.comparable,
+            "gate": self.gate,
             "gate_failed": self.gate_failed,
             "undecided": self.is_undecided,
             "flagged": [dataclasses.asdict(match) for match in self.flagged],

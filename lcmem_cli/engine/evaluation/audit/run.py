@@ -20,6 +20,7 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.conclude import conclude, flag
+from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
 from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
@@ -159,12 +160,14 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     detector = choose_detector(request, listings, device=compute.device)
     settings = _settings(request, listings, detector, compute)
     with _output_folder(request, settings, compute):
-        embedded = adapt_if_asked(embed_sets(request, listings, detector, compute), request)
+        plain = embed_sets(request, listings, detector, compute)
+        conditions = check_conditions(plain, seed=request.seed)
+        embedded = adapt_if_asked(plain, request)
         null = make_null(embedded, request.null_kind, rate=request.fpr, seed=request.seed)
         found = best_matches(embedded, null.bank, max(2, request.top_k))
         _check_gate(request, embedded, null, found)
         flags = flag(embedded, null, found, rate=request.fpr, bh=request.bh)
-        result = conclude(request, embedded, null, found, flags, started)
+        result = conclude(request, embedded, null, found, flags, conditions, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
         if request.output is not None and compute.ranks.is_main:

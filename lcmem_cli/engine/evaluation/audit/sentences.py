@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
 from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import MIN_IDENTITIES, Comparability
 
 _UNLIKELY = 0.025
 """Chance of so many flagged images up to which their number is more than chance."""
 _NEARER = 3.0
-"""``C_T`` above which the real images are nearer to the training set by more than chance."""
+"""z of ``C_T`` above which the real images are nearer to the training set by more than chance."""
 _MOSTLY = 0.5
 """Share of generated images below all real ones from which the two are of different kinds."""
 
@@ -52,7 +53,26 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def statement(finding: Finding) -> str:
-    """Return the finding in one sentence."""
+    """Return the finding in one sentence; one before it says where no rate holds."""
+    return " ".join([*_not_comparable(finding), _finding(finding)])
+
+
+def _not_comparable(finding: Finding) -> Iterator[str]:
+    found = finding.comparability
+    if found is None or found.comparable is not False:
+        return
+    yield (
+        "Held-out and training images are not comparable, so the stated rate does not hold: a "
+        f"classifier tells them apart (AUC {found.auc:.2f}, p {found.p_value:.3f}"
+        f"{_in_what(found)})."
+    )
+
+
+def _in_what(found: Comparability) -> str:
+    return f"; they differ in {', '.join(found.differences)}" if found.differences else ""
+
+
+def _finding(finding: Finding) -> str:
     rule = finding.rule
     if finding.is_undecided:
         return (
@@ -104,6 +124,11 @@ def verdict(finding: Finding) -> str:
         sentences.append("Nothing is flagged.")
     elif not others:
         pass  # chance makes no identical images
+    elif finding.comparable is False:
+        sentences.append(
+            "How many images chance alone would flag is not known, because the sets are not "
+            "comparable; look at the pairs."
+        )
     elif rule.kind == "fdr":
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
@@ -196,11 +221,28 @@ def does_not_show(circumstances: Circumstances) -> Iterator[str]:
 def warnings(finding: Finding, circumstances: Circumstances) -> list[str]:
     """Return what weakens the finding, one sentence each."""
     return [
+        *_about_the_conditions(finding),
         *_about_the_sets(finding),
         *_about_the_search(circumstances),
         *_about_mixed_up_sets(finding, circumstances),
         *_about_the_null(finding, circumstances),
     ]
+
+
+def _about_the_conditions(finding: Finding) -> Iterator[str]:
+    known, generated = finding.comparability, finding.generated_comparability
+    if known is not None and known.comparable is None:
+        counts = " and ".join(f"{count:,}" for count in known.num_identities)
+        yield (
+            "Whether held-out and training images are of one source could not be told: that takes "
+            f"{MIN_IDENTITIES} identities of each, there are {counts}."
+        )
+    if generated is not None and generated.comparable is False:
+        yield (
+            "Generated images can be told from held-out ones (AUC "
+            f"{generated.auc:.2f}{_in_what(generated)}). The rate is that of images like the "
+            "held-out ones."
+        )
 
 
 def _about_the_sets(finding: Finding) -> Iterator[str]:
@@ -249,10 +291,10 @@ def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iter
             f"{counted(len(finding.null.removed), 'real image')}."
         )
     copying = finding.metrics.copying
-    if copying is not None and copying.value > _NEARER:
+    if copying is not None and copying.z is not None and copying.z > _NEARER:
         yield (
             "The real images lie nearer to the training set than the generated ones do "
-            f"(C_T {copying.value:+.1f}), so copies may be missed. Were sets mixed up, or do "
+            f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets mixed up, or do "
             "held-out images show what training images show?"
         )
     if circumstances.share_below > _MOSTLY:
