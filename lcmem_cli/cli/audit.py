@@ -71,6 +71,9 @@ class AuditOptions(ComputeOptions):
         flags="--adapt/--no-adapt",
     )
     top_k: int = option(OUTPUT, "Matches to list per image.", 5, min=1)
+    confidence: float | None = option(
+        JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
+    )
     fail_over: float | None = option(
         JUDGING, "Exit 3 if more than this share of images is flagged.", None
     )

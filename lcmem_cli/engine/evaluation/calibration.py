@@ -199,7 +199,7 @@ def benjamini_hochberg(p_values: ArrayLike, rate: float) -> NDArray[np.bool_]:
     return flagged
 
 
-def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float:
+def chance_of(count: int, num_queries: int, *, num_null: float, allowed: float) -> float:
     """Return the chance that so many queries are flagged where all are like the held-out ones.
 
     The threshold is itself an order statistic of the null, so the number flagged is beta-binomial
@@ -208,13 +208,56 @@ def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float
     Args:
         count: flagged queries or more.
         num_queries: all queries.
-        rate: false positives per query.
-        num_null: scores of the null.
+        num_null: scores of the null, independent of each other.
+        allowed: rank of the threshold from above.
     """
     from scipy.stats import betabinom
 
-    above = largest_count(rate, num_null + 1)
-    return float(betabinom.sf(count - 1, num_queries, above, num_null + 1 - above))
+    return float(betabinom.sf(count - 1, num_queries, allowed, num_null + 1 - allowed))
+
+
+def rank_from_above(
+    num_null: int, rate: float, *, in_pairs: bool = False, confidence: float | None = None
+) -> int:
+    """Return which null score, counted from the highest, is the threshold for a rate.
+
+    Args:
+        num_null: scores of the null.
+        rate: false positives per query, in (0, 1).
+        in_pairs: whether each score may occur twice, because two images are each other's best
+            match. Then an odd rank would split a pair, and flag (k + 1) / k times the rate.
+        confidence: that the rate holds, over draws of the null; ``None``: it holds on average.
+
+    Returns:
+        At least 1; 0 where there are fewer than ``required_scores``.
+    """
+    _check_rate(rate)
+    if confidence is not None:
+        return allowed_with_confidence(num_null, rate, confidence)
+    allowed = largest_count(rate, num_null + 1)
+    return allowed - allowed % 2 if in_pairs else allowed
+
+
+def required_scores(rate: float, *, in_pairs: bool = False, confidence: float | None = None) -> int:
+    """Return the smallest number of null scores with which any query can be flagged.
+
+    Args:
+        rate: see ``rank_from_above``.
+        in_pairs: see ``rank_from_above``.
+        confidence: see ``rank_from_above``.
+
+    Example:
+        >>> required_scores(0.01), required_scores(0.01, in_pairs=True)
+        (99, 199)
+    """
+    if confidence is not None:
+        return required_for_confidence(rate, confidence)
+    if not in_pairs:
+        return required_null_size(rate)
+    size = max(1, math.floor(2 / rate) - 2)
+    while largest_count(rate, size + 1) < 2:
+        size += 1
+    return size
 
 
 def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
@@ -251,7 +294,9 @@ def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def realised_rates(num_null: int, allowed: int, confidence: float = 0.95) -> tuple[float, float]:
+def realised_rates(
+    num_null: float, allowed: float, confidence: float = 0.95
+) -> tuple[float, float]:
     """Return between which rates a conformal threshold really flags images that copy nothing.
 
     The threshold is an order statistic of the null, so the share of the population above it is
@@ -313,7 +358,7 @@ def required_for_confidence(rate: float, confidence: float) -> int:
 
 
 def excess_interval(
-    count: int, total: int, *, num_null: int, allowed: int, confidence: float = 0.95
+    count: int, total: int, *, num_null: float, allowed: float, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Return an interval of the share of images that are flagged beyond chance.
 

@@ -67,6 +67,10 @@ class NullSummary:
     Attributes:
         kind: where they come from.
         num_scores: scores in the null.
+        allowed: rank of the threshold among the scores, from the highest.
+        num_independent: scores that count as independent of each other. In a leave-one-out null
+            two images may be each other's best match, so it is half of them.
+        rates: 95 % interval of the rate that such a threshold really reaches.
         smallest_rate: the smallest false-positive rate per image that so many scores allow.
         num_not_searched: training images that were split off and so are not looked for.
         removed: images taken out because their picture is in the training set.
@@ -76,11 +80,19 @@ class NullSummary:
 
     kind: NullKind
     num_scores: int
+    allowed: int
+    num_independent: float
+    rates: tuple[float, float]
     smallest_rate: float
     num_not_searched: int
     removed: tuple[SharedPicture, ...]
     shared_identities: tuple[FileName, ...]
     meaning: str
+
+    @property
+    def independent_allowed(self) -> float:
+        """The rank of the threshold among the independent scores."""
+        return self.allowed * self.num_independent / self.num_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,7 @@ class FlagRule:
         kind: ``fpr``: false positives per image; ``fdr``: false ones among the flagged
             (Benjamini-Hochberg).
         rate: the rate held.
+        confidence: that it holds, over draws of the null; ``None``: it holds on average.
         threshold: a match is flagged when its score EXCEEDS this; ``None`` where Benjamini-Hochberg
             flags nothing.
     """
@@ -98,6 +111,7 @@ class FlagRule:
     kind: Literal["fpr", "fdr"]
     rate: float
     threshold: float | None
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +175,10 @@ class Finding:
         num_queries: readable generated images.
         num_flagged: flagged ones.
         share_flagged: their share.
-        confidence_interval: 95 % Clopper-Pearson interval of the share.
+        confidence_interval: 95 % Clopper-Pearson interval of the share, given the threshold.
+        excess_interval: 95 % interval of the share that is flagged beyond chance, the threshold's
+            own uncertainty included; ``None`` under Benjamini-Hochberg and where the sets are not
+            comparable.
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
@@ -192,6 +209,7 @@ class Finding:
     num_flagged: int
     share_flagged: float
     confidence_interval: tuple[float, float]
+    excess_interval: tuple[float, float] | None
     expected_by_chance: float | None
     num_exact_copies: int
     num_resaved_copies: int

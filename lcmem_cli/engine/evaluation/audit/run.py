@@ -58,6 +58,7 @@ def audit(
     approximate: bool = False,
     adapt: bool | None = None,
     top_k: int = 5,
+    confidence: float | None = None,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
@@ -98,6 +99,8 @@ def audit(
             ``None``: where the detector can be and there are enough images, but not with the
             leave-one-out null, whose rate would not hold.
         top_k: matches to list per generated image.
+        confidence: that the rate holds, over draws of the real images, such as 0.95: a higher
+            threshold, which takes more of them. ``None``: the rate holds on average.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
         seed: of the split, the leave-one-out sample and the cells of ``C_T``.
@@ -132,6 +135,7 @@ def audit(
         approximate=approximate,
         adapt=adapt,
         top_k=top_k,
+        confidence=confidence,
         fail_over=fail_over,
         max_unreadable=max_unreadable,
         seed=seed,
@@ -163,10 +167,10 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
         plain = embed_sets(request, listings, detector, compute)
         conditions = check_conditions(plain, seed=request.seed)
         embedded = adapt_if_asked(plain, request)
-        null = make_null(embedded, request.null_kind, rate=request.fpr, seed=request.seed)
+        null = make_null(embedded, request)
         found = best_matches(embedded, null.bank, max(2, request.top_k))
         _check_gate(request, embedded, null, found)
-        flags = flag(embedded, null, found, rate=request.fpr, bh=request.bh)
+        flags = flag(embedded, null, found, request)
         result = conclude(request, embedded, null, found, flags, conditions, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
@@ -197,8 +201,8 @@ def list_sets(request: AuditRequest) -> Sets[Listing]:
     if basedir is not None and not any(Path(part.source).is_file() for _, part in listings.named()):
         raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
     real = listings.held_out or listings.training
-    most = len(real.records) // 2 if kind == "split" else len(real.records)
-    check_size(most, request.fpr, kind=kind, source=real.source)
+    most = len({record.identity for record in real.records})
+    check_size(most // 2 if kind == "split" else most, request, source=real.source)
     return listings
 
 

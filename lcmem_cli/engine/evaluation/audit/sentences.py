@@ -29,7 +29,6 @@ class Circumstances:
         are_same_sets: whether generated and training set are the same files.
         each_is_an_identity: whether a leave-one-out null has no two images of one identity.
         num_mixed_up: held-out images that are among the generated ones.
-        num_null_identities: identities among the real images of the null.
     """
 
     search_recall: float | None
@@ -39,7 +38,6 @@ class Circumstances:
     are_same_sets: bool
     each_is_an_identity: bool
     num_mixed_up: int
-    num_null_identities: int
 
 
 def percent(share: float) -> str:
@@ -91,11 +89,14 @@ def _finding(finding: Finding) -> str:
         if rule.kind == "fpr"
         else f"at a false-discovery rate of {percent(rule.rate)} among the flagged"
     )
-    low, high = (percent(bound) for bound in finding.confidence_interval)
+    beyond = ""
+    if finding.excess_interval is not None:
+        low, high = (percent(bound) for bound in finding.excess_interval)
+        beyond = f"; beyond chance {low} to {high} of the images (95 % interval)"
     return (
         f"{finding.num_flagged:,} of {counted(finding.num_queries, 'generated image')} "
-        f"({percent(finding.share_flagged)}; 95 % CI {low} to {high}) {verb} a training image more "
-        f"closely than {compared}, {rate}."
+        f"({percent(finding.share_flagged)}) {verb} a training image more closely than {compared}, "
+        f"{rate}{beyond}."
     )
 
 
@@ -133,11 +134,18 @@ def verdict(finding: Finding) -> str:
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
         )
-    elif chance_of(others, num_queries - num_certain, rule.rate, num_null) <= _UNLIKELY:
+    elif _chance(finding, others, num_queries - num_certain) <= _UNLIKELY:
         sentences.append(by_chance + "this is more.")
     else:
         sentences.append(by_chance + "the number is no evidence of copying; look at the pairs.")
     return " ".join(sentences)
+
+
+def _chance(finding: Finding, count: int, num_queries: int) -> float:
+    null = finding.null
+    return chance_of(
+        count, num_queries, num_null=null.num_independent, allowed=null.independent_allowed
+    )
 
 
 def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
@@ -175,6 +183,15 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
     """Yield what the finding supports."""
     yield finding.null.meaning
     num_real, num_below = finding.null.num_scores, circumstances.num_below
+    low, high = (percent(rate) for rate in finding.null.rates)
+    if finding.rule.kind == "fpr":
+        yield (
+            f"With {counted(num_real, 'real image')} the rate really reached lies between {low} "
+            f"and {high} (95 %)."
+        )
+    lowest = 1 / (num_real + 1)
+    if any(match.p_value <= lowest for match in finding.flagged if not match.exact):
+        yield f"No p-value can be below {lowest:.2g} with {counted(num_real, 'real image')}."
     if num_below is not None:
         others = (
             f"any of {num_real:,} real images is"
@@ -294,8 +311,8 @@ def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iter
     if copying is not None and copying.z is not None and copying.z > _NEARER:
         yield (
             "The real images lie nearer to the training set than the generated ones do "
-            f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets mixed up, or do "
-            "held-out images show what training images show?"
+            f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets "
+            "mixed up, or do held-out images show what training images show?"
         )
     if circumstances.share_below > _MOSTLY:
         yield (
@@ -318,12 +335,6 @@ def _about_the_null(finding: Finding, circumstances: Circumstances) -> Iterator[
             f"{counted(len(null.shared_identities), 'identity', 'identities')} in both "
             "training and held-out set: images of one match closely without being copied, so "
             "copies may be missed."
-        )
-    if circumstances.num_null_identities * 2 <= null.num_scores:
-        yield (
-            f"The {null.num_scores:,} real images of the null show only "
-            f"{circumstances.num_null_identities:,} identities: the rate is less certain than "
-            "their number suggests."
         )
     needed = fewest_flagged(finding.rule.rate, finding.num_queries, null.num_scores)
     if finding.rule.kind == "fdr" and needed > 1:
