@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -201,8 +203,11 @@ def list_sets(request: AuditRequest) -> Sets[Listing]:
     if basedir is not None and not any(Path(part.source).is_file() for _, part in listings.named()):
         raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
     real = listings.held_out or listings.training
-    most = len({record.identity for record in real.records})
-    check_size(most // 2 if kind == "split" else most, request, source=real.source)
+    sizes = sorted(Counter(record.identity for record in real.records).values())
+    most = len(sizes)
+    if kind == "split":  # at most half of the images are split off, whole identities of them
+        most = sum(total <= sum(sizes) // 2 for total in itertools.accumulate(sizes))
+    check_size(most, request, source=real.source)
     return listings
 
 
