@@ -12,7 +12,7 @@ from PIL import Image
 
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.models.checkpoint import Checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
 SIDE = 32

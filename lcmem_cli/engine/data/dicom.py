@@ -24,7 +24,7 @@ from lcmem_cli.engine.errors import UnreadableImageError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_BLOCK_VALUES = 1 << 22
+_BLOCK_VALUES = 1 << 19
 _TABLE_BITS = 16
 _NO_WINDOW = "values of a DICOM without a window stretched to their range"
 _PALETTE_TABLES = tuple(f"{c}PaletteColorLookupTableData" for c in ("Red", "Green", "Blue"))

@@ -30,7 +30,9 @@ DARK = 64.0
 """Mean brightness, of 255, below which the opaque part of an image is laid on white."""
 _DEPTHS = ((255, 8), (1023, 10), (4095, 12), (65535, 16))
 _BLACK, _WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
-_BLOCK_VALUES = 1 << 22
+_BLOCK_VALUES = 1 << 19
+_TABLE_SIZE = 1 << 16
+"""From so many values of 16 bits on, each is looked up instead of computed."""
 _SAMPLES = 1 << 16
 _REDUCED_SIDES = 2  # sides of the small copy that a shrunk image keeps, so that little is lost
 
@@ -59,6 +61,9 @@ class Scale:
             return np.zeros(values.shape, dtype=np.uint8)
         if values.dtype == np.uint8 and (self.low, self.high) == (0, 255):
             return np.asarray(values, dtype=np.uint8)
+        if values.dtype == np.uint16 and values.size > _TABLE_SIZE:
+            table = self.to_bytes(np.arange(_TABLE_SIZE, dtype=np.uint16))
+            return np.asarray(table[values], dtype=np.uint8)
         unit = (values.astype(np.float64) - self.low) / (self.high - self.low)
         shades: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
         return shades

@@ -17,6 +17,7 @@ from typing import Any
 
 from lcmem_cli.engine.data.formats import IMAGE_SUFFIXES
 from lcmem_cli.engine.errors import ManifestError, nearest
+from lcmem_cli.engine.files import unguarded
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 MAX_BYTES = 2 * 2**30
@@ -138,7 +139,7 @@ def _read_csv(source: Path, mark: bytes, columns: Columns) -> Table:
             header = next(reader, [])
             for row in reader:
                 if len(row) == len(header):
-                    rows.append(row)
+                    rows.append([unguarded(cell) for cell in row])
                     numbers.append(reader.line_num)
                 elif row:  # not a blank line
                     uneven.append(f"line {reader.line_num}: {len(row)} cells")

@@ -128,8 +128,8 @@ def embed_perturbed(
 ) -> EmbeddedFiles:
     """Embed edited images: resized to the working size, edited, resized to the detector's size.
 
-    What is random in an edit depends on the seed, the image and the setting only, so every
-    detector sees the same picture whatever the order of work.
+    What is random in an edit depends on seed, image and setting only, so every detector sees the
+    same picture.
 
     Args:
         detector: what embeds.
@@ -137,8 +137,7 @@ def embed_perturbed(
         setting: the edit; ``None`` leaves the image as it is.
         working_size: side in pixels at which the edit is made.
         seed: of the edit's randomness.
-        round_trip: see ``perturb``; such features are not kept in the cache, because what they
-            depend on has no name.
+        round_trip: see ``perturb``; such features are not cached: what made them has no name.
         compute: see ``embed_files``.
 
     Raises:

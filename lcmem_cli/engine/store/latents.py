@@ -31,7 +31,7 @@ from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
-from lcmem_cli.engine.data.remarks import is_remarkable, remarks_texts
+from lcmem_cli.engine.data.remarks import is_remarkable, no_remarks, remarks_texts
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -322,8 +322,10 @@ def encode_latents(
         made_by_all = ranks.gather(made)  # also waits for every process
         encoded_now = sum(count for count, _ in made_by_all)
         told = [item for _, remarkable in made_by_all for item in remarkable]
-        remarks = np.array([remark for _, remark in told], np.int32).reshape(len(told), -1)
-        for text in remarks_texts([paths[row] for row, _ in told], remarks) if told else []:
+        remarks = no_remarks(len(told))
+        for place, (_, remark) in enumerate(told):
+            remarks[place] = remark
+        for text in remarks_texts([paths[row] for row, _ in told], remarks):
             reporter.warn(text)
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)

@@ -100,11 +100,8 @@ def _rule(
 
 def _resaved(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which flagged images show the picture of their best match, saved anew."""
-    generated, training, ranks = (
-        embedded.sets.generated,
-        embedded.sets.training,
-        embedded.compute.ranks,
-    )
+    sets, ranks = embedded.sets, embedded.compute.ranks
+    generated, training = sets.generated, sets.training
     resaved = np.zeros(len(flagged), dtype=np.bool_)
     if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         rows = np.flatnonzero(flagged & ~found.exact)

@@ -84,7 +84,7 @@ def audit(
             itself, as ``scan.tif#3``.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
-            some training images are not searched). See ``audit_null``.
+            some training images are not searched). See ``audit.null``.
         fpr: chance of flagging an image that copies nothing, in (0, 1); with ``bh`` the share of
             false ones among the flagged.
         bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.

@@ -107,6 +107,7 @@ class RobustnessRequest(StudyRequest):
         return make(records, self.seed, column=column, negatives=negatives)
 
 
+# Long by its arguments and what is said of each: the public signature stays flat.
 def robustness(
     filelist: Path,
     *,
