@@ -142,7 +142,7 @@ def test_what_c_libraries_write_becomes_events(tmp_path):
     code = (
         "import os, sys\n"
         "from lcmem_cli.cli import render\n"
-        "render.configure(quiet=False, debug=False, log_format=render.LogFormat.JSON)\n"
+        'render.configure(quiet=False, debug=False, log_format="json")\n'
         "os.write(2, b'from below\\nand more\\n')\n"
         "sys.stderr.write('from python\\n')\n"
         "os.write(2, b'without an end')\n"

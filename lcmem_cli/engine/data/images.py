@@ -60,6 +60,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG, _COLOUR_MAP_TAG = 262, 258, 339, 320
+_NO_FORMAT = (
+    "not an image in a known format (JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, JPEG XL, "
+    "JPEG 2000, HEIC, DICOM)"
+)
 _SUBFILE_TAG = 254
 _WHITE_IS_ZERO, _UNSIGNED, _REDUCED = 0, 1, 1
 _SEVERAL = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
@@ -200,12 +204,17 @@ def pixels_to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal; of a later frame, with its number.
 
+    What is no image by its first bytes is not read to its end: it may be huge, or have no end, as
+    some files of the system.
+
     Raises:
-        UnreadableImageError: the file cannot be read.
+        UnreadableImageError: the file cannot be read, or is no image.
     """
     file, frame = split_frame(path)
     try:
-        _check_regular(file)
+        with _opened(file, None) as opened:
+            if _format(opened, file) is None:
+                raise UnreadableImageError(path, _NO_FORMAT)
         content = sha256_file(file)
     except OSError as error:
         raise UnreadableImageError(path, _reason(error, file)) from error
@@ -268,11 +277,7 @@ def _read(path: Path, data: bytes | None, size: int | None, max_pixels: int) -> 
     with _opened(named, data) as file:
         format_name = _format(file, named)
         if format_name is None:
-            raise UnreadableImageError(
-                path,
-                "not an image in a known format (JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, "
-                "JPEG XL, JPEG 2000, HEIC, DICOM)",
-            )
+            raise UnreadableImageError(path, _NO_FORMAT)
         if format_name == DICOM:
             return dicom.read_dicom(file, wanted)
         if format_name in decoders.READERS:
