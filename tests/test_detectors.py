@@ -29,7 +29,6 @@ from lcmem_cli.engine.detectors.registry import (
     load_detector,
     register_detector,
 )
-from lcmem_cli.engine.detectors.vectors import IMAGENET_MEAN, IMAGENET_STD
 from lcmem_cli.engine.errors import (
     CheckpointError,
     InputError,
@@ -40,7 +39,7 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.models import weights
 from lcmem_cli.engine.models.checkpoint import Checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
+from lcmem_cli.engine.models.siamese import IMAGENET_MEAN, IMAGENET_STD, NetworkSpec, SiameseNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 
