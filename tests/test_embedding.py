@@ -459,7 +459,7 @@ def test_no_files_and_no_room(monkeypatch: pytest.MonkeyPatch, paths: list[Path]
 def test_the_allocator_is_left_alone_where_the_user_has_set_it(monkeypatch):
     import ctypes
 
-    from lcmem_cli.engine.distributed import keep_freed_memory
+    from lcmem_cli.engine.distributed import keep_freed_memory, resolve_device
 
     asked = []
 
@@ -472,6 +472,7 @@ def test_the_allocator_is_left_alone_where_the_user_has_set_it(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
+    assert resolve_device("cpu") == "cpu" and not asked
     keep_freed_memory()
     assert dict(asked) == {-3: 2**30, -1: 2**31 - 1}
     asked.clear()

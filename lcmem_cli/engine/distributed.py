@@ -190,7 +190,8 @@ def keep_freed_memory() -> None:
 
     By default every large tensor is mapped anew, and the system clears each of its pages when it is
     first written: about half of the time of embedding on a CPU. With another C library nothing
-    changes, nor where the user has set one of glibc's variables.
+    changes, nor where the user has set one of glibc's variables. It changes the whole process, so
+    only a program that owns its process calls it, not the library.
     """
     import ctypes
     import platform
@@ -220,6 +221,4 @@ def resolve_device(device: str) -> str:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     if device == "mps" and not has_mps:
         raise InputError("--device mps: this machine has no Apple GPU; try cpu")
-    if device == "cpu":
-        keep_freed_memory()
     return device

@@ -31,7 +31,7 @@ from lcmem_cli.engine.config import (
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
-from lcmem_cli.engine.distributed import Ranks, available_cpus, resolve_device
+from lcmem_cli.engine.distributed import Ranks, available_cpus, keep_freed_memory
 from lcmem_cli.engine.models.codec import Codec, load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only-latents", action="store_true")
     options = parser.parse_args()
-    resolve_device("cpu")
+    keep_freed_memory()
     listed = load_manifest(options.filelist)
     step = max(1, len(listed) // options.images)
     manifest = Manifest(listed.records[::step][: options.images], listed.basedir, listed.source)

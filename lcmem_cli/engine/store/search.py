@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.distributed import available_cpus
 from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.store.lanes import LANES, PASS, lane_sums
 
 BLOCK_ROWS = 8192
-LANES = 32
-PASS = 8 * LANES
 _SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
@@ -138,25 +137,6 @@ def weighted_l1_top_k(
         _, block, _ = _checked(queries[:0], bank[first : first + block_rows], weight)
         _search_block(queries, block, weight, first, scores, rows)
     return TopK(scores, rows)
-
-
-def lane_sums(terms: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum the last axis of ``[..., d]`` in the order of the kernels, to the same bits.
-
-    Args:
-        terms: ``w_k |a_k - b_k|`` in float32.
-
-    Returns:
-        ``[...]`` float32.
-    """
-    lanes = np.zeros((*terms.shape[:-1], LANES), dtype=np.float32)
-    for start in range(0, terms.shape[-1], LANES):
-        part = terms[..., start : start + LANES]
-        lanes[..., : part.shape[-1]] += part
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
 
 
 def top_k_blocked(
