@@ -24,6 +24,7 @@ BASE = {
     "results",
     "reporter",
     "config",
+    "documents",
     "distributed",
     "runs",
     "compute",
