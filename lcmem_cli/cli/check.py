@@ -66,10 +66,10 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check config, data, weights, device and disk of a run; exit code 2 if it would fail."""
-    from lcmem_cli.engine.check import check_run
+    from lcmem_cli.engine.check import CheckRequest, check_run
     from lcmem_cli.engine.detectors.options import split_names
 
-    result = check_run(
+    request = CheckRequest(
         config=config,
         overrides=overrides or [],
         filelist=filelist,
@@ -81,8 +81,8 @@ def check(
         output=output,
         resume=resume,
         device=device.value,
-        reporter=render.reporter(),
     )
+    result = check_run(request, render.reporter())
 
     def human() -> None:
         rows = [(f.group, f.level, f.what, f.remedy) for f in result.findings]

@@ -45,10 +45,10 @@ def train_codec(
 ) -> None:
     """Train a small AutoencoderKL on your own images; writes a diffusers folder."""
     from lcmem_cli.engine.config import CodecConfig, load_config
-    from lcmem_cli.engine.training.autoencoder import train_codec_on
+    from lcmem_cli.engine.training.autoencoder import train_codec as run
 
     resolved = load_config(config, CodecConfig, overrides=overrides or [])
-    result = train_codec_on(
+    result = run(
         resolved,
         filelist,
         basedir=basedir,

@@ -14,7 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import (
+    AnyConfig,
     CodecConfig,
     FinetuneConfig,
     SamplingSection,
@@ -35,15 +37,12 @@ from lcmem_cli.engine.files import LOCK_NAME, folder_lock
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec, load_codec, needs_download
 from lcmem_cli.engine.models.hub import locate_checkpoint
-from lcmem_cli.engine.models.siamese import resolve_backbone
+from lcmem_cli.engine.models.siamese import SiameseNetwork, resolve_backbone
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import autoencoder
-from lcmem_cli.engine.training.loop import resolve_precision
-from lcmem_cli.engine.training.run import check_continues, readable_part
-from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
-from lcmem_cli.engine.training.stages import (
+from lcmem_cli.engine.training.inputs import (
     OTHER_LIST,
     check_stage1_inputs,
     check_store,
@@ -54,11 +53,13 @@ from lcmem_cli.engine.training.stages import (
     stage1_network,
     teacher_file,
 )
+from lcmem_cli.engine.training.loop import resolve_precision
+from lcmem_cli.engine.training.run import check_continues, readable_part
+from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.teacher import load_pretrained
 from lcmem_cli.engine.training.trackers import check_trackers
 
 Level = Literal["problem", "warning", "fine"]
-AnyConfig = CodecConfig | Stage1Config | FinetuneConfig
 DEFAULT_IMAGES = 64
 _FLOAT_BYTES = 4
 _SMALL_FILES_BYTES = 64 << 20  # plots, tables, the report page
@@ -101,26 +102,11 @@ class CheckResult(Result):
     unreadable: tuple[Unreadable, ...]
 
 
-def check_run(
-    *,
-    config: str | None = None,
-    overrides: Sequence[str] = (),
-    filelist: Path | None = None,
-    basedir: Path | None = None,
-    checkpoint: str | Path | None = None,
-    latents: Path | None = None,
-    detectors: Sequence[str] = (),
-    num_images: int | None = DEFAULT_IMAGES,
-    output: Path | None = None,
-    resume: bool = False,
-    device: str = "auto",
-    reporter: Reporter = SILENT,
-) -> CheckResult:
-    """Read what a run would read and return all that would fail; nothing is written.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """What a run would be given. What is not given is not checked.
 
-    What is not given is not checked. With nothing given, the embedded model is.
-
-    Args:
+    Attributes:
         config: name or path of a training config.
         overrides: ``section.key=value`` strings.
         filelist: CSV, Parquet or folder of images.
@@ -132,71 +118,71 @@ def check_run(
         output: folder of the run.
         resume: whether a run there is to be continued.
         device: ``auto`` takes the config's.
+    """
+
+    config: str | None = None
+    overrides: Sequence[str] = ()
+    filelist: Path | None = None
+    basedir: Path | None = None
+    checkpoint: str | Path | None = None
+    latents: Path | None = None
+    detectors: Sequence[str] = ()
+    num_images: int | None = DEFAULT_IMAGES
+    output: Path | None = None
+    resume: bool = False
+    device: str = "auto"
+
+
+def check_run(request: CheckRequest, reporter: Reporter = SILENT) -> CheckResult:
+    """Read what a run would read and return all that would fail; nothing is written.
+
+    Args:
+        request: what is to be checked; the embedded model, where it names nothing.
         reporter: receives progress.
 
     Example:
-        >>> check_run(config="finetune", filelist=Path("filelist.csv")).num_problems
+        >>> check_run(CheckRequest(config="finetune", filelist=Path("filelist.csv"))).num_problems
         0
     """
-    work = _Check(num_images, reporter)
-    if overrides and config is None:
-        work.add("config", "warning", "--set has no effect without --config", "pass --config too")
-    if basedir is not None and filelist is None:
-        work.add(
-            "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
-        )  # fmt: skip
-    settings = None if config is None else work.config(config, overrides)
-    if device == "auto" and settings is not None:
-        device = settings.runtime.device
-    manifest = None if filelist is None else work.filelist(filelist, basedir)
-    if manifest is not None:
-        if not isinstance(settings, CodecConfig):  # which compares no images
-            work.splits(manifest, settings)
-        work.images(manifest)
-    if checkpoint is None and not (config or filelist or latents or detectors):
-        checkpoint = EMBEDDED
-    file, start = None, None
-    if checkpoint is not None:
-        file = work.locate(checkpoint)
-    if file is not None:
-        start = work.checkpoint(file, needs_thresholds=settings is None)
-    store = None if latents is None else work.latents(latents)
-    num_parameters = 0
-    if isinstance(settings, Stage1Config):
-        num_parameters = work.stage1(
-            settings, store, has_latents=latents is not None, has_images=filelist is not None
-        )
-    if isinstance(settings, FinetuneConfig):
-        num_parameters = work.finetune(settings, file, start)
-    if isinstance(settings, CodecConfig):
-        num_parameters = work.codec_training(settings, manifest)
-    work.fit(settings, manifest, store, file, start)
-    work.detectors(detectors)
-    work.trackers(settings)
-    work.device(settings, device)
-    if output is not None:
-        work.output(output, _estimate(settings, num_parameters), settings, resume=resume)
-    if resume and (output is None or settings is None):
-        work.add(
-            "output", "warning", "--resume has no effect without --output and --config",
-            "pass them too",
-        )  # fmt: skip
+    work = _Check(request, reporter)
+    work.vain_options()
+    work.read_inputs()
+    work.training()
+    work.fit()
+    work.detectors()
+    work.trackers()
+    work.device()
+    work.output()
     return work.result()
 
 
 class _Check:
-    """Collects findings.
+    """Reads what a request names and collects findings.
 
     Args:
-        num_images: images to decode; ``None`` is all.
+        request: what is to be checked.
         reporter: receives progress.
+
+    Attributes:
+        settings: the config, where it is valid.
+        manifest: the images, where the list can be read.
+        store: the latents, where they can be read.
+        file: of the checkpoint, where there is one.
+        start: the checkpoint, where it can be read.
+        num_parameters: of the network that would be trained, as far as it is known.
     """
 
-    def __init__(self, num_images: int | None, reporter: Reporter) -> None:
-        self.num_images, self.reporter = num_images, reporter
+    def __init__(self, request: CheckRequest, reporter: Reporter) -> None:
+        self.request, self.reporter = request, reporter
         self.findings: list[Finding] = []
         self.num_decoded = 0
         self.unreadable: tuple[Unreadable, ...] = ()
+        self.settings: AnyConfig | None = None
+        self.manifest: Manifest | None = None
+        self.store: LatentStore | None = None
+        self.file: Path | None = None
+        self.start: Checkpoint | None = None
+        self.num_parameters = 0
 
     def result(self) -> CheckResult:
         levels = collections.Counter(finding.level for finding in self.findings)
@@ -222,6 +208,50 @@ class _Check:
                 self.add(group, level, problem, remedy)
         except (LcmemError, OSError) as error:
             self.add(group, level, str(error), remedy)
+
+    def vain_options(self) -> None:
+        """Tell which parts of the request have no effect without others."""
+        given = self.request
+        if given.overrides and given.config is None:
+            self.add(
+                "config", "warning", "--set has no effect without --config", "pass --config too"
+            )  # fmt: skip
+        if given.basedir is not None and given.filelist is None:
+            self.add(
+                "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
+            )  # fmt: skip
+
+    def read_inputs(self) -> None:
+        """Read what the request names."""
+        given = self.request
+        if given.config is not None:
+            self.settings = self.config(given.config, given.overrides)
+        if given.filelist is not None:
+            self.manifest = self.filelist(given.filelist, given.basedir)
+        if self.manifest is not None:
+            if not isinstance(self.settings, CodecConfig):  # which compares no images
+                self.splits(self.manifest, self.settings)
+            self.images(self.manifest)
+        checkpoint = given.checkpoint
+        if checkpoint is None and not (
+            given.config or given.filelist or given.latents or given.detectors
+        ):
+            checkpoint = EMBEDDED
+        if checkpoint is not None:
+            self.file = self.locate(checkpoint)
+        if self.file is not None:
+            self.start = self.checkpoint(self.file, needs_thresholds=self.settings is None)
+        if given.latents is not None:
+            self.store = self.latents(given.latents)
+
+    def training(self) -> None:
+        """Check what the config's training needs."""
+        if isinstance(self.settings, Stage1Config):
+            self.stage1(self.settings)
+        if isinstance(self.settings, FinetuneConfig):
+            self.finetune(self.settings)
+        if isinstance(self.settings, CodecConfig):
+            self.codec_training(self.settings)
 
     def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
         path = None
@@ -292,7 +322,7 @@ class _Check:
         if not there:
             return
         drawn = Manifest(tuple(there), manifest.basedir, manifest.source)
-        kept, self.unreadable = readable_part(drawn, -1, self.reporter)
+        kept, self.unreadable = readable_part(drawn, Compute(reporter=self.reporter))
         self.num_decoded = len(kept)
         if not self.unreadable:
             self.add("images", "fine", f"{len(kept):,} of {len(manifest):,} decoded")
@@ -306,10 +336,11 @@ class _Check:
         )  # fmt: skip
 
     def _draw(self, count: int) -> list[int]:
-        if self.num_images is None or self.num_images >= count:
+        wanted = self.request.num_images
+        if wanted is None or wanted >= count:
             return list(range(count))
         rng = np.random.default_rng(0)
-        return sorted(rng.choice(count, self.num_images, replace=False).tolist())
+        return sorted(rng.choice(count, wanted, replace=False).tolist())
 
     def locate(self, name: str | Path) -> Path | None:
         with self.guard("checkpoint", "name a file, or get it on a machine with internet"):
@@ -364,9 +395,9 @@ class _Check:
         with self.guard("latents", "run the same lcmem latents command again"):
             store = LatentStore.open(folder)
             store.measure()
-            if self.num_images is None:
+            if self.request.num_images is None:
                 store.verify()
-            for row in [] if self.num_images is None else self._draw(len(store)):
+            for row in [] if self.request.num_images is None else self._draw(len(store)):
                 store.latents([row])  # compares its shard with the checksum
             self.add(
                 "latents", "fine",
@@ -375,16 +406,11 @@ class _Check:
             return store
         return None
 
-    def stage1(
-        self,
-        config: Stage1Config,
-        store: LatentStore | None,
-        *,
-        has_latents: bool,
-        has_images: bool,
-    ) -> int:
-        """Check what ``train-stage1`` needs; return the number of the network's parameters."""
-        spec = None if store is None else store.spec
+    def stage1(self, config: Stage1Config) -> None:
+        """Check what ``train-stage1`` needs."""
+        store, spec = self.store, None if self.store is None else self.store.spec
+        has_latents = self.request.latents is not None
+        has_images = self.request.filelist is not None
         if has_latents or has_images:
             vain = has_latents and config.codec.name == PIXELS
             with self.guard(
@@ -408,9 +434,8 @@ class _Check:
         for name, file in config.retention.panel.items():
             with self.guard("network", f"set retention.panel to a file of {name}'s weights"):
                 load_pretrained(name, Path(file))
-        if spec is None or backbone is None:
-            return 0
-        return self._stage1_network(config, spec, store)
+        if spec is not None and backbone is not None:
+            self._stage1_network(config, spec)
 
     def _config_codec(self, config: Stage1Config) -> CodecSpec | None:
         name, revision = config.codec.name, config.codec.revision
@@ -423,23 +448,25 @@ class _Check:
             return codec.spec
         return None
 
-    def _stage1_network(
-        self, config: Stage1Config, spec: CodecSpec, store: LatentStore | None
-    ) -> int:
-        random = config.network.model_copy(update={"weights": "random"})
+    def _stage1_network(self, config: Stage1Config, spec: CodecSpec) -> None:
+        store = self.store
         if store is None and config.network.normalisation == "dataset":
             self.add(
                 "network", "warning", "not tried: its normalisation is by statistics of latents",
                 "pass --latents too",
             )  # fmt: skip
-            return 0
+            return
         size = config.image.size if store is None else store.image_size
+        random = config.network.model_copy(update={"weights": "random"})
         with self.guard("network", "correct the key that it is about"):
-            built = stage1_network(config.model_copy(update={"network": random}), spec, size, store)
-            count = sum(value.numel() for value in built.parameters())
-            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
-            return count
-        return 0
+            config = config.model_copy(update={"network": random})
+            self._count(stage1_network(config, spec, size, store))
+
+    def _count(self, network: SiameseNetwork) -> None:
+        self.num_parameters = sum(value.numel() for value in network.parameters())
+        self.add(
+            "network", "fine", f"{network.spec.backbone}: {self.num_parameters:,} parameters"
+        )  # fmt: skip
 
     def _weights(self, config: Stage1Config, backbone: str) -> None:
         """Check the weights that a backbone, by timm's name, begins with."""
@@ -457,57 +484,48 @@ class _Check:
         elif cached_weights(hub_id) is None:
             self.absent("network", f"weights {hub_id}", "set network.weights to a file")
 
-    def finetune(self, config: FinetuneConfig, path: Path | None, start: Checkpoint | None) -> int:
-        """Check what ``finetune`` needs; return the number of the network's parameters."""
+    def finetune(self, config: FinetuneConfig) -> None:
+        """Check what ``finetune`` needs."""
+        path, start = self.file, self.start
         if path is None:
             self.add(
                 "inputs", "warning", "fine-tuning starts from a checkpoint, which was not given",
                 "pass --checkpoint to have it checked too",
             )  # fmt: skip
         if path is None or start is None:
-            return 0
+            return
         with self.guard("network", "correct the key that it is about, or leave it unset"):
             built = finetune_network(config, start, source=str(path))
-            count = sum(value.numel() for value in built.parameters())
-            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
+            self._count(built)
             if config.retention.weight:
                 with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
                     load_teacher(teacher_file(config, path), built)
-            return count
-        return 0
 
-    def codec_training(self, config: CodecConfig, manifest: Manifest | None) -> int:
-        """Check what ``train-codec`` needs; return the number of the codec's parameters."""
+    def codec_training(self, config: CodecConfig) -> None:
+        """Check what ``train-codec`` needs."""
         counts = {"TRAIN": 1, "VAL": 1}
-        if manifest is not None:
+        if self.manifest is not None:
             for split in counts:
-                counts[split] = sum(record.split == split for record in manifest.records)
+                counts[split] = sum(record.split == split for record in self.manifest.records)
         with self.guard("inputs", "change the config, or the splits of the filelist"):
             autoencoder.check_inputs(config, counts["TRAIN"], counts["VAL"])
         with self.guard("network", "change the section [model]"):
             model = autoencoder.build_autoencoder(config)
-            return sum(value.numel() for value in model.parameters())
-        return 0
+            self.num_parameters = sum(value.numel() for value in model.parameters())
 
-    def fit(
-        self,
-        config: AnyConfig | None,
-        manifest: Manifest | None,
-        store: LatentStore | None,
-        path: Path | None,
-        start: Checkpoint | None,
-    ) -> None:
+    def fit(self) -> None:
         """Check that the inputs belong together."""
+        config, manifest, store, start = self.settings, self.manifest, self.store, self.start
         if store is not None and manifest is not None and store.manifest_digest != manifest.digest:
             self._fit_latents(config, manifest, store)
         if start is None:
             return
         if store is not None and config is None:
             with self.guard("latents", "encode the images with the checkpoint's codec and size"):
-                check_latents(LCMemDetector(start, name=str(path)), store)
+                check_latents(LCMemDetector(start, name=str(self.file)), store)
         if isinstance(config, FinetuneConfig) and manifest and is_other_list(start, manifest):
             self.add(
-                "checkpoint", "warning", OTHER_LIST.format(source=path),
+                "checkpoint", "warning", OTHER_LIST.format(source=self.file),
                 "use the filelist of stage 1, or do not rely on the TEST results",
             )  # fmt: skip
 
@@ -542,39 +560,46 @@ class _Check:
                 "make the latents anew where the filelist is right",
             )  # fmt: skip
 
-    def detectors(self, names: Sequence[str]) -> None:
+    def detectors(self) -> None:
         """Check that each detector can be loaded."""
-        for name in names:
+        for name in self.request.detectors:
             with self.guard("detectors", "see: lcmem detectors"):
-                kind, target, options = check_name(name)
-                status, _ = kind.status()
-                here = bool(options.get("weights")) or Path(target or "nosuch").exists()
-                if kind.name == "timm" and not here:
-                    hub_id = _timm_hub_id(target)  # without one, loading says what is wrong
-                    here = not hub_id or cached_weights(hub_id) is not None
-                if status == "needs a download" and not here:
-                    self.absent("detectors", name, f"fetch its weights first ({kind.weights})")
-                    continue
-                detector = load_detector(name)
-                if isinstance(detector, LCMemDetector):
-                    spec = detector.checkpoint.codec
-                    inside = detector.checkpoint.codec_state is not None
-                    if not inside and needs_download(options.get("codec") or spec.name):
-                        self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
-                        continue
-                    _ = detector.codec
-                self.add(
-                    "detectors", "fine",
-                    f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
-                )  # fmt: skip
+                self._detector(name)
 
-    def trackers(self, config: AnyConfig | None) -> None:
+    def _detector(self, name: str) -> None:
+        kind, target, options = check_name(name)
+        status, _ = kind.status()
+        here = bool(options.get("weights")) or Path(target or "nosuch").exists()
+        if kind.name == "timm" and not here:
+            hub_id = _timm_hub_id(target)  # without one, loading says what is wrong
+            here = not hub_id or cached_weights(hub_id) is not None
+        if status == "needs a download" and not here:
+            self.absent("detectors", name, f"fetch its weights first ({kind.weights})")
+            return
+        detector = load_detector(name)
+        if isinstance(detector, LCMemDetector):
+            spec = detector.checkpoint.codec
+            inside = detector.checkpoint.codec_state is not None
+            if not inside and needs_download(options.get("codec") or spec.name):
+                self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
+                return
+            _ = detector.codec
+        self.add(
+            "detectors", "fine",
+            f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
+        )  # fmt: skip
+
+    def trackers(self) -> None:
+        config = self.settings
         if config is not None and config.runtime.trackers:
             with self.guard("trackers", "install it, or leave it out of runtime.trackers"):
                 check_trackers(config.runtime)
                 self.add("trackers", "fine", ", ".join(config.runtime.trackers))
 
-    def device(self, config: AnyConfig | None, device: str) -> None:
+    def device(self) -> None:
+        config, device = self.settings, self.request.device
+        if device == "auto" and config is not None:
+            device = config.runtime.device
         with self.guard("device", "choose another device: auto, cpu, cuda or mps"):
             found = resolve_device(device)
             self.add("device", "fine", f"{device}: computes on {found}")
@@ -582,16 +607,25 @@ class _Check:
                 with self.guard("device", 'set runtime.mixed_precision to "auto"'):
                     resolve_precision(config.runtime, torch.device(found))
 
-    def output(
-        self, folder: Path, num_bytes: int, config: AnyConfig | None, *, resume: bool
-    ) -> None:
-        """Check that a run can write its folder; only a nameless file is made, and vanishes."""
+    def output(self) -> None:
+        """Check that a run can write its folder, and whether one was begun there."""
+        folder, config = self.request.output, self.settings
+        if folder is not None and self._has_room(folder):
+            self._what_is_there(folder)
+        if self.request.resume and (folder is None or config is None):
+            self.add(
+                "output", "warning", "--resume has no effect without --output and --config",
+                "pass them too",
+            )  # fmt: skip
+
+    def _has_room(self, folder: Path) -> bool:
+        """Check permission and space; only a nameless file is made, and vanishes."""
         there = folder.absolute()
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():
             self.add("output", "problem", f"{there}: is no folder", "choose another --output")
-            return
+            return False
         try:
             with tempfile.TemporaryFile(dir=there):
                 free = shutil.disk_usage(there).free
@@ -600,16 +634,20 @@ class _Check:
                 "output", "problem", f"{there}: cannot write here ({error.strerror or error})",
                 "choose another --output, or change its permissions",
             )  # fmt: skip
-            return
+            return False
+        num_bytes = _estimate(self.settings, self.num_parameters)
         room = f"{free / 1e9:,.1f} GB free, about {num_bytes / 1e9:,.2f} GB needed"
         if num_bytes > free:
             self.add("output", "problem", f"{there}: {room}", "choose a folder on a larger disk")
         else:
             self.add("output", "fine", f"{folder}: {room}")
+        return True
+
+    def _what_is_there(self, folder: Path) -> None:
         if (folder / LOCK_NAME).exists():
             with self.guard("output", "wait for that process"), folder_lock(folder):
                 pass
-        if config is not None and self._run_there(folder, config, resume=resume):
+        if self.settings is not None and self._run_there(folder, self.settings):
             return
         if folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
             self.add(
@@ -617,12 +655,12 @@ class _Check:
                 "results of another study would be refused; choose another folder",
             )  # fmt: skip
 
-    def _run_there(self, folder: Path, config: AnyConfig, *, resume: bool) -> bool:
+    def _run_there(self, folder: Path, config: AnyConfig) -> bool:
         """Check whether a training may go on in a folder; return whether one was begun there."""
         with self.guard("output", "continue it with the config in it, or choose another folder"):
             if not check_continues(folder, config):
                 return False
-            if resume:
+            if self.request.resume:
                 self.add("output", "fine", f"{folder}: holds a run that can go on")
             else:
                 self.add(
