@@ -21,7 +21,6 @@ from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.export import export_checkpoint
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
-from lcmem_cli.engine.evaluation.recalibrate import adapt
 from lcmem_cli.engine.models.checkpoint import (
     HEADER_KEY,
     load_checkpoint,
@@ -31,6 +30,7 @@ from lcmem_cli.engine.models.checkpoint import (
 from lcmem_cli.engine.models.codec import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLevelBackbone
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
+from lcmem_cli.engine.training.last_layer import adapt
 from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels
 
 pytestmark = pytest.mark.usefixtures("no_drawing")

@@ -128,14 +128,15 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer."""
-    from lcmem_cli.engine.evaluation.recalibrate import recalibrate
+    from lcmem_cli.engine.compute import Compute
+    from lcmem_cli.engine.evaluation.recalibrate import CalibrationRequest, recalibrate
     from lcmem_cli.engine.results import named_thresholds
 
-    result = recalibrate(
-        checkpoint,
-        filelist,
-        basedir=basedir,
+    request = CalibrationRequest(
+        checkpoint=checkpoint,
+        filelist=filelist,
         output=output,
+        basedir=basedir,
         half=half,
         size=size,
         adapted=adapt,
@@ -143,10 +144,9 @@ def calibrate(
         inner_bands=bands,
         seed=seed,
         max_unreadable=max_unreadable,
-        workers=workers,
-        device=device.value,
-        reporter=render.reporter(),
     )
+    compute = Compute(device=device.value, workers=workers, reporter=render.reporter())
+    result = recalibrate(request, compute)
 
     def human() -> None:
         named = named_thresholds(result.thresholds, result.adapted_thresholds)
