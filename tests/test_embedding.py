@@ -411,7 +411,8 @@ def test_latents_are_encoded_in_batches_that_fit(
     codec = load_codec(str(tiny_codec), posterior=posterior)
 
     def store(name: str, batch_size: int) -> torch.Tensor:
-        encode_latents(manifest, codec, tmp_path / name, image_size=16, batch_size=batch_size)
+        how = Compute(batch_size=batch_size)
+        encode_latents(manifest, codec, tmp_path / name, how, image_size=16)
         return LatentStore.open(tmp_path / name).latents(range(40))
 
     monkeypatch.setattr(latent_store, "_LIGHT_BYTES", 0)  # as on a card: not in decoding threads

@@ -62,12 +62,15 @@ def latents(
     as_json: JsonOption = False,
 ) -> None:
     """Encode every image of a list to VAE latents; continues where it stopped."""
+    from lcmem_cli.engine.compute import Compute
     from lcmem_cli.engine.data.manifest import load_manifest
-    from lcmem_cli.engine.distributed import current_ranks, resolve_device
+    from lcmem_cli.engine.distributed import resolve_device
     from lcmem_cli.engine.models.codec import load_codec
     from lcmem_cli.engine.store.latents import encode_latents
 
-    ranks = current_ranks(device.value)
+    compute = Compute.start(
+        device=device.value, batch_size=batch_size, workers=workers, reporter=render.reporter()
+    )
     result = encode_latents(
         load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
         load_codec(
@@ -78,16 +81,13 @@ def latents(
             device=resolve_device(device.value),
         ),
         output,
+        compute,
         image_size=size,
-        batch_size=batch_size,
-        workers=workers,
         seed=seed,
         max_unreadable=max_unreadable,
         package=package,
-        ranks=ranks,
-        reporter=render.reporter(),
     )
-    if not ranks.is_main:
+    if not compute.ranks.is_main:
         return
 
     def human() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.store.integrity import row_checksums
 
 MAX_CACHED_FEATURES = 16_384
 _SUFFIX = ".safetensors"
@@ -109,7 +109,7 @@ class FeatureCache:
         places = [self._find(content) for content in hashes]
         rows = [self._read(place) for place in places if place is not None]
         found = np.asarray([place is not None for place in places], dtype=bool)
-        return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
+        return (np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)), found
 
     def guessed(self, hashes: Sequence[str]) -> NDArray[np.bool_]:
         """Return for which of some images a bit depth was guessed, ``[n]``; unknown ones: no."""
@@ -139,9 +139,7 @@ class FeatureCache:
             return
         features = np.ascontiguousarray(features)
         keys = np.asarray([list(bytes.fromhex(content)) for content in hashes], dtype=np.uint8)
-        sums = np.asarray(
-            [_checksum(key, row) for key, row in zip(keys, features, strict=True)], np.uint32
-        )
+        sums = row_checksums(keys, features)
         if guessed is None:
             guessed = np.zeros(len(keys), dtype=bool)
         name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
@@ -162,9 +160,7 @@ class FeatureCache:
             if shard.metadata().get("fingerprint") != self.fingerprint:
                 return
             keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
-            rows = shard.get_slice("features")
-            is_noted = "guessed" in shard.keys()  # an older lcmem did not write it down
-            guessed = shard.get_tensor("guessed") if is_noted else np.zeros(len(keys), dtype=bool)
+            rows, guessed = shard.get_slice("features"), shard.get_tensor("guessed")
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
         number = len(self._shards)
@@ -173,7 +169,7 @@ class FeatureCache:
             self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
 
     def _read(self, place: _Place) -> NDArray[Any]:
-        row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1][0]
+        row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1]
         return row
 
     def _find(self, content: str) -> _Place | None:
@@ -184,14 +180,10 @@ class FeatureCache:
             if place not in self._checked:
                 key = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)
                 expected = self._shards[place.shard].checksums[place.row]
-                if _checksum(key, self._read(place)) != expected:
+                if row_checksums(key[None], self._read(place))[0] != expected:
                     places.pop(0)
                     continue
                 self._checked.add(place)
             return place
         self._places.pop(content, None)
         return None
-
-
-def _checksum(key: NDArray[np.uint8], row: NDArray[Any]) -> int:
-    return zlib.crc32(row.tobytes(), zlib.crc32(key.tobytes()))

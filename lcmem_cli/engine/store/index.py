@@ -13,19 +13,23 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.errors import CorruptFileError, FingerprintMismatchError, InputError
+from lcmem_cli.engine.documents import FileName, check_document, read_document
+from lcmem_cli.engine.errors import FingerprintMismatchError, InputError
 from lcmem_cli.engine.files import dump_json, naming_target, sha256_bytes, write_json
 from lcmem_cli.engine.results import Result
+from lcmem_cli.engine.store.integrity import naming_damage
 from lcmem_cli.engine.store.search import TopK
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 META_NAME, FEATURES_NAME, SEGMENT_FOLDER = "index.json", "features.bin", "segments"
 _READ_BYTES = 1 << 24
+_REMEDY_AFTER = "every later segment, and run the same lcmem index command again"
+_REMEDY = f"remove it and {_REMEDY_AFTER}"
 
 
 class Searcher(Protocol):
@@ -49,6 +53,34 @@ class Entry(NamedTuple):
     content_hash: str
     row: int
     ds_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Meta:
+    """What ``index.json`` says."""
+
+    format: Literal[1]
+    detector: FileName
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Segment:
+    """What one addition has added.
+
+    Attributes:
+        dtype: of the features.
+        num_features: numbers of a row.
+        sha256: of the rows that it added.
+        hashes: content of each of these rows.
+        entries: the images.
+    """
+
+    dtype: str
+    num_features: int
+    sha256: str
+    hashes: list[str]
+    entries: list[tuple[FileName, FileName, str, int, FileName | None]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +110,8 @@ class Index:
         entries: all images, in the order of addition.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.folder = folder
-        self.detector = str(meta["detector"])
-        self.fingerprint = str(meta["fingerprint"])
+    def __init__(self, folder: Path, detector: str, fingerprint: str) -> None:
+        self.folder, self.detector, self.fingerprint = folder, detector, fingerprint
         self.entries: list[Entry] = []
         self._first_entry: dict[int, Entry] = {}
         self._row_of: dict[str, int] = {}
@@ -99,10 +129,8 @@ class Index:
             FingerprintMismatchError: the folder holds an index of another detector.
         """
         if not (folder / META_NAME).is_file():
-            write_json(
-                folder / META_NAME,
-                {"format": FORMAT_VERSION, "detector": detector, "fingerprint": fingerprint},
-            )
+            meta = _Meta(format=FORMAT_VERSION, detector=detector, fingerprint=fingerprint)
+            write_json(folder / META_NAME, dataclasses.asdict(meta))
         index = cls.open(folder)
         index.check(fingerprint)
         return index
@@ -116,17 +144,12 @@ class Index:
             CorruptFileError: a segment is damaged; it is named.
         """
         folder = Path(folder)
-        try:
-            meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-            if meta["format"] != FORMAT_VERSION:
-                raise InputError(f"{folder}: index format {meta['format']} is not known")
-            return cls(folder, meta)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(
-                f"{folder}: no index there; make one with: lcmem index build"
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFileError(f"{folder / META_NAME}: damaged: {error}") from error
+        if not is_index(folder):
+            raise InputError(f"{folder}: no index there; make one with: lcmem index build")
+        meta = read_document(
+            folder / META_NAME, _Meta, remedy="remove the folder and build the index again"
+        )
+        return cls(folder, meta.detector, meta.fingerprint)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -202,16 +225,23 @@ class Index:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        listed = {
-            "dtype": self._dtype.name,
-            "num_features": self._num_features,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "hashes": list(new_hashes),
-            "entries": [
-                [path, identity, content, new_rows.get(content, self._row_of.get(content)), ds_name]
-                for path, identity, content, ds_name in images
+        segment = _Segment(
+            dtype=self._dtype.name,
+            num_features=self._num_features,
+            sha256=hashlib.sha256(data).hexdigest(),
+            hashes=list(new_hashes),
+            entries=[
+                (
+                    path,
+                    identity,
+                    content,
+                    new_rows.get(content, self._row_of.get(content, -1)),
+                    name,
+                )
+                for path, identity, content, name in images
             ],
-        }
+        )
+        listed = dataclasses.asdict(segment)
         write_json(  # last, so that a listed segment is complete
             self._segment_path(self._num_segments), {**listed, "checksum": _checksum(listed)}
         )
@@ -264,30 +294,20 @@ class Index:
 
     def _open_segment(self, number: int) -> None:
         path = self._segment_path(number)
-        try:
+        with naming_damage(path, _REMEDY):
             listed = json.loads(path.read_text(encoding="utf-8"))
-            checksum = listed.pop("checksum", None)
-            if checksum is not None and checksum != _checksum(listed):
+            if listed.pop("checksum") != _checksum(listed):
                 raise ValueError("its content does not match its checksum")
-            self._dtype = np.dtype(listed["dtype"])
-            self._num_features = int(listed["num_features"])
-            hashes = [str(content) for content in listed["hashes"]]
-            entries = [Entry(*entry) for entry in listed["entries"]]
-            known = self.num_rows + len(hashes)
+            segment = check_document(listed, _Segment, source=str(path), remedy=_REMEDY)
+            self._dtype, self._num_features = np.dtype(segment.dtype), segment.num_features
+            entries = [Entry(*entry) for entry in segment.entries]
+            known = self.num_rows + len(segment.hashes)
             if not all(0 <= entry.row < known for entry in entries):
                 raise ValueError("an image without features")
-            if self._sha256(self.num_rows, len(hashes)) != listed["sha256"]:
-                raise CorruptFileError(
-                    f"{self._features_path}: the features of {path.name} do not match their "
-                    f"checksum; remove {path.name} and every later segment, and run the same "
-                    "lcmem index command again"
-                )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptFileError(
-                f"{path}: missing or damaged ({error}); remove it and every later segment, and "
-                "run the same lcmem index command again"
-            ) from error
-        for content in hashes:
+        with naming_damage(self._features_path, f"remove {path.name} and " + _REMEDY_AFTER):
+            if self._sha256(self.num_rows, len(segment.hashes)) != segment.sha256:
+                raise ValueError(f"the features of {path.name} do not match their checksum")
+        for content in segment.hashes:
             self._row_of[content] = len(self._row_of)
         for entry in entries:
             self._first_entry.setdefault(entry.row, entry)
