@@ -14,18 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lcmem_cli.engine import config as configs
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.config import (
-    AnyConfig,
-    CodecConfig,
-    FinetuneConfig,
-    SamplingSection,
-    Stage1Config,
-    apply_overrides,
-    find_config,
-    read_toml,
-    validate,
-)
+from lcmem_cli.engine.config import AnyConfig, CodecConfig, FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
 from lcmem_cli.engine.detectors.backbones import cached_weights
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
@@ -41,18 +32,7 @@ from lcmem_cli.engine.models.siamese import SiameseNetwork, resolve_backbone
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
-from lcmem_cli.engine.training import autoencoder
-from lcmem_cli.engine.training.inputs import (
-    OTHER_LIST,
-    check_stage1_inputs,
-    check_store,
-    embeddable_codec,
-    finetune_network,
-    is_other_list,
-    load_teacher,
-    stage1_network,
-    teacher_file,
-)
+from lcmem_cli.engine.training import autoencoder, inputs
 from lcmem_cli.engine.training.loop import resolve_precision
 from lcmem_cli.engine.training.run import check_continues, readable_part
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
@@ -198,6 +178,15 @@ class _Check:
     def add(self, group: str, level: Level, what: str, remedy: str = "") -> None:
         self.findings.append(Finding(group=group, level=level, what=what, remedy=remedy))
 
+    def problem(self, group: str, what: str, remedy: str) -> None:
+        self.add(group, "problem", what, remedy)
+
+    def warning(self, group: str, what: str, remedy: str) -> None:
+        self.add(group, "warning", what, remedy)
+
+    def fine(self, group: str, what: str) -> None:
+        self.add(group, "fine", what)
+
     @contextlib.contextmanager
     def guard(self, group: str, remedy: str, *, level: Level = "problem") -> Iterator[None]:
         """Turn what a loader raises into findings, and go on after the block."""
@@ -213,13 +202,9 @@ class _Check:
         """Tell which parts of the request have no effect without others."""
         given = self.request
         if given.overrides and given.config is None:
-            self.add(
-                "config", "warning", "--set has no effect without --config", "pass --config too"
-            )  # fmt: skip
+            self.warning("config", "--set has no effect without --config", "pass --config too")
         if given.basedir is not None and given.filelist is None:
-            self.add(
-                "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
-            )  # fmt: skip
+            self.warning("filelist", "--basedir has no effect without --filelist", "pass it too")
 
     def read_inputs(self) -> None:
         """Read what the request names."""
@@ -256,29 +241,31 @@ class _Check:
     def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
         path = None
         with self.guard("config", "pass a file, or one of those that lcmem config ls shows"):
-            path = find_config(name)
+            path = configs.find_config(name)
         if path is None:
             return None
         with self.guard("config", f"edit {path}, or pass --set section.key=value"):
-            config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
-            self.add("config", "fine", f"{path}: valid {config.kind} config")
+            config = configs.validate(
+                configs.apply_overrides(configs.read_toml(path), overrides), source=str(path)
+            )
+            self.fine("config", f"{path}: valid {config.kind} config")
             return config
         return None
 
     def filelist(self, source: Path, basedir: Path | None) -> Manifest | None:
         manifest, problems = inspect_manifest(source, basedir=basedir)
         for problem in problems:
-            self.add("filelist", "problem", problem, f"correct {source}, or pass another --basedir")
+            self.problem("filelist", problem, f"correct {source}, or pass another --basedir")
         if manifest is not None and not problems:
             counts = collections.Counter(record.split for record in manifest.records)
             shown = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
-            self.add("filelist", "fine", f"{source}: {len(manifest):,} images ({shown})")
+            self.fine("filelist", f"{source}: {len(manifest):,} images ({shown})")
         return manifest
 
     def splits(self, manifest: Manifest, config: Stage1Config | FinetuneConfig | None) -> None:
         """Check what training and evaluation need of each split."""
         trains = config is not None
-        sampling = SamplingSection() if config is None else config.sampling
+        sampling = configs.SamplingSection() if config is None else config.sampling
         size = len(manifest) if config is None else config.schedule.batch_size
         batches: dict[str, list[PairBatch]] = {}
         for split in SPLITS:
@@ -290,17 +277,18 @@ class _Check:
             images = collections.Counter(record.identity for record in part)
             single = sum(count == 1 for count in images.values())
             if single and not sampling.unsupervised:
-                self.add(
-                    "filelist", "warning",
+                self.warning(
+                    "filelist",
                     f"{split}: {single:,} of {len(images):,} identities have no second image",
                     "they give no positive pair; add images, or take these ids out",
-                )  # fmt: skip
+                )
             if split == "TEST":
                 if single == len(images):
-                    self.add(
-                        "filelist", "warning", "TEST: no pair of one identity, for a benchmark",
+                    self.warning(
+                        "filelist",
+                        "TEST: no pair of one identity, for a benchmark",
                         "list ids with two images or more in TEST",
-                    )  # fmt: skip
+                    )
                 continue
             with self.guard(
                 "filelist", f"list more ids in {split}", level="problem" if trains else "warning"
@@ -325,15 +313,15 @@ class _Check:
         kept, self.unreadable = readable_part(drawn, Compute(reporter=self.reporter))
         self.num_decoded = len(kept)
         if not self.unreadable:
-            self.add("images", "fine", f"{len(kept):,} of {len(manifest):,} decoded")
+            self.fine("images", f"{len(kept):,} of {len(manifest):,} decoded")
             return
         shown = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.unreadable[:_SHOWN])
         more = "; ..." if len(self.unreadable) > _SHOWN else ""
-        self.add(
-            "images", "problem",
+        self.problem(
+            "images",
             f"{len(self.unreadable):,} of {len(there):,} drawn cannot be read: {shown}{more}",
             "replace these files or take them out of the list, or run with --max-unreadable",
-        )  # fmt: skip
+        )
 
     def _draw(self, count: int) -> list[int]:
         wanted = self.request.num_images
@@ -351,10 +339,10 @@ class _Check:
         with self.guard("checkpoint", "get the file again, or make it with lcmem convert"):
             loaded = load_checkpoint(path)
             loaded.build(source=str(path))
-            self.add(
-                "checkpoint", "fine",
+            self.fine(
+                "checkpoint",
                 f"{path}: {loaded.stage}, {loaded.image_size} px, fingerprint {loaded.fingerprint}",
-            )  # fmt: skip
+            )
             self._thresholds(path, loaded, needed=needs_thresholds)
             self._codec(path, loaded)
             return loaded
@@ -367,9 +355,9 @@ class _Check:
                 threshold.check(loaded.fingerprint)
             names = ", ".join(threshold.name for threshold in loaded.thresholds)
             if names:
-                self.add("checkpoint", "fine", f"thresholds {names}")
+                self.fine("checkpoint", f"thresholds {names}")
             elif needed:
-                self.add("checkpoint", "warning", "no thresholds: scores without verdict", remedy)
+                self.warning("checkpoint", "no thresholds: scores without verdict", remedy)
 
     def _codec(self, path: Path, loaded: Checkpoint) -> None:
         spec = loaded.codec
@@ -378,7 +366,7 @@ class _Check:
             return
         with self.guard("codec", "pass the folder of the codec that it needs with --codec"):
             codec = load_codec_of(loaded, source=str(path))
-            self.add("codec", "fine", codec.spec.describe())
+            self.fine("codec", codec.spec.describe())
 
     def absent(self, group: str, what: str, remedy: str) -> None:
         """Record weights that would have to be downloaded."""
@@ -399,10 +387,10 @@ class _Check:
                 store.verify()
             for row in [] if self.request.num_images is None else self._draw(len(store)):
                 store.latents([row])  # compares its shard with the checksum
-            self.add(
-                "latents", "fine",
+            self.fine(
+                "latents",
                 f"{folder}: {len(store):,} of {store.image_size} px by {store.spec.describe()}",
-            )  # fmt: skip
+            )
             return store
         return None
 
@@ -417,12 +405,12 @@ class _Check:
                 "inputs", "give train-stage1 what its config trains on",
                 level="problem" if vain else "warning",
             ):  # fmt: skip
-                check_stage1_inputs(config, has_latents=has_latents, has_images=has_images)
+                inputs.check_stage1_inputs(config, has_latents=has_latents, has_images=has_images)
         if store is not None:
             with self.guard("latents", "change the config, or make the latents anew"):
-                check_store(config, store)
+                inputs.check_store(config, store)
             with self.guard("codec", "restore the codec, or make the latents anew"):
-                embeddable_codec(store)
+                inputs.embeddable_codec(store)
         elif not has_latents:
             spec = self._config_codec(config)
         backbone = None
@@ -444,29 +432,28 @@ class _Check:
             return None
         with self.guard("codec", "set codec.name to a diffusers folder, a hub id or 'embedded'"):
             codec = load_codec(name, revision=revision, input_range=config.codec.input_range)
-            self.add("codec", "fine", codec.spec.describe())
+            self.fine("codec", codec.spec.describe())
             return codec.spec
         return None
 
     def _stage1_network(self, config: Stage1Config, spec: CodecSpec) -> None:
         store = self.store
         if store is None and config.network.normalisation == "dataset":
-            self.add(
-                "network", "warning", "not tried: its normalisation is by statistics of latents",
+            self.warning(
+                "network",
+                "not tried: its normalisation is by statistics of latents",
                 "pass --latents too",
-            )  # fmt: skip
+            )
             return
         size = config.image.size if store is None else store.image_size
         random = config.network.model_copy(update={"weights": "random"})
         with self.guard("network", "correct the key that it is about"):
             config = config.model_copy(update={"network": random})
-            self._count(stage1_network(config, spec, size, store))
+            self._count(inputs.stage1_network(config, spec, size, store))
 
     def _count(self, network: SiameseNetwork) -> None:
         self.num_parameters = sum(value.numel() for value in network.parameters())
-        self.add(
-            "network", "fine", f"{network.spec.backbone}: {self.num_parameters:,} parameters"
-        )  # fmt: skip
+        self.fine("network", f"{network.spec.backbone}: {self.num_parameters:,} parameters")
 
     def _weights(self, config: Stage1Config, backbone: str) -> None:
         """Check the weights that a backbone, by timm's name, begins with."""
@@ -477,10 +464,11 @@ class _Check:
             return
         hub_id = _timm_hub_id(backbone)
         if not hub_id:
-            self.add(
-                "network", "problem", f"{backbone}: timm has no pretrained weights",
+            self.problem(
+                "network",
+                f"{backbone}: timm has no pretrained weights",
                 'set network.weights to a file, or to "random"',
-            )  # fmt: skip
+            )
         elif cached_weights(hub_id) is None:
             self.absent("network", f"weights {hub_id}", "set network.weights to a file")
 
@@ -488,18 +476,19 @@ class _Check:
         """Check what ``finetune`` needs."""
         path, start = self.file, self.start
         if path is None:
-            self.add(
-                "inputs", "warning", "fine-tuning starts from a checkpoint, which was not given",
+            self.warning(
+                "inputs",
+                "fine-tuning starts from a checkpoint, which was not given",
                 "pass --checkpoint to have it checked too",
-            )  # fmt: skip
+            )
         if path is None or start is None:
             return
         with self.guard("network", "correct the key that it is about, or leave it unset"):
-            built = finetune_network(config, start, source=str(path))
+            built = inputs.finetune_network(config, start, source=str(path))
             self._count(built)
             if config.retention.weight:
                 with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
-                    load_teacher(teacher_file(config, path), built)
+                    inputs.load_teacher(inputs.teacher_file(config, path), built)
 
     def codec_training(self, config: CodecConfig) -> None:
         """Check what ``train-codec`` needs."""
@@ -523,11 +512,16 @@ class _Check:
         if store is not None and config is None:
             with self.guard("latents", "encode the images with the checkpoint's codec and size"):
                 check_latents(LCMemDetector(start, name=str(self.file)), store)
-        if isinstance(config, FinetuneConfig) and manifest and is_other_list(start, manifest):
-            self.add(
-                "checkpoint", "warning", OTHER_LIST.format(source=self.file),
+        if (
+            isinstance(config, FinetuneConfig)
+            and manifest
+            and inputs.is_other_list(start, manifest)
+        ):
+            self.warning(
+                "checkpoint",
+                inputs.OTHER_LIST.format(source=self.file),
                 "use the filelist of stage 1, or do not rely on the TEST results",
-            )  # fmt: skip
+            )
 
     def _fit_latents(
         self, config: AnyConfig | None, manifest: Manifest, store: LatentStore
@@ -539,26 +533,28 @@ class _Check:
         lacking = listed - encoded - left_out
         if lacking:
             self.add(
-                "latents", "warning" if isinstance(config, Stage1Config) else "problem",
+                "latents",
+                "warning" if isinstance(config, Stage1Config) else "problem",
                 f"{store.folder}: has no latents of {len(lacking):,} of {len(listed):,} listed "
                 f"images, such as {min(lacking)!r}",
                 "make them with lcmem latents on the same filelist",
-            )  # fmt: skip
+            )
         unlisted = encoded - listed
         if unlisted:
             self.add(
-                "latents", "problem" if aligns else "warning",
+                "latents",
+                "problem" if aligns else "warning",
                 f"{store.folder}: {len(unlisted):,} of its {len(encoded):,} images are not in the "
                 f"filelist, such as {min(unlisted)!r}",
                 "use the filelist that the latents were made of",
-            )  # fmt: skip
+            )
         if not lacking and not unlisted:
-            self.add(
-                "latents", "warning",
+            self.warning(
+                "latents",
                 f"{store.folder}: ids or splits differ from the filelist's; training uses those "
                 "of the store",
                 "make the latents anew where the filelist is right",
-            )  # fmt: skip
+            )
 
     def detectors(self) -> None:
         """Check that each detector can be loaded."""
@@ -584,17 +580,17 @@ class _Check:
                 self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
                 return
             _ = detector.codec
-        self.add(
-            "detectors", "fine",
+        self.fine(
+            "detectors",
             f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
-        )  # fmt: skip
+        )
 
     def trackers(self) -> None:
         config = self.settings
         if config is not None and config.runtime.trackers:
             with self.guard("trackers", "install it, or leave it out of runtime.trackers"):
                 check_trackers(config.runtime)
-                self.add("trackers", "fine", ", ".join(config.runtime.trackers))
+                self.fine("trackers", ", ".join(config.runtime.trackers))
 
     def device(self) -> None:
         config, device = self.settings, self.request.device
@@ -602,7 +598,7 @@ class _Check:
             device = config.runtime.device
         with self.guard("device", "choose another device: auto, cpu, cuda or mps"):
             found = resolve_device(device)
-            self.add("device", "fine", f"{device}: computes on {found}")
+            self.fine("device", f"{device}: computes on {found}")
             if config is not None and not isinstance(config, CodecConfig):
                 with self.guard("device", 'set runtime.mixed_precision to "auto"'):
                     resolve_precision(config.runtime, torch.device(found))
@@ -613,10 +609,11 @@ class _Check:
         if folder is not None and self._has_room(folder):
             self._what_is_there(folder)
         if self.request.resume and (folder is None or config is None):
-            self.add(
-                "output", "warning", "--resume has no effect without --output and --config",
+            self.warning(
+                "output",
+                "--resume has no effect without --output and --config",
                 "pass them too",
-            )  # fmt: skip
+            )
 
     def _has_room(self, folder: Path) -> bool:
         """Check permission and space; only a nameless file is made, and vanishes."""
@@ -624,23 +621,24 @@ class _Check:
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():
-            self.add("output", "problem", f"{there}: is no folder", "choose another --output")
+            self.problem("output", f"{there}: is no folder", "choose another --output")
             return False
         try:
             with tempfile.TemporaryFile(dir=there):
                 free = shutil.disk_usage(there).free
         except OSError as error:
-            self.add(
-                "output", "problem", f"{there}: cannot write here ({error.strerror or error})",
+            self.problem(
+                "output",
+                f"{there}: cannot write here ({error.strerror or error})",
                 "choose another --output, or change its permissions",
-            )  # fmt: skip
+            )
             return False
         num_bytes = _estimate(self.settings, self.num_parameters)
         room = f"{free / 1e9:,.1f} GB free, about {num_bytes / 1e9:,.2f} GB needed"
         if num_bytes > free:
-            self.add("output", "problem", f"{there}: {room}", "choose a folder on a larger disk")
+            self.problem("output", f"{there}: {room}", "choose a folder on a larger disk")
         else:
-            self.add("output", "fine", f"{folder}: {room}")
+            self.fine("output", f"{folder}: {room}")
         return True
 
     def _what_is_there(self, folder: Path) -> None:
@@ -650,10 +648,11 @@ class _Check:
         if self.settings is not None and self._run_there(folder, self.settings):
             return
         if folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
-            self.add(
-                "output", "warning", f"{folder}: is not empty",
+            self.warning(
+                "output",
+                f"{folder}: is not empty",
                 "results of another study would be refused; choose another folder",
-            )  # fmt: skip
+            )
 
     def _run_there(self, folder: Path, config: AnyConfig) -> bool:
         """Check whether a training may go on in a folder; return whether one was begun there."""
@@ -661,12 +660,13 @@ class _Check:
             if not check_continues(folder, config):
                 return False
             if self.request.resume:
-                self.add("output", "fine", f"{folder}: holds a run that can go on")
+                self.fine("output", f"{folder}: holds a run that can go on")
             else:
-                self.add(
-                    "output", "problem", f"{folder}: holds a training run already",
+                self.problem(
+                    "output",
+                    f"{folder}: holds a training run already",
                     "continue it with --resume, or choose another folder",
-                )  # fmt: skip
+                )
         return True
 
 

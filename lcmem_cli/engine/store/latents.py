@@ -306,48 +306,45 @@ def encode_latents(
         NotFiniteError: the codec gives NaN or infinity for an image; names it.
     """
     codec.check_sides(image_size, image_size)  # before anything is written
-    ranks, reporter = compute.ranks, compute.reporter
+    ranks = compute.ranks
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
         plan = _plan(manifest, codec, image_size=image_size, seed=seed)
         if ranks.is_main:
             _check_plan(output, plan)
         ranks.barrier()  # the plan is there
         shards = _Shards(output, len(manifest), plan["shard_records"])
-        # Each process looks at its share and tells the others, so that all leave out the same.
-        looked_at = [
-            _look(shards, number, manifest, compute) for number in ranks.share(range(len(shards)))
-        ]
-        found = [shard for part in ranks.gather(looked_at) for shard in part if shard is not None]
-        known = {shard.number for shard in found if shard.is_finished}
-        if ranks.is_main:
-            _tell_what_is_there(shards, found, reporter)
-        missing = [number for number in range(len(shards)) if number not in known]
+        missing = _missing(shards, manifest, compute)
         encoder = _Encoder(manifest, codec, shards, image_size, seed, compute)
-        made = encoder.run(ranks.share(missing))
-        made_by_all = ranks.gather(made)  # also waits for every process
-        encoded_now, notes = (sum(numbers) for numbers in zip(*made_by_all, strict=True))
+        made = ranks.gather(encoder.run(ranks.share(missing)))  # also waits for every process
+        encoded_now, notes = (sum(numbers) for numbers in zip(*made, strict=True))
         if notes:
-            reporter.warn(guesses_text(notes))
+            compute.reporter.warn(guesses_text(notes))
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
         store = LatentStore.open(output)
         check_unreadable(store.unreadable, max_unreadable)
-        archive = Path(f"{output.resolve()}.tar.gz")
-        if package and ranks.is_main:
+        archive = Path(f"{output.resolve()}.tar.gz") if package else None
+        if archive is not None and ranks.is_main:
             _write_package(shards, archive)
-        return EncodingResult(
-            folder=str(output),
-            num_images=len(store),
-            num_shards=len(shards),
-            num_encoded_now=encoded_now,
-            codec=store.spec,
-            image_size=store.image_size,
-            mean=store.mean,
-            std=store.std,
-            unreadable=store.unreadable,
-            package=str(archive) if package else None,
-        )
+    return _result(store, len(shards), encoded_now, archive)
+
+
+def _result(
+    store: LatentStore, num_shards: int, num_encoded_now: int, archive: Path | None
+) -> EncodingResult:
+    return EncodingResult(
+        folder=str(store.folder),
+        num_images=len(store),
+        num_shards=num_shards,
+        num_encoded_now=num_encoded_now,
+        codec=store.spec,
+        image_size=store.image_size,
+        mean=store.mean,
+        std=store.std,
+        unreadable=store.unreadable,
+        package=None if archive is None else str(archive),
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -464,6 +461,20 @@ class _Found:
     number: int
     is_finished: bool
     num_changed: int
+
+
+def _missing(shards: _Shards, manifest: Manifest, compute: Compute) -> list[int]:
+    """Return the shards that have to be made, the same in every process, and tell the others."""
+    ranks = compute.ranks
+    looked_at = [
+        _look(shards, number, manifest, compute) for number in ranks.share(range(len(shards)))
+    ]
+    # Gathered, because all have to share the same list: one that looked later might find more.
+    found = [shard for part in ranks.gather(looked_at) for shard in part if shard is not None]
+    if ranks.is_main:
+        _tell_what_is_there(shards, found, compute.reporter)
+    known = {shard.number for shard in found if shard.is_finished}
+    return [number for number in range(len(shards)) if number not in known]
 
 
 def _look(shards: _Shards, number: int, manifest: Manifest, compute: Compute) -> _Found | None:

@@ -106,6 +106,7 @@ def start_from_pixels(model: Any) -> None:
     Raises:
         InputError: there are fewer channels than values in a block of pixels.
     """
+    # Longer than others: one derivation, of which no part has a meaning by itself.
     encoder = model.encoder
     groups, channels = encoder.conv_norm_out.num_groups, encoder.conv_norm_out.num_channels
     members = torch.arange(channels).reshape(groups, -1)
@@ -201,15 +202,7 @@ def train_codec(
         rng = np.random.default_rng(config.runtime.seed)
         drawn = np.sort(rng.choice(len(val_paths), count, replace=False))
         error, psnr = _reconstruction_error(trainer, [val_paths[row] for row in drawn])
-        folder = output / CODEC_FOLDER
-        model: Any = trainer.model.cpu()
-        with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
-            made = Path(temporary) / CODEC_FOLDER
-            model.save_pretrained(made)
-            if folder.exists():
-                folder.rename(Path(temporary) / "former")
-            made.rename(folder)
-        codec = Codec(model, name=str(folder), input_range=config.input_range)
+        codec = _write_codec(trainer.model.cpu(), output, config)
         result = CodecTrainingResult(
             codec=codec.spec,
             num_encoder_parameters=sum(v.numel() for v in codec.encoder_state().values()),
@@ -219,6 +212,18 @@ def train_codec(
         )
         write_json(output / RESULT_NAME, result.to_dict())
         return result
+
+
+def _write_codec(model: Any, output: Path, config: CodecConfig) -> Codec:
+    """Write a diffusers folder in the place of a former one, whole or not at all."""
+    folder = output / CODEC_FOLDER
+    with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
+        made = Path(temporary) / CODEC_FOLDER
+        model.save_pretrained(made)
+        if folder.exists():
+            folder.rename(Path(temporary) / "former")
+        made.rename(folder)
+    return Codec(model, name=str(folder), input_range=config.input_range)
 
 
 def check_inputs(config: CodecConfig, num_train: int, num_val: int) -> None:

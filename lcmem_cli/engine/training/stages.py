@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,8 @@ from lcmem_cli.engine.config import FinetuneConfig, Stage1Config, study_settings
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
+from lcmem_cli.engine.data.manifest import Manifest, paths_outside
+from lcmem_cli.engine.detectors.lcmem import load_codec_of
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import sha256_file, write_json
@@ -37,19 +38,8 @@ from lcmem_cli.engine.models.siamese import (
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 from lcmem_cli.engine.store.latents import LatentStore
+from lcmem_cli.engine.training import inputs
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
-from lcmem_cli.engine.training.inputs import (
-    OTHER_LIST,
-    check_has_images,
-    check_stage1_inputs,
-    check_store,
-    embeddable_codec,
-    finetune_network,
-    is_other_list,
-    load_teacher,
-    stage1_network,
-    teacher_file,
-)
 from lcmem_cli.engine.training.loop import EpochRecord, Pairs, Trainer, TrainingOutcome
 from lcmem_cli.engine.training.run import open_training_folder, readable_part
 from lcmem_cli.engine.training.sampling import PairSampler
@@ -127,7 +117,9 @@ def train_stage1(
         TrainingDivergedError: the loss became NaN.
     """
     compute = _start(config, reporter)
-    check_stage1_inputs(config, has_latents=store is not None, has_images=manifest is not None)
+    inputs.check_stage1_inputs(
+        config, has_latents=store is not None, has_images=manifest is not None
+    )
     stage: _Stage
     if store is not None:
         # A teacher that is fitted again differs by rounding, and so would all that follows.
@@ -167,39 +159,33 @@ def finetune(
         UnreadableLimitError: more unreadable images than tolerated.
         TrainingDivergedError: the loss became NaN.
     """
-    from lcmem_cli.engine.detectors.lcmem import load_codec_of
-
     compute = _start(config, reporter)
     device = resolve_device(compute.device)
     start_file = locate_checkpoint(checkpoint)
     start = load_checkpoint(start_file)
     encoder = load_codec_of(start, source=str(checkpoint), codec=codec, device=device)
-    if is_other_list(start, manifest):
-        compute.reporter.warn(OTHER_LIST.format(source=checkpoint))
+    if inputs.is_other_list(start, manifest):
+        compute.reporter.warn(inputs.OTHER_LIST.format(source=checkpoint))
     listed = manifest.digest
-    manifest, unreadable = readable_part(manifest, compute)
-    check_unreadable(unreadable, max_unreadable)
-    network = finetune_network(config, start, source=str(checkpoint))
+    manifest, unreadable = _readable(manifest, max_unreadable, compute)
+    network = inputs.finetune_network(config, start, source=str(checkpoint))
     digest, retention = f"{manifest.digest}/{start.fingerprint}", None
     train = manifest.select("TRAIN")
-    check_has_images(train.records, "TRAIN")
+    inputs.check_has_images(train.records, "TRAIN")
     if config.retention.weight:
-        file = teacher_file(config, start_file)
-        teacher = load_teacher(file, network).to(device)
+        file = inputs.teacher_file(config, start_file)
+        teacher = inputs.load_teacher(file, network).to(device)
         pooled = teacher.pool(train.paths(), compute)
         retention = teacher.retention(config.retention, pooled, train.records)
         digest = f"{digest}/{sha256_file(file)}"
     stage = _FinetuneStage(
-        name="finetune",
         config=config,
         network=network.to(device),
-        records=manifest.records,
-        evaluate_on=manifest,
+        images=manifest,
         listed=listed,
         data_digest=digest,
         unreadable=unreadable,
         retention=retention,
-        manifest=manifest,
         codec=encoder,
         image_size=config.image.size or start.image_size,
         start=start,
@@ -216,16 +202,22 @@ def _start(config: Stage1Config | FinetuneConfig, reporter: Reporter) -> Compute
     return compute
 
 
+def _readable(
+    manifest: Manifest, max_unreadable: int, compute: Compute
+) -> tuple[Manifest, tuple[Unreadable, ...]]:
+    manifest, unreadable = readable_part(manifest, compute)
+    check_unreadable(unreadable, max_unreadable)
+    return manifest, unreadable
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stage(abc.ABC):
     """What is trained, and what sets one kind of training apart from the others.
 
     Attributes:
-        name: of the stage.
         config: resolved.
         network: to train, on its device.
-        records: images with splits.
-        evaluate_on: what the checkpoint is judged on.
+        images: with splits; what the network is trained and judged on.
         listed: digest of the image list as it was given.
         data_digest: of what the network sees.
         initial: identifies the weights that it begins with; empty where ``data_digest`` does.
@@ -234,11 +226,9 @@ class _Stage(abc.ABC):
         retention: loss that holds the features of a teacher.
     """
 
-    name: Literal["stage1", "finetune"]
     config: Stage1Config | FinetuneConfig
     network: SiameseNetwork
-    records: Sequence[Record]
-    evaluate_on: LatentStore | Manifest
+    images: LatentStore | Manifest
     listed: str
     data_digest: str
     initial: str = ""
@@ -248,7 +238,7 @@ class _Stage(abc.ABC):
 
     @abc.abstractmethod
     def source(self, rows: Sequence[int], compute: Compute) -> PairSource:
-        """Return the source of pairs of some rows of ``records``."""
+        """Return the source of pairs of some rows of the images."""
 
     @abc.abstractmethod
     def checkpoint(self, outcome: TrainingOutcome) -> Checkpoint:
@@ -267,20 +257,16 @@ class _Stage(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LatentStage(_Stage):
-    """Stage 1 on stored latents.
+    """Stage 1 on stored latents."""
 
-    Attributes:
-        store: the latents.
-    """
-
-    store: LatentStore
+    images: LatentStore
 
     def source(self, rows: Sequence[int], compute: Compute) -> PairSource:
-        return LatentSource(self.store, rows)
+        return LatentSource(self.images, rows)
 
     def checkpoint(self, outcome: TrainingOutcome) -> Checkpoint:
-        codec_config, codec_state = embeddable_codec(self.store)
-        spec = self.store.spec
+        codec_config, codec_state = inputs.embeddable_codec(self.images)
+        spec = self.images.spec
         if codec_state is not None:  # it needs no path of the machine that it was made on
             spec = dataclasses.replace(spec, name="inside")
         return Checkpoint(
@@ -290,7 +276,7 @@ class _LatentStage(_Stage):
             codec=spec,
             codec_config=codec_config,
             codec_state=codec_state,
-            image_size=self.store.image_size,
+            image_size=self.images.image_size,
             training=self.provenance(outcome),
         )
 
@@ -300,17 +286,16 @@ class _ImageStage(_Stage):
     """Stage 1 on the pixels of images, or the base of fine-tuning.
 
     Attributes:
-        manifest: the images.
         codec: frozen; encodes them on the fly, or hands on their pixels.
         image_size: side in pixels of what it sees.
     """
 
-    manifest: Manifest
+    images: Manifest
     codec: Codec
     image_size: int
 
     def source(self, rows: Sequence[int], compute: Compute) -> PairSource:
-        paths = self.manifest.paths()
+        paths = self.images.paths()
         return ImageSource(
             [paths[row] for row in rows],
             self.codec,
@@ -374,11 +359,10 @@ def _pixel_stage(
     config: Stage1Config, manifest: Manifest, max_unreadable: int, compute: Compute
 ) -> _Stage:
     listed = manifest.digest
-    manifest, unreadable = readable_part(manifest, compute)
-    check_unreadable(unreadable, max_unreadable)
+    manifest, unreadable = _readable(manifest, max_unreadable, compute)
     device = resolve_device(compute.device)
     codec = load_codec("none", device=device)
-    network = stage1_network(config, codec.spec, config.image.size, None)
+    network = inputs.stage1_network(config, codec.spec, config.image.size, None)
     check_input(network)
     if config.network.weights not in ("random", "timm"):
         copy_backbone(
@@ -386,16 +370,13 @@ def _pixel_stage(
         )
     initial = _state_digest(network)
     return _ImageStage(
-        name="stage1",
         config=config,
         network=network.to(device),
-        records=manifest.records,
-        evaluate_on=manifest,
+        images=manifest,
         listed=listed,
         data_digest=manifest.digest,
         initial=initial,
         unreadable=unreadable,
-        manifest=manifest,
         codec=codec,
         image_size=config.image.size,
     )
@@ -417,14 +398,14 @@ def _latent_stage(
         known_teacher: file of the teacher that the run which is continued has saved.
         compute: how images are read.
     """
-    check_store(config, store)
+    inputs.check_store(config, store)
     if config.codec.name not in ("embedded", store.spec.name):
         compute.reporter.event(
             "codec.name has no effect with --latents",
             given=config.codec.name,
             made_by=store.spec.name,
         )
-    network = stage1_network(config, store.spec, store.image_size, store)
+    network = inputs.stage1_network(config, store.spec, store.image_size, store)
     check_input(network)
     pretrained, is_fitted = None, False
     if config.network.weights not in ("random", "timm"):
@@ -443,18 +424,15 @@ def _latent_stage(
         train = [store.records[row] for row in store.select("TRAIN")]
         retention = teacher.retention(config.retention, pooled, train)
     return _LatentStage(
-        name="stage1",
         config=config,
         network=network.to(resolve_device(compute.device)),
-        records=store.records,
-        evaluate_on=store,
+        images=store,
         listed=store.manifest_digest,
         data_digest=f"{store.manifest_digest}/{store.spec.weights_hash}/{store.image_size}",
         initial=initial,
         unreadable=store.unreadable,  # tolerated when it was made
         teacher=teacher,
         retention=retention,
-        store=store,
     )
 
 
@@ -488,10 +466,10 @@ def _run(stage: _Stage, output: Path, *, resume: bool, compute: Compute) -> Trai
 
 
 def _pairs(stage: _Stage, split: str, compute: Compute) -> Pairs:
-    rows = [row for row, record in enumerate(stage.records) if record.split == split]
-    check_has_images(rows, split)
+    rows = [row for row, record in enumerate(stage.images.records) if record.split == split]
+    inputs.check_has_images(rows, split)
     sampler = PairSampler(
-        [stage.records[row] for row in rows],
+        [stage.images.records[row] for row in rows],
         stage.config.sampling,
         batch_size=stage.config.schedule.batch_size,
         seed=stage.config.runtime.seed,
@@ -508,7 +486,7 @@ def _conclude(
 
     checkpoint = stage.checkpoint(outcome).with_fingerprint()
     judged = judge(
-        checkpoint, stage.evaluate_on, workers=compute.workers, ranks=compute.ranks,
+        checkpoint, stage.images, workers=compute.workers, ranks=compute.ranks,
         device=compute.device, reporter=compute.reporter,
     )  # fmt: skip
     if judged.unreadable:  # they were all readable when the training began
@@ -523,7 +501,7 @@ def _conclude(
     result = TrainingResult(
         checkpoint=str(path),
         fingerprint=checkpoint.fingerprint,
-        stage=stage.name,
+        stage=stage.config.kind,
         num_train_identities=num_identities,
         best_epoch=outcome.best_epoch + 1,
         num_epochs=len(outcome.history),
@@ -558,7 +536,7 @@ class _Aligned:
             InputError: there are none, they lie elsewhere, or they have changed.
         """
         rows = self.store.select("TRAIN")
-        check_has_images(rows, "TRAIN")
+        inputs.check_has_images(rows, "TRAIN")
         names = [self.store.records[row].path for row in rows]
         outside = paths_outside(names, self.manifest.basedir)
         if outside:
