@@ -309,7 +309,7 @@ def test_remedies_are_about_what_was_found(latents, tmp_path):
     assert "resnet1800" in backbone.what
     (latents / "index.parquet").write_bytes(b"damaged")
     (damaged,) = problems(config="stage1", overrides=SMALL, latents=latents)
-    assert "index is damaged" in damaged.what
+    assert "index.parquet: missing or damaged" in damaged.what
 
 
 def test_a_run_that_is_to_be_continued(latents, run_cli, tmp_path):
