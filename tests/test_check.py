@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcmem_cli.engine import check as engine
+from lcmem_cli.engine import config as configs
 from lcmem_cli.engine.check import CheckRequest, check_run
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.models.checkpoint import HEADER_KEY, embedded_checkpoint
@@ -360,10 +361,10 @@ def test_the_estimate_covers_what_a_training_writes(latents, run_cli, tmp_path):
     small = [f"--set={s}" for s in (*SMALL, "schedule.batch_size=8", "schedule.epochs=1")]
     run_cli("train-stage1", "--latents", latents, "-o", target, *small, "--set=runtime.device=cpu")
     written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    config = engine.validate(engine.apply_overrides({"kind": "stage1"}, SMALL), source="test")
+    values = configs.apply_overrides({"kind": "stage1"}, SMALL)
+    config = configs.validate(values, source="test")
     store = engine.LatentStore.open(latents)
-    count = sum(
-        p.numel() for p in engine.stage1_network(config, store.spec, 32, store).parameters()
-    )
+    network = engine.inputs.stage1_network(config, store.spec, 32, store)
+    count = sum(p.numel() for p in network.parameters())
     estimate = engine._estimate(config, count) - engine._SMALL_FILES_BYTES
     assert written < estimate < 4 * written
