@@ -20,7 +20,8 @@ from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation.metrics import METRIC_KEYS, pair_metrics
 from lcmem_cli.engine.evaluation.study import benchmark as module
-from lcmem_cli.engine.evaluation.study import folder as study
+from lcmem_cli.engine.evaluation.study import detectors as study
+from lcmem_cli.engine.evaluation.study import files
 from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 from lcmem_cli.engine.store.latents import LatentStore
 
@@ -38,8 +39,8 @@ def quick_pictures(request, monkeypatch):
         for suffix in (".png", ".pdf"):
             target.with_name(target.name + suffix).write_text(repr(data))
 
-    monkeypatch.setattr(module, "plot_roc", draw)
-    monkeypatch.setattr(module, "plot_bars", draw)
+    monkeypatch.setattr(files, "plot_roc", draw)
+    monkeypatch.setattr(files, "plot_bars", draw)
 
 
 @pytest.fixture

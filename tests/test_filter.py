@@ -173,12 +173,17 @@ def test_damaged_or_foreign_audits_are_refused(audited):
     document = json.loads(text)
     for damaged in (document | {"flagged": [{}]}, document | {"generated": {}}):
         path.write_text(json.dumps(damaged))
-        with pytest.raises(CorruptFileError, match=r"audit\.json was damaged"):
+        with pytest.raises(
+            CorruptFileError, match=r"audit\.json: damaged, .*(flagged\.0|generated)\."
+        ):
             filter_audit(audited / "audit", audited / "out")
     path.write_text(text)
-    table.write_bytes(lines.replace(b",0.", b",abc", 1))
-    with pytest.raises(CorruptFileError, match=r"the row of .* is damaged"):
-        filter_audit(audited / "audit", audited / "out")
+    for number in (b",abc", b",nan,"):
+        table.write_bytes(lines.replace(b",0.", number, 1))
+        with pytest.raises(
+            CorruptFileError, match=r"matches\.csv, the row of .*: damaged, .*score"
+        ):
+            filter_audit(audited / "audit", audited / "out")
     for damaged in (text[:50], "[]"):
         path.write_text(damaged)
         with pytest.raises(CorruptFileError, match="not valid"):

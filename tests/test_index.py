@@ -17,7 +17,7 @@ from lcmem_cli.engine.evaluation import indexing
 from lcmem_cli.engine.evaluation.audit.sets import list_set
 from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
 

@@ -145,7 +145,7 @@ def audit_command(
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit.result import counted, percent
+    from lcmem_cli.engine.evaluation.audit.sentences import counted, percent
 
     render.line(result.statement)
     render.line(result.verdict)

@@ -32,7 +32,7 @@ from lcmem_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.study.benchmark import BenchmarkResult, SetResult
+    from lcmem_cli.engine.evaluation.study.results import BenchmarkResult, SetResult
 
 
 class PairChoice(str, enum.Enum):
@@ -119,7 +119,7 @@ def benchmark_command(
 
 
 def _show(result: BenchmarkResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.study.benchmark import OVERALL
+    from lcmem_cli.engine.evaluation.study.results import OVERALL
 
     datasets = list(dict.fromkeys(name for item in result.detectors for name in item.per_dataset))
     _show_set(result, [item.overall for item in result.detectors], OVERALL)

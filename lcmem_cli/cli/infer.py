@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lcmem_cli.cli import render, startup
+from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BatchSizeOption,
     CheckpointOption,
@@ -73,51 +73,23 @@ def infer(
             "--detector or --threshold"
         )
 
-    from lcmem_cli.engine.detectors.base import Detector
-    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-    from lcmem_cli.engine.evaluation.inference import (
-        read_pairs,
-        save_picture,
-        score_pairs,
-        verdict_text,
-    )
-    from lcmem_cli.engine.models.codec import PIXELS
+    from lcmem_cli.engine.compute import Compute
+    from lcmem_cli.engine.evaluation.inference import Judge, verdict_text
+    from lcmem_cli.engine.evaluation.inference import infer as score
 
-    wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
-    chosen: Detector
-    if audit is not None:
-        from lcmem_cli.engine.compute import Compute
-        from lcmem_cli.engine.evaluation.audit.detector import detector_of
-
-        chosen = detector_of(
-            audit,
-            Compute(
-                device=device.value,
-                batch_size=batch_size,
-                workers=workers,
-                reporter=render.reporter(),
-            ),
-        )
-    elif detector is None:
-        chosen = Detector.load(checkpoint, codec=codec, device=device.value)
-    else:
-        from lcmem_cli.engine.detectors.registry import load_detector
-
-        chosen = load_detector(detector, device=device.value)
-    if isinstance(chosen, LCMemDetector) and chosen.checkpoint.codec.name != PIXELS:
-        startup.lighten_diffusers()  # pixels need nothing of it
-    result = score_pairs(
-        chosen,
-        wanted,
+    result = score(
+        (image_a, image_b) if image_a and image_b else pairs or Path(),
+        Judge(audit=audit, detector=detector, checkpoint=checkpoint, codec=codec),
         threshold=threshold,
-        batch_size=batch_size,
-        workers=workers,
+        save=save,
         max_unreadable=max_unreadable,
-        reporter=render.reporter(),
+        compute=Compute(
+            device=device.value,
+            batch_size=batch_size,
+            workers=workers,
+            reporter=render.reporter(),
+        ),
     )
-    picture = None if result.pairs[0].score is None else save
-    if picture is not None:
-        save_picture(result.pairs[0], picture, threshold=result.threshold)
 
     def human() -> None:
         if len(result.pairs) == 1 and result.pairs[0].score is not None:
@@ -148,7 +120,8 @@ def infer(
                 )
         render.unreadable(result.unreadable)
         if save is not None:
-            render.line(f"picture    {picture or 'none: an image cannot be read'}")
+            drawn = result.pairs[0].score is not None
+            render.line(f"picture    {save if drawn else 'none: an image cannot be read'}")
 
     render.emit(result, as_json=as_json, human=human)
 

@@ -65,7 +65,7 @@ def latents(
     from lcmem_cli.engine.compute import Compute
     from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import resolve_device
-    from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.models.codec_loading import load_codec
     from lcmem_cli.engine.store.latents import encode_latents
 
     compute = Compute.start(

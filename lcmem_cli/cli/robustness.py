@@ -33,7 +33,7 @@ from lcmem_cli.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lcmem_cli.engine.evaluation.study.robustness import RobustnessOfDetector, RobustnessResult
+    from lcmem_cli.engine.evaluation.study.results import RobustnessOfDetector, RobustnessResult
 
 
 class SuiteChoice(str, enum.Enum):

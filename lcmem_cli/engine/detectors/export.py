@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lcmem_cli.engine.detectors.external import open_session
-from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
+from lcmem_cli.engine.detectors.onnx import open_session
 from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError, first_line
 from lcmem_cli.engine.files import atomic_path, check_writable, sha256_bytes
 from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.export_header import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
@@ -107,22 +107,10 @@ def export_checkpoint(
         WeightsUnavailableError: checkpoint or codec are not on this machine.
         LcmemError: the network cannot be traced, or the export computes something else.
     """
-    kind = _SUFFIXES.get(output.suffix.lower())
-    if kind is None:
-        raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
-    if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
-        raise MissingExtraError("export to ONNX", "onnx")
+    kind = _format_of(output)
     check_writable(output)
     detector = load_lcmem(checkpoint, codec=codec, device="cpu")
-    header = ExportHeader(
-        fingerprint=detector.fingerprint,
-        image_size=detector.input_size,
-        head_weight=tuple(float(weight) for weight in detector.weight),
-        head_bias=detector.bias,
-        thresholds=detector.thresholds,
-        codec=detector.codec.spec.describe(),
-        adapted_to=tuple(sorted(detector.adapted_to)),
-    )
+    header = _header_of(detector)
     batches = _random_batches(detector.input_size)
     expected = [detector.embed_batch(batch) for batch in batches]  # before memory formats change
     program = _trace(detector, kind)
@@ -139,16 +127,13 @@ def export_checkpoint(
     else:
         content = _to_archive(program, header)
         run = _archive_runner(content)
-    difference = None
-    if run is not None:
-        found = [run(batch) for batch in batches]
-        difference = _difference(found, expected)
-        if not difference <= TOLERANCE:  # NaN too
-            raise LcmemError(
-                f"{output}: not written: the exported network's features differ from those of "
-                f"{detector.name} by up to {difference:.3g} (allowed: {TOLERANCE:g}); try the "
-                "other format, or another version of torch"
-            )
+    difference = None if run is None else _difference([run(b) for b in batches], expected)
+    if difference is not None and not difference <= TOLERANCE:  # NaN too
+        raise LcmemError(
+            f"{output}: not written: the exported network's features differ from those of "
+            f"{detector.name} by up to {difference:.3g} (allowed: {TOLERANCE:g}); try the other "
+            "format, or another version of torch"
+        )
     with atomic_path(output) as temporary:
         temporary.write_bytes(content)
     return ExportResult(
@@ -163,6 +148,27 @@ def export_checkpoint(
         num_checked=0 if run is None else sum(len(batch) for batch in batches),
         max_difference=difference,
         tolerance=TOLERANCE,
+    )
+
+
+def _format_of(output: Path) -> Format:
+    kind = _SUFFIXES.get(output.suffix.lower())
+    if kind is None:
+        raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
+    if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise MissingExtraError("export to ONNX", "onnx")
+    return kind
+
+
+def _header_of(detector: LCMemDetector) -> ExportHeader:
+    return ExportHeader(
+        fingerprint=detector.fingerprint,
+        image_size=detector.input_size,
+        head_weight=tuple(float(weight) for weight in detector.weight),
+        head_bias=detector.bias,
+        thresholds=detector.thresholds,
+        codec=detector.codec.spec.describe(),
+        adapted_to=tuple(sorted(detector.adapted_to)),
     )
 
 

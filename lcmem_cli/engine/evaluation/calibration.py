@@ -120,6 +120,8 @@ def conformal_threshold(null: ArrayLike, rate: float) -> float:
     """
     _check_rate(rate)
     values = np.sort(check_scores(null, what="null scores"))
+    # The query counts as one more draw of the null: of the m + 1 ranks that it may take, each as
+    # likely as the others where it is no copy, the highest `allowed` may be flagged.
     allowed = largest_count(rate, len(values) + 1)
     if allowed < 1:
         raise InputError(
@@ -194,6 +196,35 @@ def benjamini_hochberg(p_values: ArrayLike, rate: float) -> NDArray[np.bool_]:
     # The adjustment multiplies and divides: 0.07 * 10 / 7 is a hair over the 0.1 that it equals.
     flagged: NDArray[np.bool_] = false_discovery_control(values) <= rate * (1 + 1e-12)
     return flagged
+
+
+def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float:
+    """Return the chance that so many queries are flagged where all are like the held-out ones.
+
+    The threshold is itself an order statistic of the null, so the number flagged is beta-binomial
+    (Wilks 1942, doi 10.1214/aoms/1177731537): wider than binomial where the null is small.
+
+    Args:
+        count: flagged queries or more.
+        num_queries: all queries.
+        rate: false positives per query.
+        num_null: scores of the null.
+    """
+    from scipy.stats import betabinom
+
+    above = largest_count(rate, num_null + 1)
+    return float(betabinom.sf(count - 1, num_queries, above, num_null + 1 - above))
+
+
+def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
+    """Return how many queries Benjamini-Hochberg flags at least, if any: no p-value is smaller.
+
+    Args:
+        rate: false-discovery rate.
+        num_queries: all queries.
+        num_null: scores of the null.
+    """
+    return math.ceil(num_queries / (rate * (num_null + 1)) - 1e-9)
 
 
 def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -11,8 +11,8 @@ import torch
 from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
-from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.joint import JointDetector
+from lcmem_cli.engine.detectors.lcmem import load_lcmem
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
@@ -88,7 +88,7 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
         name = f"copy-of-{number:03d}-{transform}.png"
         _save(altered, folders["generated"] / name)
         planted.append(name)
-    detector = Detector.load(device=device)
+    detector = load_lcmem(device=device)
     first = folders["training"] / "training-000.png"
     pairs = score_pairs(
         detector,

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, content_hash, guesses_text, load_pixels
-from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_pixels
 from lcmem_cli.engine.detectors.base import Detector, score_listed
-from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.distributed import resolve_workers
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
-from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.evaluation.audit.detector import detector_of
+from lcmem_cli.engine.files import atomic_path, check_writable
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
 MAX_PAIRS_BYTES = 1 << 30
+PICTURE_SUFFIX = ".png"
 PAIR_COLUMNS = ("path_a", "path_b")
 _PICTURE_SIDE, _GAP = 320, 12
 
@@ -67,6 +67,63 @@ class InferenceResult(Result):
     unreadable: tuple[Unreadable, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Which detector judges pairs: an audit's, a named one, or else a checkpoint's.
+
+    Attributes:
+        audit: output folder of ``audit``, which brings its threshold too.
+        detector: name of any detector.
+        checkpoint: an lcmem ``.safetensors`` file or hub id; ``None``: the embedded model.
+        codec: where the checkpoint's codec is, if it does not hold it.
+    """
+
+    audit: Path | None = None
+    detector: str | None = None
+    checkpoint: str | None = None
+    codec: str | None = None
+
+    def load(self, compute: Compute) -> Detector:
+        """Load the detector."""
+        if self.audit is not None:
+            return detector_of(self.audit, compute)
+        if self.detector is not None:
+            return load_detector(self.detector, device=compute.device)
+        return Detector.load(self.checkpoint, codec=self.codec, device=compute.device)
+
+
+def infer(
+    pairs: tuple[Path, Path] | Path,
+    judge: Judge,
+    *,
+    threshold: str | None = None,
+    save: Path | None = None,
+    max_unreadable: int = 0,
+    compute: Compute = DEFAULT_COMPUTE,
+) -> InferenceResult:
+    """Score two images, or the pairs of a file.
+
+    Args:
+        pairs: two images, or a CSV file as ``read_pairs`` reads it.
+        judge: what scores.
+        threshold: see ``score_pairs``.
+        save: ``.png`` file for a picture of the first pair, drawn where both images are readable.
+        max_unreadable: tolerated unreadable images.
+        compute: how the images are embedded.
+
+    Raises:
+        InputError: a file cannot be used, or unknown detector or threshold.
+        UnreadableLimitError: more unreadable images than tolerated.
+    """
+    if save is not None:
+        check_writable(save, suffix=PICTURE_SUFFIX)
+    listed = read_pairs(pairs) if isinstance(pairs, Path) else [pairs]
+    result = _score(judge.load(compute), listed, threshold, max_unreadable, compute)
+    if save is not None and result.pairs[0].score is not None:
+        save_picture(result.pairs[0], save, threshold=result.threshold)
+    return result
+
+
 def score_pairs(
     detector: Detector,
     pairs: Sequence[tuple[Path, Path]],
@@ -92,69 +149,53 @@ def score_pairs(
         InputError: unknown threshold.
         UnreadableLimitError: more unreadable images than tolerated.
     """
+    compute = Compute(batch_size=batch_size, workers=workers, reporter=reporter)
+    return _score(detector, pairs, threshold, max_unreadable, compute)
+
+
+def _score(
+    detector: Detector,
+    pairs: Sequence[tuple[Path, Path]],
+    threshold: str | None,
+    max_unreadable: int,
+    compute: Compute,
+) -> InferenceResult:
     chosen = choose_threshold(detector, threshold)
     if threshold is None and chosen is not None and chosen.kind != "fpr":
-        reporter.warn(
+        compute.reporter.warn(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
             f"{chosen.name}, at which unlike images pass as often as it says below"
         )
-    batching = Batching(batch_size, detector.device, reporter=reporter)
     number: dict[Path, int] = {}
-    for pair in pairs:
-        for path in pair:
-            number.setdefault(path, len(number))
-    files = list(number)
-    features = np.zeros((len(files), 0), dtype=np.float32)
-    bad: dict[int, str] = {}
-    num_guessed = 0
-    with reporter.task("embedding", len(files), unit="image") as task:
-        for batch in iter_images(
-            files,
-            detector.input_size,
-            workers=min(len(files), resolve_workers(workers)),
-            batch_size=batching.loaded,
-        ):
-            bad.update(batch.unreadable)
-            num_guessed += len(batch.notes)
-            if batch.indices:
-                indices, pieces, failed = batching.embed(detector.embed_batch, batch)
-                bad.update(failed)
-                if pieces:
-                    made = np.concatenate(pieces)
-                    if not features.shape[1]:
-                        features = allocate_features((len(files), made.shape[1]), made.dtype.type)
-                    features[indices] = made
-            task.advance(len(batch.indices) + len(batch.unreadable))
-    if num_guessed:
-        reporter.warn(guesses_text(num_guessed))
-    unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
-    check_unreadable(unreadable, max_unreadable)
-    rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
-    rows[np.isin(rows, list(bad))] = -1
-    scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
-
-    size_of = functools.cache(lambda path: path.stat().st_size)  # a file may be in many pairs
-    content_of = functools.cache(content_hash)
-
-    def scored(a: Path, b: Path, score: float) -> PairScore:
+    for path in (path for pair in pairs for path in pair):
+        number.setdefault(path, len(number))
+    embedded = embed_files(detector, list(number), compute)
+    check_unreadable(embedded.unreadable, max_unreadable)
+    files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+    rows = embedded.rows[files]
+    scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1]).tolist()
+    scored = []
+    for pair, contents, score in zip(pairs, rows.tolist(), scores, strict=True):
         known = None if math.isnan(score) else score
         match = None
         if known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
-        identical = known is not None and (
-            a == b or (size_of(a) == size_of(b) and content_of(a) == content_of(b))
+        scored.append(
+            PairScore(
+                path_a=str(pair[0]),
+                path_b=str(pair[1]),
+                score=known,
+                match=match,
+                identical=known is not None and contents[0] == contents[1],
+            )
         )
-        return PairScore(
-            path_a=str(a), path_b=str(b), score=known, match=match, identical=identical
-        )
-
     return InferenceResult(
         detector=detector.name,
         fingerprint=detector.fingerprint,
-        pairs=tuple(scored(a, b, score) for (a, b), score in zip(pairs, scores, strict=True)),
+        pairs=tuple(scored),
         threshold=chosen,
-        num_images_embedded=len(files) - len(bad),
-        unreadable=unreadable,
+        num_images_embedded=int((embedded.rows >= 0).sum()),
+        unreadable=embedded.unreadable,
     )
 
 
@@ -212,16 +253,11 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
 
     Args:
         pair: a scored pair of readable images.
-        target: ``.png`` file.
+        target: file of the kind that ``PICTURE_SUFFIX`` says.
         threshold: for the line of text.
-
-    Raises:
-        InputError: another kind of file.
     """
     from PIL import Image, ImageDraw
 
-    if target.suffix.lower() != ".png":
-        raise InputError(f"{target}: expected a file name that ends in .png")
     a, b = (load_pixels(Path(p), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
     width = 3 * _PICTURE_SIDE + 4 * _GAP

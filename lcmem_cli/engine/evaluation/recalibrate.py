@@ -15,10 +15,10 @@ from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
 from lcmem_cli.engine.evaluation.judge import (
     FITTED_RATES,
+    ScoredSplit,
     embed_split,
     fit_thresholds,
     judge,
-    score_within,
 )
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import SUFFIX, halve, load_checkpoint, save_checkpoint
@@ -134,9 +134,7 @@ def recalibrate(
         loaded = whitening.fitted()
     if request.half:
         loaded = halve(loaded)
-    judged = judge(
-        loaded, manifest, workers=compute.workers, device=compute.device, reporter=compute.reporter
-    )
+    judged = judge(loaded, manifest, compute)
     check_unreadable(judged.unreadable, limit)
     _check_thresholds(
         judged.thresholds, request.filelist, needed=not request.adapted, reporter=compute.reporter
@@ -220,25 +218,22 @@ def _strangers_thresholds(
     names = dict.fromkeys(record.ds_name for record in manifest.select("VAL").records)
     for name in names:
         detector = LCMemDetector(
-            whitening.fitted(without=name), name="checkpoint", device=resolve_device(compute.device)
+            whitening.fitted(without=name),
+            name="checkpoint",
+            device=resolve_device(compute.device),
         )
         own = _own_part(manifest, name)
-        rows, features, _ = embed_split(
-            detector, own, "VAL", workers=compute.workers, reporter=compute.reporter
-        )
-        if not rows:
+        records, features, _ = embed_split(detector, own, "VAL", compute)
+        if not records:
             continue
-        records = [own.records[row] for row in rows]
-        scored.append(score_within(detector, features, records))
-        bank, bank_features, _ = embed_split(
-            detector, own, "TRAIN", workers=compute.workers, reporter=compute.reporter
-        )
+        scored.append(ScoredSplit.of(detector, features, records))
+        bank, bank_features, _ = embed_split(detector, own, "TRAIN", compute)
         try:
-            kind = detector.adapted(bank_features, [own.records[row].path for row in bank])
+            kind = detector.adapted(bank_features, [record.path for record in bank])
         except NotAdaptableError as error:
             compute.reporter.event("not_adapted", data_set=name, reason=str(error))
             continue
-        adapted.append(score_within(kind.detector, kind.convert(features), records))
+        adapted.append(ScoredSplit.of(kind.detector, kind.convert(features), records))
     by = ", each scored by a last layer that was fitted without it"
     return (
         fit_thresholds(scored, fingerprint, by=by),

@@ -9,9 +9,10 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -20,6 +21,8 @@ from lcmem_cli.engine.errors import CheckpointError, InputError, nearest
 
 Normalisation = Literal["sample", "dataset", "none", "imagenet"]
 
+MAX_SIDE = 4096
+"""Of an image, and of a network's input, in pixels."""
 STD_FLOOR_SAMPLE = 1e-8
 STD_FLOOR_DATASET = 1e-12
 _ROUNDING = 1e-6
@@ -46,6 +49,8 @@ BACKBONE_ALIASES = {
 class NetworkSpec:
     """Everything needed to build a Siamese network without its weights.
 
+    The bounds are checked where a spec is read from a file.
+
     Attributes:
         backbone: timm model name.
         in_channels: channels of the input (latents, or 3 for pixels).
@@ -62,14 +67,14 @@ class NetworkSpec:
     """
 
     backbone: str
-    in_channels: int
-    num_features: int
-    input_size: int
+    in_channels: Annotated[int, Field(ge=1, le=4096)]
+    num_features: Annotated[int, Field(ge=1, le=65_536)]
+    input_size: Annotated[int, Field(ge=1, le=MAX_SIDE)]
     normalisation: Normalisation
-    stem_stride: int | None = None
-    inner_stride: int | None = None
-    inner_bands: int | None = None
-    feature_rms: float | None = None
+    stem_stride: Annotated[int, Field(ge=1, le=64)] | None = None
+    inner_stride: Annotated[int, Field(ge=1, le=64)] | None = None
+    inner_bands: Annotated[int, Field(ge=1, le=64)] | None = None
+    feature_rms: Annotated[float, Field(gt=0, le=10)] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 

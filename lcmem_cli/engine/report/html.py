@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,48 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli import __version__
-from lcmem_cli.engine.results import Result
 
 if TYPE_CHECKING:
     import jinja2
 
 TEMPLATE_NAME = "report.html.j2"
+MAX_PAIRS = 5000
+"""Flagged pairs that the page holds."""
 _NUM_BINS = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportPair:
-    """A flagged image beside its training image.
+class Pictures:
+    """The pictures of the page.
 
     Attributes:
-        query: name of the generated image.
-        match: name of the training image.
-        match_id: its identity.
-        score: of the detector.
-        p_value: in (0, 1].
-        exact: whether the contents are equal.
-        query_picture: index into the page's pictures.
-        match_picture: index into the page's pictures.
+        uris: data URIs, ``None`` where a picture cannot be shown.
+        generated: place among them of each generated image, by its name in the result.
+        training: place of each training image.
     """
 
-    query: str
-    match: str
-    match_id: str
-    score: float
-    p_value: float
-    exact: bool
-    query_picture: int
-    match_picture: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportCopied:
-    """One of the most-copied training images, with the index of its picture."""
-
-    path: str
-    id: str
-    count: int
-    picture: int
+    uris: Sequence[str | None]
+    generated: Mapping[str, int]
+    training: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,51 +88,40 @@ class Plot:
 
 
 def render_report(
-    result: Result,
-    *,
-    pairs: Sequence[ReportPair],
-    most_copied: Sequence[ReportCopied],
-    pictures: Sequence[str | None],
-    distribution: Distribution,
-    max_lines: int = 200,
+    result: Any, pictures: Pictures, distribution: Distribution, *, max_lines: int = 200
 ) -> str:
     """Return the page as HTML.
 
     Names are escaped wherever they occur; scripts and styles are allowed by their hashes alone.
 
     Args:
-        result: an ``AuditResult`` (this package knows results only by their fields).
-        pairs: flagged pairs to show, best first; more than these may be flagged.
-        most_copied: training images to show.
-        pictures: data URIs, ``None`` where a picture cannot be shown.
+        result: an ``AuditResult`` (this package knows results only by their fields). Of its flagged
+            images the first ``MAX_PAIRS`` are shown.
+        pictures: of these, their matches, and the most-copied training images.
         distribution: scores to draw.
         max_lines: the most lines of a list (duplicates, unreadable images) to write out.
     """
-    data = {
-        "pairs": [
-            {
-                "q": printable(pair.query),
-                "m": printable(pair.match),
-                "id": printable(pair.match_id),
-                "s": pair.score,
-                "p": pair.p_value,
-                "x": pair.exact,
-                "a": pair.query_picture,
-                "b": pair.match_picture,
-            }
-            for pair in pairs
-        ],
-        "pictures": list(pictures),
-    }
-    environment = _environment()
+    pairs = [
+        {
+            "q": printable(match.query),
+            "m": printable(match.match),
+            "id": printable(match.match_id),
+            "s": match.score,
+            "p": match.p_value,
+            "x": match.exact,
+            "a": pictures.generated[match.query],
+            "b": pictures.training[match.match],
+        }
+        for match in result.flagged[:MAX_PAIRS]
+    ]
     assets = {name: _asset(name) for name in ("report.css", "report.js")}
-    return environment.get_template(TEMPLATE_NAME).render(
+    template = _environment().get_template(TEMPLATE_NAME)
+    return template.render(
         result=result,
-        pairs=pairs,
-        most_copied=most_copied,
+        num_pairs=len(pairs),
         pictures=pictures,
         plot=draw_distribution(distribution),
-        data=script_json(data),
+        data=script_json({"pairs": pairs, "pictures": list(pictures.uris)}),
         css=assets["report.css"],
         js=assets["report.js"],
         policy=content_policy(assets["report.js"], assets["report.css"]),

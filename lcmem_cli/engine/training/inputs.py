@@ -12,7 +12,8 @@ from lcmem_cli.engine.config import FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import MAX_EMBEDDED_CODEC_BYTES, Checkpoint
-from lcmem_cli.engine.models.codec import CodecSpec, load_codec
+from lcmem_cli.engine.models.codec import CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,

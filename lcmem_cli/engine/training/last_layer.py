@@ -17,10 +17,10 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.loading import Transform, hash_files, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
-from lcmem_cli.engine.detectors.lcmem import load_codec_of
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import Checkpoint
+from lcmem_cli.engine.models.codec_loading import load_codec_of
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.models.whitening import whitened_projection
 

@@ -22,12 +22,12 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, paths_outside
-from lcmem_cli.engine.detectors.lcmem import load_codec_of
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import sha256_file, write_json
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.codec_loading import load_codec, load_codec_of
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import (
     SiameseNetwork,
@@ -485,10 +485,7 @@ def _conclude(
     from lcmem_cli.engine.report.plots import plot_loss_curves, plot_roc
 
     checkpoint = stage.checkpoint(outcome).with_fingerprint()
-    judged = judge(
-        checkpoint, stage.images, workers=compute.workers, ranks=compute.ranks,
-        device=compute.device, reporter=compute.reporter,
-    )  # fmt: skip
+    judged = judge(checkpoint, stage.images, compute)
     if judged.unreadable:  # they were all readable when the training began
         bad = judged.unreadable[0]
         raise LcmemError(

@@ -23,22 +23,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.images import load_pixels
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit.result import (
-    NullKind,
-    SharedPicture,
-    counted,
-    fewest_flagged,
-    percent,
-)
-from lcmem_cli.engine.evaluation.audit.sets import ImageSet
+from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
+from lcmem_cli.engine.evaluation.audit.search import search_training
+from lcmem_cli.engine.evaluation.audit.sentences import percent
+from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
 from lcmem_cli.engine.evaluation.calibration import required_null_size
 from lcmem_cli.engine.store.search import TopK, merge_top_k
 
@@ -51,7 +46,6 @@ _FIRST_NEIGHBOURS = 8
 _MOST_NEIGHBOURS = 128
 """Beyond these, an image is searched among those of other identities alone."""
 _BANK_BYTES = 256 << 20
-_PAIR_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,52 +79,59 @@ class Null:
         return len(np.unique(self.images.groups[self.rows]))
 
 
-def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
-    """Find the ``k`` best rows of the bank; every process searches its part of it.
+def make_null(embedded: Embedded, kind: NullKind, *, rate: float, seed: int) -> Null:
+    """Return the real images that generated ones are compared with.
 
-    The matches found are scored once more pair by pair. Matrix products round differently with the
-    number of rows; so the result is the same to the last bit for any number of processes.
-    """
-    k = min(k, len(bank))
-    if not len(queries):
-        return TopK(np.zeros((0, k)), np.zeros((0, k), dtype=np.int64))
-    bounds = [len(bank) * part // ranks.size for part in range(ranks.size + 1)]
-    low, high = bounds[ranks.rank], bounds[ranks.rank + 1]
-    found = detector.top_k(queries, bank[low:high], k) if high > low else None
-    parts = {
-        offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
-    }
-    rows = merge_top_k(list(parts.values()), list(parts), k).rows
-    scores = np.empty(rows.shape)
-    block = max(1, _PAIR_BYTES // (k * queries[:1].nbytes))
-    for start in range(0, len(rows), block):
-        part_rows = rows[start : start + block]
-        left = np.repeat(queries[start : start + block], k, axis=0)
-        pairs = detector.score_features(left, bank[part_rows.ravel()])
-        scores[start : start + block] = pairs.reshape(-1, k)
-    order = np.lexsort((rows, -scores), axis=1)
-    return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
-
-
-def held_out_null(
-    detector: Detector,
-    training: ImageSet,
-    held_out: ImageSet,
-    generated: ImageSet,
-    ranks: Ranks,
-) -> Null:
-    """Search held-out real images in the training set.
-
-    Images whose content is in the training set, or that show the picture of their best match saved
-    anew, are taken out: they would raise the null and hide copies. So are images that are among
-    the generated ones, each of which would be compared with itself.
+    Args:
+        embedded: the sets.
+        kind: the construction.
+        rate: of the audit, on which the size of a split depends.
+        seed: of a split, and of the sample of a large training set.
 
     Raises:
-        InputError: all of them are.
+        InputError: there are too few for the rate, or the detector was adapted to some of them.
     """
+    if kind == "held-out":
+        null = held_out_null(embedded)
+    elif kind == "split":
+        null = split_null(embedded, rate=rate, seed=seed)
+    else:
+        null = leave_one_out_null(embedded, seed=seed)
+    null = without_same_pictures(null, embedded)
+    detector, images = embedded.detector, null.images
+    used = [row for row in null.rows if images.hashes[row] in detector.adapted_to]
+    if used:  # they are nearer to each other, or farther apart, than images that are new to it
+        raise InputError(
+            f"{detector.name} was adapted to {len(used):,} of the {len(null.rows):,} real "
+            "images that the generated ones are compared with, "
+            f"{images.record_of(used[0]).path!r} first, so that no rate holds; give other images "
+            "with --held-out, or a detector that is not adapted"
+        )
+    check_size(
+        len(null.rows),
+        rate,
+        kind=kind,
+        source=images.summary.source,
+        num_removed=len(null.removed),
+    )
+    return null
+
+
+def held_out_null(embedded: Embedded) -> Null:
+    """Search held-out real images in the training set.
+
+    Images whose content is in the training set are taken out: they would raise the null and hide
+    copies. So are images that are among the generated ones, each of which would be compared with
+    itself.
+
+    Raises:
+        InputError: all of them are among the generated ones.
+    """
+    training, held_out = embedded.sets.training, embedded.sets.held_out
+    assert held_out is not None
     known = {digest: row for row, digest in enumerate(training.hashes)}
     exact = {row: known[digest] for row, digest in enumerate(held_out.hashes) if digest in known}
-    mixed_up = set(held_out.hashes) & set(generated.hashes) - known.keys()
+    mixed_up = set(held_out.hashes) & set(embedded.sets.generated.hashes) - known.keys()
     if mixed_up.issuperset(held_out.hashes):
         raise InputError(
             f"{held_out.summary.source}: every held-out image is among the generated ones; give "
@@ -138,21 +139,15 @@ def held_out_null(
         )
     taken_out = known.keys() | mixed_up
     listed = [row for row, digest in enumerate(held_out.hashes) if digest not in taken_out]
-    rows = np.array(listed, dtype=np.int64)
-    found = search(detector, held_out.features_of(rows), training.features, 2, ranks)
-    null = Null(
-        kind="held-out",
-        bank=np.arange(training.num_distinct),
-        images=held_out,
-        rows=rows,
-        matches=found.rows[:, 0],
-        scores=_two_columns(found.scores),
+    rows, bank = np.array(listed, dtype=np.int64), np.arange(training.num_distinct)
+    null = _searched(embedded, "held-out", held_out, rows, bank)
+    return dataclasses.replace(
+        null,
         removed=tuple(
             _shared(held_out, row, training, match, "exact") for row, match in exact.items()
         ),
         num_mixed_up=len(mixed_up),
     )
-    return without_same_pictures(null, training, ranks)
 
 
 def split_rows(
@@ -179,42 +174,56 @@ def split_rows(
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def split_null(
-    detector: Detector, training: ImageSet, *, rate: float, seed: int, ranks: Ranks
-) -> Null:
+def split_null(embedded: Embedded, *, rate: float, seed: int) -> Null:
     """Take identities out of the training set, see ``split_rows``, and search them in the rest."""
+    training = embedded.sets.training
     rows, bank = split_rows(training, rate=rate, seed=seed)
-    found = search(detector, training.features_of(rows), training.features_of(bank), 2, ranks)
-    null = Null(
-        kind="split",
+    return _searched(embedded, "split", training, rows, bank)
+
+
+def _searched(
+    embedded: Embedded,
+    kind: NullKind,
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    bank: NDArray[np.int64],
+) -> Null:
+    """Search some rows of a set in a bank that holds none of their contents."""
+    found = search_training(embedded, images.features_of(rows), bank, 2)
+    scores = np.full((len(rows), 2), np.nan)  # a bank of one image has no second-best match
+    scores[:, : found.scores.shape[1]] = found.scores
+    return Null(
+        kind=kind,
         bank=bank,
-        images=training,
+        images=images,
         rows=rows,
-        matches=bank[found.rows[:, 0]],
-        scores=_two_columns(found.scores),
+        matches=found.rows[:, 0],
+        scores=scores,
         removed=(),
     )
-    return without_same_pictures(null, training, ranks)
 
 
-def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ranks: Ranks) -> Null:
+def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
     """Search training images among those of other identities.
 
     Of more than ``MAX_LEAVE_ONE_OUT`` images a seeded sample is used.
     """
-    count = training.num_distinct
-    sample = np.arange(count)
+    training = embedded.sets.training
+    count, groups = training.num_distinct, training.groups
+    everything = sample = np.arange(count)
     if count > MAX_LEAVE_ONE_OUT:
         rng = np.random.default_rng(seed)
         sample = np.sort(rng.choice(count, MAX_LEAVE_ONE_OUT, replace=False))
     matches = np.full(len(sample), -1, dtype=np.int64)
     scores = np.full((len(sample), 2), np.nan)
-    pending = np.arange(len(sample))
+    # An image's nearest neighbours are often of its own identity. So each search asks for more
+    # neighbours than the last, of those images only that still lack two of another identity.
+    pending = everything[: len(sample)]
     k = min(count, _FIRST_NEIGHBOURS)
     while len(pending) and k <= _MOST_NEIGHBOURS:
-        queries = training.features_of(sample[pending])
-        found = search(detector, queries, training.features, k, ranks)
-        other = training.groups[found.rows] != training.groups[sample[pending]][:, None]
+        queries = sample[pending]
+        found = search_training(embedded, training.features_of(queries), everything, k)
+        other = groups[found.rows] != groups[queries][:, None]
         settled = (other.sum(axis=1) >= 2) | (k == count)
         for position in np.flatnonzero(settled):
             best = np.flatnonzero(other[position])[:2]
@@ -223,44 +232,45 @@ def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ran
             scores[pending[position], : len(best)] = found.scores[position, best]
         pending = pending[~settled]
         k = min(count, 4 * k)
-    groups = training.groups[sample[pending]]
-    for group in np.unique(groups):  # many images of one identity: search among the others
-        own = pending[groups == group]
-        found = _search_without(detector, training, sample[own], int(group), ranks)
+    # What is left has many images of its own identity nearer than any other's.
+    left_groups = groups[sample[pending]]
+    for group in np.unique(left_groups):
+        own = pending[left_groups == group]
+        found = _search_without(embedded, sample[own], int(group))
         if found.rows.shape[1]:
             matches[own] = found.rows[:, 0]
             scores[own, : found.scores.shape[1]] = found.scores
-    usable = matches >= 0
-    null = Null(
+    usable = matches >= 0  # a set of one identity has no other
+    return Null(
         kind="leave-one-out",
-        bank=np.arange(count),
+        bank=everything,
         images=training,
         rows=sample[usable],
         matches=matches[usable],
         scores=scores[usable],
         removed=(),
     )
-    return without_same_pictures(null, training, ranks)
 
 
-def _search_without(
-    detector: Detector, training: ImageSet, rows: NDArray[np.int64], group: int, ranks: Ranks
-) -> TopK:
-    """Find the two best matches of training images among those of other identities."""
+def _search_without(embedded: Embedded, rows: NDArray[np.int64], group: int) -> TopK:
+    """Find the two best matches of training images among those of other identities.
+
+    The bank is a copy of their features, so it is made and searched a block at a time.
+    """
+    training = embedded.sets.training
     queries = training.features_of(rows)
     parts: list[TopK] = []
     block = max(1, _BANK_BYTES // training.features[:1].nbytes)
     for start in range(0, training.num_distinct, block):
         others = start + np.flatnonzero(training.groups[start : start + block] != group)
         if len(others):
-            found = search(detector, queries, training.features[others], 2, ranks)
-            parts.append(TopK(found.scores, others[found.rows]))
+            parts.append(search_training(embedded, queries, others, 2))
     if not parts:
         return TopK(np.zeros((len(rows), 0)), np.zeros((len(rows), 0), dtype=np.int64))
     return merge_top_k(parts, [0] * len(parts), 2)
 
 
-def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
+def without_same_pictures(null: Null, embedded: Embedded) -> Null:
     """Take out images that show the same picture as their best match, saved anew.
 
     Compared are 16 x 16 grey pixels, too few to show what compression does to a small image; a
@@ -270,28 +280,25 @@ def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
     JPEGs of quality 75 not below 0.9996.) Checked are the thousand images with the highest scores:
     the others do not move a threshold.
     """
+    training, ranks = embedded.sets.training, embedded.compute.ranks
     order = np.argsort(-null.scores[:, 0], kind="stable")[:MAX_PICTURE_CHECKS]
     same: list[int] = []
-    if ranks.is_main:
+    if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         for position in order:
             image = null.images.files[null.images.first_image[null.rows[position]]]
             match = training.files[training.first_image[null.matches[position]]]
             if same_picture(image, match):
                 same.append(int(position))
     same = sorted(ranks.broadcast(same))
-    if not same:
-        return null
-    keep = np.ones(len(null.rows), dtype=bool)
-    keep[same] = False
     removed = tuple(
         _shared(null.images, int(null.rows[p]), training, int(null.matches[p]), "resaved")
         for p in same
     )
     return dataclasses.replace(
         null,
-        rows=null.rows[keep],
-        matches=null.matches[keep],
-        scores=null.scores[keep],
+        rows=np.delete(null.rows, same),
+        matches=np.delete(null.matches, same),
+        scores=np.delete(null.scores, same, axis=0),
         removed=null.removed + removed,
     )
 
@@ -347,32 +354,6 @@ def check_size(
     )
 
 
-def check_gate(
-    fail_over: float, rate: float, *, num_queries: int, num_exact: int, num_null: int
-) -> None:
-    """Refuse a gate that Benjamini-Hochberg cannot fail where the rate per image could.
-
-    Args:
-        fail_over: share of flagged images over which the gate fails.
-        rate: false-discovery rate.
-        num_queries: generated images.
-        num_exact: those that are byte for byte a training image, which are always flagged.
-        num_null: real images.
-
-    Raises:
-        InputError: so few flagged images as would fail the gate cannot be flagged.
-    """
-    fails_at = math.floor(fail_over * num_queries + 1e-9) + 1
-    fewest = fewest_flagged(rate, num_queries, num_null)
-    if num_exact < fails_at < fewest:
-        needed = math.ceil(num_queries / (rate * fails_at) - 1e-9) - 1
-        raise InputError(
-            f"--fail-over {fail_over:g} is to fail at {counted(fails_at, 'flagged image')}, but "
-            f"with {counted(num_null, 'real image')} --bh can only flag {fewest:,} or more at "
-            f"once beside identical files; give {needed:,} held-out images, or leave --bh out"
-        )
-
-
 def smallest_rate(count: int) -> float:
     """Return the smallest rate that ``count`` null scores allow, rounded up to four digits."""
     exact = 1 / (count + 1)
@@ -380,15 +361,13 @@ def smallest_rate(count: int) -> float:
     return float(math.ceil(exact * scale - 1e-9) / scale)
 
 
-def _two_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    if scores.shape[1] >= 2:
-        return scores[:, :2]
-    return np.column_stack([scores, np.full(len(scores), np.nan)])
-
-
-def _shared(images: ImageSet, row: int, training: ImageSet, match: int, kind: str) -> SharedPicture:
+def _shared(
+    images: ImageSet,
+    row: int,
+    training: ImageSet,
+    match: int,
+    kind: Literal["exact", "resaved"],
+) -> SharedPicture:
     return SharedPicture(
-        path=images.name_of(row),
-        match=training.name_of(match),
-        kind="exact" if kind == "exact" else "resaved",
+        path=images.record_of(row).path, match=training.record_of(match).path, kind=kind
     )

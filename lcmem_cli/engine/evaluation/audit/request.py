@@ -1,0 +1,93 @@
+"""What an audit is asked, as one value, and how it is written beside the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.documents import FileName
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.audit.result import NullKind
+from lcmem_cli.engine.evaluation.audit.sets import Sets, Source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditRequest:
+    """The arguments of ``audit``, where each is explained, but those of ``Compute``.
+
+    Raises:
+        InputError: one is out of range, or has no effect beside another.
+        NotAdaptableError: ``adapt`` is asked for with the leave-one-out null.
+    """
+
+    sources: Sets[Source]
+    basedir: Path | None
+    null: str | None
+    fpr: float
+    bh: bool
+    detector: str | Detector | None
+    input_size: int | None
+    approximate: bool
+    adapt: bool | None
+    top_k: int
+    fail_over: float | None
+    max_unreadable: int | None
+    seed: int
+    output: Path | None
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at a file."""
+        if not 0 < self.fpr < 1:
+            raise InputError(f"--fpr must lie in (0, 1), not {self.fpr:g}; for example 0.01")
+        if self.null not in (None, "split", "leave-one-out"):
+            raise InputError(f"--null must be split or leave-one-out, not '{self.null}'")
+        if self.null is not None and self.sources.held_out is not None:
+            raise InputError("--null has no effect with --held-out: leave one of the two out")
+        if self.adapt and self.null_kind == "leave-one-out":
+            raise NotAdaptableError(
+                "--adapt does not go with the leave-one-out null, whose images would be adapted to "
+                "and those of the generated set not; give --held-out, or --null split"
+            )
+        if self.top_k < 1:
+            raise InputError(f"--top-k must be at least 1, not {self.top_k}")
+        if self.fail_over is not None and not 0 <= self.fail_over < 1:
+            raise InputError(
+                f"--fail-over is a share of the images, in [0, 1), not {self.fail_over:g}"
+            )
+
+    @property
+    def null_kind(self) -> NullKind:
+        """Where the real images come from."""
+        if self.sources.held_out is not None:
+            return "held-out"
+        return "split" if self.null == "split" else "leave-one-out"
+
+
+class AuditSettings(BaseModel):
+    """``config.toml`` of an audit: what was asked, resolved, and what came of it."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    generated: FileName
+    training: FileName
+    held_out: FileName | None = Field(
+        None, validation_alias="held-out", serialization_alias="held-out"
+    )
+    basedir: FileName | None = None
+    null: NullKind
+    fpr: float
+    bh: bool
+    detector: FileName
+    input_size: int
+    adapt: bool | None = None
+    approximate: bool
+    seed: int
+    top_k: int
+    fail_over: float | None = None
+    cache: bool
+    fingerprint: str
+    adapted_to: int | None = None
