@@ -17,6 +17,7 @@ Where a rule had to guess a scale, ``image.info[DEPTH_NOTE]`` says so.
 
 from __future__ import annotations
 
+import io
 import stat
 import warnings
 from pathlib import Path
@@ -28,13 +29,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from lcmem_cli.engine.errors import LcmemError, MissingExtraError
-from lcmem_cli.engine.files import sha256_file
+from lcmem_cli.engine.files import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 # Pillow refuses more than this when it opens a file, before it decodes.
 MAX_PIXELS = 2 * 89_478_485
+MAX_BYTES_AT_ONCE = 256 << 20
 DEPTH_NOTE = "lcmem_depth"
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 IMAGE_SUFFIXES = DICOM_SUFFIXES | {
@@ -47,6 +49,7 @@ _FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as
 if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
     _FORMATS.append("AVIF")
 _MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_HEAD_BYTES = 132
 _DICOM_MARK = b"DICM"  # after 128 bytes of anything
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -80,11 +83,14 @@ class UnreadableImageError(LcmemError):
         super().__init__(f"{path}: {reason}")
 
 
-def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    path: Path, *, data: bytes | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode an image file; see the module's text for the rules.
 
     Args:
         path: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PPM, or DICOM.
+        data: the file's bytes, where they have been read already.
         max_pixels: a file that declares more is refused before it is decoded. Values above the
             default have no effect, because Pillow refuses those files itself.
 
@@ -97,9 +103,10 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     path = Path(path)
     try:
-        if _is_dicom(path):
-            return _load_dicom(path, max_pixels)
-        with Image.open(path, formats=_FORMATS) as image:
+        opened = path if data is None else io.BytesIO(data)
+        if _is_dicom(path, data):
+            return _load_dicom(path, opened, max_pixels)
+        with Image.open(opened, formats=_FORMATS) as image:
             _check_pixels(path, image.width, image.height, max_pixels)
             image.load()
             return upright_rgb(image, path)
@@ -199,6 +206,27 @@ def content_hash(path: Path) -> str:
         raise UnreadableImageError(path, _reason(error)) from error
 
 
+def read_once(path: Path) -> tuple[bytes | None, str]:
+    """Return a file's bytes and ``content_hash`` of these very bytes.
+
+    A file may be replaced between two readings. What is kept under a content's hash has to be made
+    of the bytes that were hashed, so they are read once for both.
+
+    Returns:
+        ``None`` for the bytes of a file of more than ``MAX_BYTES_AT_ONCE``.
+
+    Raises:
+        UnreadableImageError: the file cannot be read.
+    """
+    try:
+        if _check_regular(path) > MAX_BYTES_AT_ONCE:
+            return None, content_hash(path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(path, _reason(error)) from error
+    return data, sha256_bytes(data)
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -227,10 +255,11 @@ def _check_pixels(path: Path, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _is_dicom(path: Path) -> bool:
-    if _check_regular(path) == 0:
+def _is_dicom(path: Path, data: bytes | None) -> bool:
+    if (_check_regular(path) if data is None else len(data)) == 0:
         raise UnreadableImageError(path, "empty file")
-    return path.suffix.lower() in DICOM_SUFFIXES or _head(path)[128:] == _DICOM_MARK
+    head = _head(path) if data is None else data[:_HEAD_BYTES]
+    return path.suffix.lower() in DICOM_SUFFIXES or head[128:] == _DICOM_MARK
 
 
 def begins_as_image(path: Path) -> bool:
@@ -245,7 +274,7 @@ def begins_as_image(path: Path) -> bool:
 
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(132)
+        return file.read(_HEAD_BYTES)
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -293,13 +322,13 @@ def _to_bytes(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8
     return shades
 
 
-def _load_dicom(path: Path, max_pixels: int) -> Image.Image:
+def _load_dicom(path: Path, opened: Path | io.BytesIO, max_pixels: int) -> Image.Image:
     try:
         import pydicom
         from pydicom.pixels import pixel_array
     except ImportError:
         raise MissingExtraError(f"{path}: reading DICOM", "dicom") from None
-    data = pydicom.dcmread(path, force=True)
+    data = pydicom.dcmread(opened, force=True)
     if "Rows" not in data or "Columns" not in data:
         raise UnreadableImageError(path, "not a DICOM image (no rows and columns)")
     _check_pixels(path, int(data.Columns), int(data.Rows), max_pixels)

@@ -20,12 +20,14 @@ from lcmem_cli.engine.data.images import (
     content_hash,
     load_image,
     pixels_to_tensor,
+    read_once,
     resized_pixels,
 )
 from lcmem_cli.engine.errors import InputError, MissingExtraError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
+CHANGED = "has changed while it was read; run the same command again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,15 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
+        contents: SHA-256 of the bytes that each image was decoded from; none where they are no
+            images.
         notes: position and remark of each image whose bit depth had to be guessed.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
+    contents: list[str] = dataclasses.field(default_factory=list)
     notes: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
@@ -52,6 +57,7 @@ class _Loaded:
 
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
+    content: str = ""
     reason: str | None = None
     note: str | None = None
 
@@ -63,6 +69,7 @@ def iter_images(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
+    expected: Sequence[str] | None = None,
 ) -> Iterator[LoadedBatch]:
     """Load images in order; the next batch is decoded while the caller works on this one.
 
@@ -77,14 +84,21 @@ def iter_images(
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
             returns what is to stand in its place. It runs in the decoding thread.
+        expected: SHA-256 that each file had before; one that has another now is unreadable.
 
     Yields:
         One ``LoadedBatch`` for every ``batch_size`` paths.
     """
 
     def load(index: int) -> _Loaded:
+        path = paths[index]
         try:
-            image = load_image(paths[index])
+            data, content = read_once(path)
+            if expected is not None and content != expected[index]:
+                return _Loaded(reason=CHANGED)
+            image = load_image(path, data=data)
+            if data is None and content_hash(path) != content:
+                return _Loaded(reason=CHANGED)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
         except MissingExtraError as error:
@@ -92,8 +106,9 @@ def iter_images(
         note = image.info.get(DEPTH_NOTE)
         pixels = resized_pixels(image, size)
         if transform is None:
-            return _Loaded(pixels=pixels, note=note)
-        return _Loaded(image=transform(pixels_to_tensor(pixels), index), note=note)
+            return _Loaded(pixels=pixels, content=content, note=note)
+        made = transform(pixels_to_tensor(pixels), index)
+        return _Loaded(image=made, content=content, note=note)
 
     outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
     try:
@@ -163,6 +178,7 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
     return LoadedBatch(
         indices=[index for index, _ in readable],
         images=batch,
+        contents=[outcome.content for _, outcome in readable],
         unreadable=[
             (index, outcome.reason)
             for index, outcome in zip(part, outcomes, strict=True)

@@ -191,9 +191,11 @@ class _Addition:
         part = [place for place in places if place < len(self._paths) and self._is_new[place]]
         missing = [place for place in part if self._contents[place] not in self.index]
         embedded = embed_files(
-            self._detector, [self._paths[place] for place in missing], self._compute
+            self._detector,
+            [self._paths[place] for place in missing],
+            self._compute,
+            contents=[self._contents[place] for place in missing],
         )
-        # A file that has changed since it was hashed is added with the content that was embedded.
         content_of = dict(zip(missing, embedded.content_hashes, strict=True))
         row_of = dict(zip(embedded.content_hashes, embedded.rows.tolist(), strict=True))
         images = []

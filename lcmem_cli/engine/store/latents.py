@@ -128,7 +128,7 @@ class _Side:
     file: str
     sha256: str
     rows: list[int]
-    contents: list[str | None]
+    contents: list[str]
     unreadable: list[_LeftOut]
     pixels: int
     sum: list[float]
@@ -141,8 +141,7 @@ class LatentStore:
     Attributes:
         folder: where it is.
         records: images in the store, in list order.
-        contents: SHA-256 of the file that each image's latent was made from; ``None`` where it
-            could not be read again.
+        contents: SHA-256 of the file that each image's latent was made from.
         spec: codec that made the latents.
         image_size: side in pixels of what was encoded.
         mean: per channel ``[C]``.
@@ -167,7 +166,7 @@ class LatentStore:
             Record(*(_to_text(value) for value in row))  # type: ignore[arg-type]
             for row in zip(*(columns[name] for name in _COLUMNS), strict=True)
         )
-        self.contents: tuple[str | None, ...] = tuple(columns[_CONTENT])
+        self.contents: tuple[str, ...] = tuple(columns[_CONTENT])
         self._shard = np.asarray(columns["shard"], dtype=np.int64)
         self._row = np.asarray(columns["row"], dtype=np.int64)
         # Shards stay mapped, a few hundred at most, so that reading costs no open call.
@@ -218,7 +217,7 @@ class LatentStore:
         changed = [
             record.path
             for record, before in zip(self.records, self.contents, strict=True)
-            if None not in (before, now := contents.get(record.path)) and now != before
+            if (now := contents.get(record.path)) is not None and now != before
         ]
         if changed:
             raise InputError(
@@ -362,7 +361,7 @@ class _Shard:
     number: int
     batches: list[NDArray[np.float32]]
     rows: list[int] = dataclasses.field(default_factory=list)
-    contents: list[str | None] = dataclasses.field(default_factory=list)
+    contents: list[str] = dataclasses.field(default_factory=list)
     unreadable: list[_LeftOut] = dataclasses.field(default_factory=list)
 
 
@@ -557,8 +556,6 @@ class _Encoder:
             (0, codec.spec.latent_channels, *_side(codec, image_size)), dtype=np.float32
         )
         self.stop = threading.Event()
-        self.alone = dataclasses.replace(compute, ranks=Ranks(), workers=compute.num_workers)
-        self.contents: dict[int, list[str | None]] = {}
         self.num_encoded = self.num_notes = 0
 
     def run(self, numbers: Sequence[int]) -> tuple[int, int]:
@@ -592,8 +589,6 @@ class _Encoder:
         for number in numbers:
             rows = self.shards.rows(number)
             names = [self.manifest.records[row].path for row in rows]
-            # Before they are decoded: a file that changes meanwhile is found out by the next run.
-            self.contents[number], _ = hash_files([self.paths[row] for row in rows], self.alone)
             batches = iter_images(
                 [self.paths[row] for row in rows],
                 self.image_size,
@@ -614,7 +609,7 @@ class _Encoder:
         elif names:
             shard.batches.append(self.batching.call(self.encode, batch.images, names))
         shard.rows += kept
-        shard.contents += [self.contents[shard.number][index] for index in batch.indices]
+        shard.contents += batch.contents
         shard.unreadable += [
             _LeftOut(path=self.manifest.records[rows[index]].path, reason=reason)
             for index, reason in batch.unreadable
