@@ -73,9 +73,9 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Add images to an index with the detector that it was made with."""
-    from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.store.index import detector_of_index
 
-    detector = Index.open(index).detector
+    detector = detector_of_index(index)
     _add(
         index,
         source,
@@ -92,17 +92,30 @@ def add(
 
 @index_app.command("info")
 def info(index: IndexArgument, as_json: JsonOption = False) -> None:
-    """Print what an index holds, after comparing it with its checksums."""
+    """Print what an index holds."""
+    _describe(index, verify=False, as_json=as_json)
+
+
+@index_app.command("check")
+def check(index: IndexArgument, as_json: JsonOption = False) -> None:
+    """Compare all of an index with its checksums; exit code 1 if it is damaged."""
+    _describe(index, verify=True, as_json=as_json)
+
+
+def _describe(index: Path, *, verify: bool, as_json: bool) -> None:
     from lcmem_cli.engine.store.index import Index
 
-    require_one_process("index info")
+    require_one_process("index check" if verify else "index info")
     opened = Index.open(index)
+    if verify:
+        opened.verify()
     values = {
         "folder": str(index),
         "detector": opened.detector,
         "fingerprint": opened.fingerprint,
         "num_images": len(opened),
         "num_distinct": opened.num_rows,
+        **({"verified": True} if verify else {}),
     }
 
     def human() -> None:
@@ -129,13 +142,13 @@ def query(
     from lcmem_cli.engine.compute import Compute
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import query_index
-    from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.store.index import detector_of_index
 
     require_one_process("index query")
     result = query_index(
         index,
         image,
-        load_detector(Index.open(index).detector, device=device.value),
+        load_detector(detector_of_index(index), device=device.value),
         top_k=top_k,
         approximate=approximate,
         basedir=basedir,

@@ -147,6 +147,8 @@ class _Addition:
     ) -> None:
         self.index = Index.open(folder)
         self.index.check(detector.fingerprint)
+        if compute.ranks.is_main:
+            self.index.verify()  # nothing is added to what is damaged
         self.unreadable: list[Unreadable] = []
         self.num_added = self.encoder_passes = 0
         self._records = manifest.records
