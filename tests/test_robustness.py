@@ -172,7 +172,7 @@ def test_results_do_not_depend_on_batch_size_workers_or_detector_order(filelist,
 def test_each_image_is_embedded_once_and_each_edit_once(filelist, tmp_path):
     def events(output, **options):
         listener = Listener()
-        run(filelist, output, detectors=["random"], reporter=listener, **options)
+        run(filelist, output, detectors=["phash"], reporter=listener, **options)
         return {event["setting"]: event["encoder_passes"] for event in listener.events}
 
     # 12 images of TEST and 24 of VAL; the second image of a pair is the one that is edited.
@@ -250,7 +250,7 @@ def test_a_round_trip_through_an_autoencoder_is_one_more_setting(filelist, tiny_
     assert last.transform == "VAERoundTrip" and len(result.detectors[0].settings) == 4
 
 
-def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_cli):
+def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_cli, no_drawing):
     run_cli(
         "robustness", "--filelist", filelist, "--basedir", filelist.parent / "images",
         "--detectors", "mse,phash", "--input-size", 16, "--workers", 0, "--fit-rate", 0.1,
@@ -260,3 +260,4 @@ def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_
     found = [(row["Transform"], float(row["Strength"])) for row in table[:24]]
     assert found == [(s.transform, s.strength) for s in REFERENCE_SUITE] and len(table) == 48
     assert set(REFERENCE_SUITE) < set(EXTENDED_SUITE)
+    assert all((tmp_path / "out" / name).exists() for name in PICTURES)

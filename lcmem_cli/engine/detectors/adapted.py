@@ -132,6 +132,12 @@ def shrunk_whitening(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return what centres features and makes their largest differences smaller.
 
+    The network was made so that features of all kinds of images are white: their covariance is the
+    identity. Of one kind it is another, ``C``. Whitening by ``C`` alone would blow up directions of
+    which few images tell nothing, so only a share ``s`` of the identity is replaced by it, and the
+    share grows with the number of images: ``(1 - s) I + s C``, whose inverse square root this is.
+    ``C`` is scaled to the identity's trace, so that a narrow kind is not shrunk as a whole.
+
     Args:
         rows: ``[n, d]`` features of images of one kind, by a network whose features of many kinds
             are white.

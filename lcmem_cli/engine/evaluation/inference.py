@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -11,19 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_pixels
+from lcmem_cli.engine.data.images import load_pixels
+from lcmem_cli.engine.data.looks import same_blank
+from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
+from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.evaluation.audit.detector import detector_of
+from lcmem_cli.engine.evaluation.forms import compare_other_forms
 from lcmem_cli.engine.files import atomic_path, check_writable
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
-MAX_PAIRS_BYTES = 1 << 30
 PICTURE_SUFFIX = ".png"
-PAIR_COLUMNS = ("path_a", "path_b")
 _PICTURE_SIDE, _GAP = 320, 12
 
 
@@ -35,8 +36,10 @@ class PairScore:
         path_a: first image.
         path_b: second image.
         score: of the detector; ``None`` where an image could not be read.
-        match: ``score >= threshold``; ``None`` without score or threshold.
+        match: ``score >= threshold``; ``None`` without score or threshold. An image of one colour
+            shows nothing: it matches only another of that colour.
         identical: whether both files are the same, byte for byte.
+        form: how they were altered for the score, see ``forms``; ``None``: not at all.
     """
 
     path_a: str
@@ -44,6 +47,7 @@ class PairScore:
     score: float | None
     match: bool | None
     identical: bool
+    form: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class InferenceResult(Result):
         threshold: what the verdicts were made with, and where it is from.
         num_images_embedded: distinct images.
         unreadable: images that could not be read.
+        blank: images of one colour.
     """
 
     detector: str
@@ -65,6 +70,7 @@ class InferenceResult(Result):
     threshold: Threshold | None
     num_images_embedded: int
     unreadable: tuple[Unreadable, ...]
+    blank: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ def infer(
     """Score two images, or the pairs of a file.
 
     Args:
-        pairs: two images, or a CSV file as ``read_pairs`` reads it.
+        pairs: two images, or a CSV or Parquet file as ``read_pairs`` reads it.
         judge: what scores.
         threshold: see ``score_pairs``.
         save: ``.png`` file for a picture of the first pair, drawn where both images are readable.
@@ -135,6 +141,9 @@ def score_pairs(
     reporter: Reporter = SILENT,
 ) -> InferenceResult:
     """Score pairs of files; each distinct file is decoded and embedded once.
+
+    A grey copy of a picture in colour, and a copy in a frame of bars, are compared in a second form
+    as well, see ``forms``.
 
     Args:
         detector: what scores.
@@ -169,17 +178,24 @@ def _score(
     number: dict[Path, int] = {}
     for path in (path for pair in pairs for path in pair):
         number.setdefault(path, len(number))
-    embedded = embed_files(detector, list(number), compute)
+    paths = list(number)
+    embedded = embed_files(detector, paths, compute)
     check_unreadable(embedded.unreadable, max_unreadable)
     files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
     rows = embedded.rows[files]
-    scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1]).tolist()
+    scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1])
+    remarks = no_remarks(len(paths))
+    remarks[embedded.rows >= 0] = embedded.remarks[embedded.rows[embedded.rows >= 0]]
+    forms = compare_other_forms(detector, paths, files, scores, remarks, compute)
     scored = []
-    for pair, contents, score in zip(pairs, rows.tolist(), scores, strict=True):
-        known = None if math.isnan(score) else score
+    for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
+        known = None if math.isnan(scores[index]) else float(scores[index])
         match = None
         if known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
+            colours = remarks[files[index], BLANK].tolist()
+            if max(colours) >= 0:
+                match = same_blank(*colours)
         scored.append(
             PairScore(
                 path_a=str(pair[0]),
@@ -187,7 +203,18 @@ def _score(
                 score=known,
                 match=match,
                 identical=known is not None and contents[0] == contents[1],
+                form=forms.get(index),
             )
+        )
+    pages = sum(
+        pair.match is True and not pair.identical and bool(remarks[files[index], PAGE].all())
+        for index, pair in enumerate(scored)
+    )
+    if pages and chosen is not None and chosen.num_positives:  # not by an audit
+        compute.reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
         )
     return InferenceResult(
         detector=detector.name,
@@ -196,6 +223,7 @@ def _score(
         threshold=chosen,
         num_images_embedded=int((embedded.rows >= 0).sum()),
         unreadable=embedded.unreadable,
+        blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
 
 
@@ -212,40 +240,6 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
         hint = nearest(name, known) if known else "it has none"
         raise InputError(f"--threshold {name}: {detector.name} has no such threshold; {hint}")
     return known[name]
-
-
-def read_pairs(path: Path) -> list[tuple[Path, Path]]:
-    """Read ``path_a,path_b`` rows; relative paths start from the file's folder.
-
-    Raises:
-        InputError: unreadable, too large, a missing column, or an incomplete row.
-    """
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: this is an image; expected a CSV file of pairs")
-    try:
-        if path.stat().st_size > MAX_PAIRS_BYTES:
-            raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in PAIR_COLUMNS if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path}: no column {', '.join(missing)}; expected path_a,path_b, found "
-                    f"{','.join(reader.fieldnames or []) or 'nothing'}"
-                )
-            rows = []
-            for row in reader:
-                a, b = row["path_a"], row["path_b"]
-                if not a or not b:
-                    raise InputError(f"{path}, line {reader.line_num}: path_a or path_b is empty")
-                rows.append((path.parent / a, path.parent / b))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: not a CSV file: {error}") from error
-    if not rows:
-        raise InputError(f"{path}: no pairs")
-    return rows
 
 
 def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,12 +72,12 @@ class Bar:
 class Plot:
     """The geometry of the distribution plot, in the units of its view box."""
 
-    width: int
-    height: int
-    left: int
-    right: int
-    top: int
-    bottom: int
+    width: ClassVar[int] = 960
+    height: ClassVar[int] = 300
+    left: ClassVar[int] = 56
+    right: ClassVar[int] = 16
+    top: ClassVar[int] = 16
+    bottom: ClassVar[int] = 52
     bars: tuple[Bar, ...]
     generated_path: str
     null_path: str
@@ -158,7 +158,6 @@ def draw_distribution(distribution: Distribution) -> Plot:
 
     The height of a bin is the share of its set, so that sets of different sizes compare.
     """
-    width, height, left, right, top, bottom = 960, 300, 56, 16, 16, 52
     values = np.concatenate([distribution.generated, distribution.null])
     if distribution.threshold is not None:
         values = np.append(values, distribution.threshold)
@@ -170,11 +169,14 @@ def draw_distribution(distribution: Distribution) -> Plot:
     shares = [_shares(part, edges) for part in (distribution.generated, distribution.null)]
     peak = max(0.01, *(float(share.max()) for share in shares))
 
+    inner_width = Plot.width - Plot.left - Plot.right
+    inner_height = Plot.height - Plot.top - Plot.bottom
+
     def x(value: float) -> float:
-        return round(left + (value - low) / (high - low) * (width - left - right), 2)
+        return round(Plot.left + (value - low) / (high - low) * inner_width, 2)
 
     def y(share: float) -> float:
-        return round(height - bottom - share / peak * (height - top - bottom), 2)
+        return round(Plot.height - Plot.bottom - share / peak * inner_height, 2)
 
     def outline(share: NDArray[np.float64]) -> str:
         steps = [f"M{x(low)},{y(0)}"]
@@ -192,24 +194,15 @@ def draw_distribution(distribution: Distribution) -> Plot:
         for a, b, g, n in zip(edges[:-1], edges[1:], *shares, strict=True)
         if g or n
     )
+    if distribution.as_logit:
+        ticks = _probability_ticks(low, high, 8)
+    else:
+        ticks = _labelled(_ticks(low, high, 8))
     return Plot(
-        width=width,
-        height=height,
-        left=left,
-        right=right,
-        top=top,
-        bottom=bottom,
         bars=bars,
         generated_path=outline(shares[0]),
         null_path=outline(shares[1]),
-        x_ticks=tuple(
-            (x(tick), label)
-            for tick, label in (
-                _probability_ticks(low, high, 8)
-                if distribution.as_logit
-                else _labelled(_ticks(low, high, 8))
-            )
-        ),
+        x_ticks=tuple((x(tick), label) for tick, label in ticks),
         y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
         threshold_x=None if distribution.threshold is None else x(distribution.threshold),
         label="best-match score" + (", on a logit scale" if distribution.as_logit else ""),

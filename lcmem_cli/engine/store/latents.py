@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import guesses_text, is_readable
+from lcmem_cli.engine.data.images import is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.data.remarks import is_remarkable, no_remarks, remarks_texts
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread
 from lcmem_cli.engine.documents import FileName, read_document
 from lcmem_cli.engine.errors import InputError, LcmemError, NotFiniteError
@@ -315,9 +316,7 @@ def encode_latents(
         missing = _missing(shards, manifest, compute)
         encoder = _Encoder(manifest, codec, shards, image_size, seed, compute)
         made = ranks.gather(encoder.run(ranks.share(missing)))  # also waits for every process
-        encoded_now, notes = (sum(numbers) for numbers in zip(*made, strict=True))
-        if notes:
-            compute.reporter.warn(guesses_text(notes))
+        _tell_remarks(manifest, [item for _, told in made for item in told], compute.reporter)
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
@@ -326,7 +325,7 @@ def encode_latents(
         archive = Path(f"{output.resolve()}.tar.gz") if package else None
         if archive is not None and ranks.is_main:
             _write_package(shards, archive)
-    return _result(store, len(shards), encoded_now, archive)
+    return _result(store, len(shards), sum(count for count, _ in made), archive)
 
 
 def _result(
@@ -462,6 +461,16 @@ class _Found:
     num_changed: int
 
 
+def _tell_remarks(
+    manifest: Manifest, told: Sequence[tuple[int, list[int]]], reporter: Reporter
+) -> None:
+    paths, remarks = manifest.paths(), no_remarks(len(told))
+    for place, (_, remark) in enumerate(told):
+        remarks[place] = remark
+    for text in remarks_texts([paths[row] for row, _ in told], remarks):
+        reporter.warn(text)
+
+
 def _missing(shards: _Shards, manifest: Manifest, compute: Compute) -> list[int]:
     """Return the shards that have to be made, the same in every process, and tell the others."""
     ranks = compute.ranks
@@ -556,13 +565,14 @@ class _Encoder:
             (0, codec.spec.latent_channels, *_side(codec, image_size)), dtype=np.float32
         )
         self.stop = threading.Event()
-        self.num_encoded = self.num_notes = 0
+        self.num_encoded = 0
+        self.remarkable: list[tuple[int, list[int]]] = []
 
-    def run(self, numbers: Sequence[int]) -> tuple[int, int]:
+    def run(self, numbers: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
         """Encode and write some shards.
 
         Returns:
-            Images encoded, and how many of them had their bit depth guessed.
+            How many images were encoded; and those of which there is something to say, with it.
         """
         writing: Future[None] | None = None
         total = sum(len(self.shards.rows(number)) for number in numbers)
@@ -582,7 +592,7 @@ class _Encoder:
                 writing = writer.submit(self.shards.write, shard)
             if writing is not None:
                 writing.result()
-        return self.num_encoded, self.num_notes
+        return self.num_encoded, self.remarkable
 
     def _load(self, numbers: Sequence[int]) -> Iterator[tuple[int, LoadedBatch]]:
         # Batches never span shards, so their composition does not depend on what is left to do.
@@ -615,7 +625,11 @@ class _Encoder:
             for index, reason in batch.unreadable
         ]
         self.num_encoded += len(kept)
-        self.num_notes += len(batch.notes)
+        self.remarkable += [
+            (row, remark.tolist())
+            for row, remark in zip(kept, batch.remarks, strict=True)
+            if is_remarkable(remark)
+        ]
 
 
 def _each(

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.distributed import available_cpus
+from lcmem_cli.engine.evaluation.audit import sentences
+from lcmem_cli.engine.evaluation.audit.conditions import Conditions
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.null import Null, same_picture, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
@@ -24,21 +26,15 @@ from lcmem_cli.engine.evaluation.audit.result import (
     Times,
 )
 from lcmem_cli.engine.evaluation.audit.search import Found
-from lcmem_cli.engine.evaluation.audit.sentences import (
-    Circumstances,
-    does_not_show,
-    meaning_of_rate,
-    shows,
-    statement,
-    verdict,
-    warnings,
-)
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
 from lcmem_cli.engine.evaluation.calibration import (
     benjamini_hochberg,
     clopper_pearson,
     conformal_p_values,
     conformal_threshold,
+    excess_interval,
+    rank_from_above,
+    realised_rates,
 )
 
 MOST_COPIED = 12
@@ -63,18 +59,17 @@ class Flags:
     resaved: NDArray[np.bool_]
 
 
-def flag(embedded: Embedded, null: Null, found: Found, *, rate: float, bh: bool) -> Flags:
+def flag(embedded: Embedded, null: Null, found: Found, request: AuditRequest) -> Flags:
     """Decide what is flagged.
 
     Args:
         embedded: the sets.
         null: real images and their best matches.
         found: best matches of the generated images.
-        rate: false positives per image; with ``bh`` the false-discovery rate.
-        bh: control the false-discovery rate.
+        request: its rate, and how it is held.
     """
     null_scores = null.scores[:, 0]
-    rule = _rule(found.best[embedded.sets.generated.rows], null_scores, rate, bh)
+    rule = _rule(found.best[embedded.sets.generated.rows], null, request)
     matches = np.zeros(found.scores.shape, dtype=np.bool_)
     if rule.threshold is not None:
         matches = found.scores > rule.threshold
@@ -90,12 +85,11 @@ def flag(embedded: Embedded, null: Null, found: Found, *, rate: float, bh: bool)
     )
 
 
-def _rule(
-    best: NDArray[np.float64], null_scores: NDArray[np.float64], rate: float, bh: bool
-) -> FlagRule:
-    if not bh:
-        threshold = conformal_threshold(null_scores, rate)
-        return FlagRule(kind="fpr", rate=rate, threshold=threshold)
+def _rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
+    null_scores, rate = null.scores[:, 0], request.fpr
+    if not request.bh:
+        threshold = float(np.sort(null_scores)[-_allowed(null, request)])
+        return FlagRule(kind="fpr", rate=rate, threshold=threshold, confidence=request.confidence)
     p_values = conformal_p_values(best, null_scores)
     flagged = benjamini_hochberg(p_values, rate)
     if not flagged.any():
@@ -106,13 +100,19 @@ def _rule(
     return FlagRule(kind="fdr", rate=rate, threshold=threshold)
 
 
+def _allowed(null: Null, request: AuditRequest) -> int:
+    return rank_from_above(
+        len(null.rows),
+        request.fpr,
+        in_pairs=null.kind == "leave-one-out",
+        confidence=request.confidence,
+    )
+
+
 def _resaved(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which flagged images show the picture of their best match, saved anew."""
-    generated, training, ranks = (
-        embedded.sets.generated,
-        embedded.sets.training,
-        embedded.compute.ranks,
-    )
+    sets, ranks = embedded.sets, embedded.compute.ranks
+    generated, training = sets.generated, sets.training
     resaved = np.zeros(len(flagged), dtype=np.bool_)
     if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         rows = np.flatnonzero(flagged & ~found.exact)
@@ -134,6 +134,7 @@ def conclude(
     null: Null,
     found: Found,
     flags: Flags,
+    conditions: Conditions,
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
@@ -143,16 +144,28 @@ def conclude(
     num_flagged, num_queries = int(image_flags.sum()), len(rows)
     exposed = Counter(found.rows[rows[image_flags], 0].tolist())
     identities = {sets.training.record_of(row).identity for row in exposed}
+    null_summary = _null_summary(request, embedded, null, rule)
+    has_excess = not request.bh and (
+        conditions.held_out is None or conditions.held_out.comparable is not False
+    )
     finding = Finding(
         detector=embedded.detector.name,
         fingerprint=embedded.detector.fingerprint,
         adapted_to=embedded.adapted_to,
         rule=rule,
-        null=_null_summary(embedded, null, rule),
+        null=null_summary,
         num_queries=num_queries,
         num_flagged=num_flagged,
         share_flagged=num_flagged / num_queries,
         confidence_interval=clopper_pearson(num_flagged, num_queries),
+        excess_interval=excess_interval(
+            num_flagged,
+            num_queries,
+            num_null=null_summary.num_independent,
+            allowed=null_summary.independent_allowed,
+        )
+        if has_excess
+        else None,
         expected_by_chance=None if request.bh else request.fpr * num_queries,
         num_exact_copies=int(found.exact[rows].sum()),
         num_resaved_copies=int(flags.resaved[rows].sum()),
@@ -164,6 +177,8 @@ def conclude(
         generated=sets.generated.summary,
         training=sets.training.summary,
         held_out=None if sets.held_out is None else sets.held_out.summary,
+        comparability=conditions.held_out,
+        generated_comparability=conditions.generated,
         metrics=measure_sets(embedded, null, found, seed=request.seed),
         most_copied=_most_copied(embedded, exposed),
         matches=_matches(embedded, found, flags, request.top_k),
@@ -172,28 +187,35 @@ def conclude(
     circumstances = _circumstances(request, embedded, null, found, flags)
     return AuditResult(
         **vars(finding),
-        statement=statement(finding),
-        verdict=verdict(finding),
-        shows=tuple(shows(finding, circumstances)),
-        does_not_show=tuple(does_not_show(circumstances)),
-        warnings=tuple(warnings(finding, circumstances)),
+        statement=sentences.statement(finding),
+        verdict=sentences.verdict(finding),
+        shows=tuple(sentences.shows(finding, circumstances)),
+        does_not_show=tuple(sentences.does_not_show(circumstances)),
+        warnings=tuple(sentences.warnings(finding, circumstances)),
     )
 
 
-def _null_summary(embedded: Embedded, null: Null, rule: FlagRule) -> NullSummary:
+def _null_summary(
+    request: AuditRequest, embedded: Embedded, null: Null, rule: FlagRule
+) -> NullSummary:
     training, held_out = embedded.sets.training, embedded.sets.held_out
     not_searched = training.num_distinct - len(null.bank)
     shared: frozenset[tuple[str, str]] = frozenset()
     if held_out is not None and embedded.knows_both_identities:
         shared = held_out.identities & training.identities
+    count, in_pairs = len(null.rows), null.kind == "leave-one-out"
+    allowed, share = _allowed(null, request), 2 if in_pairs else 1
     return NullSummary(
         kind=null.kind,
-        num_scores=len(null.rows),
-        smallest_rate=smallest_rate(len(null.rows)),
+        num_scores=count,
+        allowed=allowed,
+        num_independent=count / share,
+        rates=realised_rates(count / share, allowed / share),
+        smallest_rate=smallest_rate(count, in_pairs=in_pairs, confidence=request.confidence),
         num_not_searched=not_searched,
         removed=null.removed,
         shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
-        meaning=meaning_of_rate(null.kind, rule, not_searched),
+        meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
     )
 
 
@@ -227,13 +249,13 @@ def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tupl
 
 def _circumstances(
     request: AuditRequest, embedded: Embedded, null: Null, found: Found, flags: Flags
-) -> Circumstances:
+) -> sentences.Circumstances:
     generated, training = embedded.sets.generated, embedded.sets.training
     null_scores = null.scores[:, 0]
     num_below = None
     if flags.contents.any():
         num_below = int((null_scores < found.scores[flags.contents, 0].min()).sum())
-    return Circumstances(
+    return sentences.Circumstances(
         search_recall=found.recall if request.approximate else None,
         num_below=num_below,
         share_below=float(np.mean(found.best[generated.rows] < null_scores.min())),
@@ -247,5 +269,4 @@ def _circumstances(
             and len(np.unique(training.groups)) == training.num_distinct
         ),
         num_mixed_up=null.num_mixed_up,
-        num_null_identities=null.num_identities,
     )

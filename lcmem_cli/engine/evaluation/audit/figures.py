@@ -6,22 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.evaluation import set_metrics
 from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.search import Found, search_training
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
-from lcmem_cli.engine.evaluation.set_metrics import (
-    SMALL_RATIO,
-    CopyingStatistic,
-    Scores,
-    SetMetrics,
-    Spread,
-    authentic_percentage,
-    copying_statistic,
-    linear_scale,
-    neighbour_ratios,
-    num_cells,
-    score_distances,
-)
+from lcmem_cli.engine.evaluation.set_metrics import CopyingStatistic, Scores, SetMetrics, Spread
 from lcmem_cli.engine.report.html import Distribution
 
 
@@ -38,12 +27,14 @@ def measure_sets(embedded: Embedded, null: Null, found: Found, *, seed: int) -> 
     best, null_best = found.best[rows], null.scores[:, 0]
     auth = null_auth = copying = None
     if len(null.bank) >= 2:
-        auth = authentic_percentage(best, _neighbours(embedded, null.bank, found.rows[rows, 0]))
+        auth = set_metrics.authentic_percentage(
+            best, _neighbours(embedded, null.bank, found.rows[rows, 0])
+        )
     # Images of a leave-one-out null are from the bank themselves, so they have neither figure.
     if null.kind != "leave-one-out":
         if len(null.bank) >= 2:
             neighbours = _neighbours(embedded, null.bank, null.matches)
-            null_auth = authentic_percentage(null_best, neighbours)
+            null_auth = set_metrics.authentic_percentage(null_best, neighbours)
         copying = _copying(embedded, null, best, seed)
     # An identical image stands first whatever its score, so scores are put in order again.
     ordered = np.sort(found.scores, axis=1)[:, ::-1]
@@ -58,7 +49,9 @@ def measure_sets(embedded: Embedded, null: Null, found: Found, *, seed: int) -> 
         copying=copying,
         generated_ratio=Spread.of(per_image),
         null_ratio=Spread.of(null_ratios),
-        share_small_ratio=float(np.mean(per_image < SMALL_RATIO)) if len(per_image) else None,
+        share_small_ratio=float(np.mean(per_image < set_metrics.SMALL_RATIO))
+        if len(per_image)
+        else None,
     )
 
 
@@ -78,14 +71,14 @@ def scores_to_draw(
 
 def _copying(embedded: Embedded, null: Null, best: Scores, seed: int) -> CopyingStatistic | None:
     """Return ``C_T``; an image's cell is the most alike of some training images drawn for it."""
-    count = num_cells(len(best), len(null.rows))
+    count = set_metrics.num_cells(len(best), len(null.rows))
     rng = np.random.default_rng(seed)
     landmarks = np.sort(rng.choice(null.bank, min(count, len(null.bank)), replace=False))
     generated = embedded.sets.generated
     cells = search_training(embedded, generated.features, landmarks, 1).rows[generated.rows, 0]
     null_features = null.images.features_of(null.rows)
     null_cells = search_training(embedded, null_features, landmarks, 1).rows[:, 0]
-    return copying_statistic(best, null.scores[:, 0], cells, null_cells)
+    return set_metrics.copying_statistic(best, null.scores[:, 0], cells, null_cells, seed=seed)
 
 
 def _neighbours(embedded: Embedded, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:
@@ -103,9 +96,9 @@ def _ratios(detector: Detector, features: FloatArray, scores: Scores) -> Scores:
     if unknown or not detector.measures_distance:
         return np.zeros(0)
     identical = _linear(detector, detector.score_features(features, features))
-    distances = score_distances(_linear(detector, scores[:, :2]), identical[:, None])
-    return neighbour_ratios(distances[:, 0], distances[:, 1])
+    distances = set_metrics.score_distances(_linear(detector, scores[:, :2]), identical[:, None])
+    return set_metrics.neighbour_ratios(distances[:, 0], distances[:, 1])
 
 
 def _linear(detector: Detector, scores: Scores) -> Scores:
-    return linear_scale(scores) if detector.gives_probability else scores
+    return set_metrics.linear_scale(scores) if detector.gives_probability else scores

@@ -20,7 +20,14 @@ from lcmem_cli.engine.evaluation.audit.result import (
     SetSummary,
 )
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
-from lcmem_cli.engine.files import CSV_OPTIONS, atomic_path, write_csv, write_json, write_text
+from lcmem_cli.engine.files import (
+    CSV_OPTIONS,
+    atomic_path,
+    unguarded,
+    write_csv,
+    write_json,
+    write_text,
+)
 from lcmem_cli.engine.report.html import MAX_PAIRS, Distribution, Pictures, render_report
 from lcmem_cli.engine.report.thumbnails import make_thumbnails
 from lcmem_cli.engine.runs import CONFIG_NAME, as_written, write_run_files
@@ -195,12 +202,11 @@ def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
             f"{path}: does not belong to {folder / JSON_NAME} ({len(rows)} images, "
             f"{document.num_queries} expected); {_REMEDY}"
         )
-    return [
-        check_document(
-            {**row, "exact": row["query"] in exact},
-            Match,
-            source=f"{path}, the row of {row['query']!r}",
-            remedy=_REMEDY,
-        )
-        for row in rows
-    ]
+    matches = []
+    for row in rows:
+        cells = {k: unguarded(cell) if isinstance(cell, str) else cell for k, cell in row.items()}
+        query = cells["query"]
+        source = f"{path}, the row of {query!r}"
+        cells["exact"] = query in exact
+        matches.append(check_document(cells, Match, source=source, remedy=_REMEDY))
+    return matches

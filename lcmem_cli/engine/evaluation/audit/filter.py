@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcmem_cli.engine.data.manifest import paths_outside
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
-from lcmem_cli.engine.evaluation.audit.result import Match
+from lcmem_cli.engine.evaluation.audit.result import Match, SetSummary
 from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, write_csv
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
@@ -120,18 +120,10 @@ def filter_audit(
         LcmemError: kept files that no longer exist (the lists are written).
     """
     rule = _Rule(over=reject_over, p_value=reject_p)
-    document = read_audit(audit_folder)
-    matches = read_best_matches(audit_folder, document)
-    folder = Path(document.generated.folder)
-    outside = paths_outside([match.query for match in matches], folder)
-    if outside:
-        raise CorruptFileError(
-            f"{audit_folder}: lists {len(outside):,} file(s) outside of the audited folder "
-            f"{folder}, the first is {outside[0]!r}: it was edited; run the audit again"
-        )
+    audited, matches = _read(audit_folder)
+    folder = Path(audited.folder)
     kept = [match for match in matches if not rule.rejects(match)]
     rejected = [match for match in matches if rule.rejects(match)]
-    unreadable = document.generated.unreadable
     with folder_lock(output):
         targets = target_names([match.query for match in kept])
         files = [
@@ -142,7 +134,7 @@ def filter_audit(
             _refuse_others(output / KEPT_FOLDER, {target for _, target in files})
         for name, listed in ((KEEP_NAME, kept), (REJECT_NAME, rejected)):
             write_csv(output / name, COLUMNS, (_cells(folder, match) for match in listed))
-        lines = ([str(folder / item.path), item.reason] for item in unreadable)
+        lines = ([str(folder / item.path), item.reason] for item in audited.unreadable)
         write_csv(output / UNREADABLE_NAME, ("path", "reason"), lines)
         if transfer != "none":
             _transfer(files, transfer, reporter)
@@ -154,8 +146,27 @@ def filter_audit(
         transfer=transfer,
         output=str(output),
         basedir=str(folder),
-        unreadable=unreadable,
+        unreadable=audited.unreadable,
     )
+
+
+def _read(audit_folder: Path) -> tuple[SetSummary, list[Match]]:
+    """Return an audit's generated set and the best match of each of its images.
+
+    Raises:
+        InputError: no audit there.
+        CorruptFileError: its files were damaged, or edited to name files outside of the set.
+    """
+    document = read_audit(audit_folder)
+    matches = read_best_matches(audit_folder, document)
+    folder = Path(document.generated.folder)
+    outside = paths_outside([match.query for match in matches], folder)
+    if outside:
+        raise CorruptFileError(
+            f"{audit_folder}: lists {len(outside):,} file(s) outside of the audited folder "
+            f"{folder}, the first is {outside[0]!r}: it was edited; run the audit again"
+        )
+    return document.generated, matches
 
 
 def _cells(folder: Path, match: Match) -> list[str]:

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.images import load_pixels
 from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
 from lcmem_cli.engine.evaluation.audit.search import search_training
 from lcmem_cli.engine.evaluation.audit.sentences import percent
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
-from lcmem_cli.engine.evaluation.calibration import required_null_size
-from lcmem_cli.engine.store.search import TopK, merge_top_k
+from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
 
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
@@ -45,7 +45,6 @@ _PICTURE_SIZE = 16
 _FIRST_NEIGHBOURS = 8
 _MOST_NEIGHBOURS = 128
 """Beyond these, an image is searched among those of other identities alone."""
-_BANK_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,31 +72,25 @@ class Null:
     removed: tuple[SharedPicture, ...]
     num_mixed_up: int = 0
 
-    @property
-    def num_identities(self) -> int:
-        """Identities among its images."""
-        return len(np.unique(self.images.groups[self.rows]))
 
-
-def make_null(embedded: Embedded, kind: NullKind, *, rate: float, seed: int) -> Null:
-    """Return the real images that generated ones are compared with.
+def make_null(embedded: Embedded, request: AuditRequest) -> Null:
+    """Return the real images that generated ones are compared with, one of each identity.
 
     Args:
         embedded: the sets.
-        kind: the construction.
-        rate: of the audit, on which the size of a split depends.
-        seed: of a split, and of the sample of a large training set.
+        request: its kind of null, its rate and its seed.
 
     Raises:
         InputError: there are too few for the rate, or the detector was adapted to some of them.
     """
+    kind, rate, seed = request.null_kind, request.fpr, request.seed
     if kind == "held-out":
         null = held_out_null(embedded)
     elif kind == "split":
         null = split_null(embedded, rate=rate, seed=seed)
     else:
         null = leave_one_out_null(embedded, seed=seed)
-    null = without_same_pictures(null, embedded)
+    null = one_of_each_identity(without_same_pictures(null, embedded))
     detector, images = embedded.detector, null.images
     used = [row for row in null.rows if images.hashes[row] in detector.adapted_to]
     if used:  # they are nearer to each other, or farther apart, than images that are new to it
@@ -109,8 +102,7 @@ def make_null(embedded: Embedded, kind: NullKind, *, rate: float, seed: int) -> 
         )
     check_size(
         len(null.rows),
-        rate,
-        kind=kind,
+        request,
         source=images.summary.source,
         num_removed=len(null.removed),
     )
@@ -155,19 +147,20 @@ def split_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw identities to be taken out of the training set.
 
-    A quarter of the images, or as many as the rate needs, but at most half.
+    A quarter of the identities, or as many as the rate needs, but at most half of the images.
 
     Returns:
         Rows that are taken out, and those of the bank that is left.
     """
     groups = training.groups
     sizes = np.bincount(groups)
+    identities = np.unique(groups)
     most = len(groups) // 2
-    wanted = min(max(math.ceil(SPLIT_SHARE * len(groups)), required_null_size(rate)), most)
+    wanted = max(math.ceil(SPLIT_SHARE * len(identities)), required_null_size(rate))
     drawn: list[int] = []
     count = 0
-    for group in np.random.default_rng(seed).permutation(np.unique(groups)):
-        if count < wanted and count + sizes[group] <= most:
+    for group in np.random.default_rng(seed).permutation(identities):
+        if len(drawn) < wanted and count + sizes[group] <= most:
             drawn.append(group)
             count += sizes[group]
     chosen = np.isin(groups, drawn)
@@ -235,9 +228,9 @@ def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
     # What is left has many images of its own identity nearer than any other's.
     left_groups = groups[sample[pending]]
     for group in np.unique(left_groups):
-        own = pending[left_groups == group]
-        found = _search_without(embedded, sample[own], int(group))
-        if found.rows.shape[1]:
+        own, others = pending[left_groups == group], np.flatnonzero(groups != group)
+        if len(others):
+            found = search_training(embedded, training.features_of(sample[own]), others, 2)
             matches[own] = found.rows[:, 0]
             scores[own, : found.scores.shape[1]] = found.scores
     usable = matches >= 0  # a set of one identity has no other
@@ -252,22 +245,18 @@ def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
     )
 
 
-def _search_without(embedded: Embedded, rows: NDArray[np.int64], group: int) -> TopK:
-    """Find the two best matches of training images among those of other identities.
+def one_of_each_identity(null: Null) -> Null:
+    """Keep the image of each identity that matches best.
 
-    The bank is a copy of their features, so it is made and searched a block at a time.
+    Images of one person or patient have like scores, so they do not count as independent. The best
+    of several scores is higher than one of them, so the rate still holds.
     """
-    training = embedded.sets.training
-    queries = training.features_of(rows)
-    parts: list[TopK] = []
-    block = max(1, _BANK_BYTES // training.features[:1].nbytes)
-    for start in range(0, training.num_distinct, block):
-        others = start + np.flatnonzero(training.groups[start : start + block] != group)
-        if len(others):
-            parts.append(search_training(embedded, queries, others, 2))
-    if not parts:
-        return TopK(np.zeros((len(rows), 0)), np.zeros((len(rows), 0), dtype=np.int64))
-    return merge_top_k(parts, [0] * len(parts), 2)
+    order = np.lexsort((null.rows, -null.scores[:, 0]))
+    _, first = np.unique(null.images.groups[null.rows[order]], return_index=True)
+    keep = np.sort(order[first])
+    return dataclasses.replace(
+        null, rows=null.rows[keep], matches=null.matches[keep], scores=null.scores[keep]
+    )
 
 
 def without_same_pictures(null: Null, embedded: Embedded) -> Null:
@@ -321,22 +310,21 @@ def same_picture(
     return float(x @ y) / norm >= SAME_PICTURE_CORRELATION
 
 
-def check_size(
-    count: int, rate: float, *, kind: NullKind, source: str, num_removed: int = 0
-) -> None:
+def check_size(count: int, request: AuditRequest, *, source: str, num_removed: int = 0) -> None:
     """Refuse a rate for which the null is too small.
 
     Args:
-        count: different real images.
-        rate: false positives per image.
-        kind: construction of the null.
+        count: real images of different identities.
+        request: its rate, confidence and kind of null.
         source: where they come from.
         num_removed: images taken out because they are in the training set.
 
     Raises:
         InputError: says how many images are needed, and which rate these allow.
     """
-    needed = required_null_size(rate)
+    rate, kind, confidence = request.fpr, request.null_kind, request.confidence
+    in_pairs = kind == "leave-one-out"
+    needed = required_scores(rate, in_pairs=in_pairs, confidence=confidence)
     if count >= needed:
         return
     gives = {
@@ -344,19 +332,24 @@ def check_size(
         "split": f"splitting {source} gives {count} real images",
         "leave-one-out": f"{source} gives {count} images to leave out",
     }[kind]
+    sure = "" if confidence is None else f", with a confidence of {percent(confidence)},"
     lost = f" ({num_removed} more are in the training set)" if num_removed else ""
-    smallest = smallest_rate(count)
+    smallest = smallest_rate(count, in_pairs=in_pairs, confidence=confidence)
     allows = f"these allow --fpr {smallest:g} or more" if smallest < 1 else "these allow no rate"
     raise InputError(
-        f"a false-positive rate of {percent(rate)} per image needs at least {needed:,} different "
-        f"real images, {gives}{lost}; {allows}; give more real images with --held-out, or accept "
-        "a larger rate"
+        f"a false-positive rate of {percent(rate)} per image{sure} needs at least {needed:,} real "
+        f"images of different identities, {gives}{lost}; {allows}; give more real images with "
+        "--held-out, or accept a larger rate"
     )
 
 
-def smallest_rate(count: int) -> float:
+def smallest_rate(count: int, *, in_pairs: bool = False, confidence: float | None = None) -> float:
     """Return the smallest rate that ``count`` null scores allow, rounded up to four digits."""
-    exact = 1 / (count + 1)
+    if not count:
+        return 1.0
+    exact = (2 if in_pairs else 1) / (count + 1)
+    if confidence is not None:
+        exact = 1 - (1 - confidence) ** (1 / count)
     scale = 10.0 ** (3 - math.floor(math.log10(exact)))
     return float(math.ceil(exact * scale - 1e-9) / scale)
 

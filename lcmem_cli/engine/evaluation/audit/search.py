@@ -60,9 +60,8 @@ def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ra
         pairs = detector.score_features(left, bank[part_rows.ravel()])
         scores[start : start + block] = pairs.reshape(-1, k)
     order = np.lexsort((rows, -scores), axis=1)
-    return TopK(
-        np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1), merged.recall
-    )
+    in_order = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    return TopK(*in_order, merged.recall)
 
 
 def search_training(
