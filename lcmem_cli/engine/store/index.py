@@ -250,13 +250,7 @@ class Index:
             )
         new_rows = {content: self.num_rows + place for place, content in enumerate(new_hashes)}
         data = features.tobytes()
-        mode = "r+b" if self._features_path.exists() else "w+b"
-        with naming_target(self._features_path), self._features_path.open(mode) as file:
-            file.truncate(self.num_rows * self._row_bytes)
-            file.seek(0, os.SEEK_END)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self._write_features(data)
         entries = [
             Entry(
                 path, identity, content, new_rows.get(content, self._row_of.get(content, -1)), name
@@ -282,6 +276,16 @@ class Index:
         self.entries.extend(entries)
         self._row_of.update(new_rows)
         self._open_segment(number)
+
+    def _write_features(self, data: bytes) -> None:
+        """Write rows behind the listed ones, over what a killed process has left there."""
+        mode = "r+b" if self._features_path.exists() else "w+b"
+        with naming_target(self._features_path), self._features_path.open(mode) as file:
+            file.truncate(self.num_rows * self._row_bytes)
+            file.seek(0, os.SEEK_END)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def search(self, detector: Searcher, features: NDArray[Any], k: int) -> list[list[IndexMatch]]:
         """Return the ``k`` best distinct images for each row of ``features``, exactly.
