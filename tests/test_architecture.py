@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "store": {"store", "data", "models"},
     "detectors": {"detectors", "store", "data", "models"},
     "report": {"report", "data"},
-    "evaluation": {"evaluation", "report", "detectors", "store", "data", "models"},
+    "evaluation": {"evaluation", "training", "report", "detectors", "store", "data", "models"},
     "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
     "describe": {"models", "store"},
     "check": {"training", "evaluation", "detectors", "store", "data", "models"},
