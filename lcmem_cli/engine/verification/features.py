@@ -8,7 +8,10 @@ summation. A small grey picture stands beside them: it is correlated after the a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -16,20 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lcmem_cli.engine.files import sha256_bytes
+
 SIDE = 256
 """Longer side in pixels of the picture that keypoints are found in."""
 PICTURE_SIDE = 128
 """Longer side in pixels of the small picture, whose pixels are the unit of all places."""
 NUM_KEYPOINTS = 400
 DESCRIPTOR = 128
+"""Values of a descriptor."""
+ROW_BYTES = 6 + NUM_KEYPOINTS * (8 + DESCRIPTOR) + PICTURE_SIDE**2
+"""Size of one picture's packed features: 70,790 bytes."""
+FINGERPRINT = sha256_bytes(f"local features 1/{cv2.__version__.split('.')[0]}/{ROW_BYTES}".encode())
+"""Of everything that changes local features."""
 _CONTRAST = 0.02
-_UNIT = 512
+UNIT = 512
 """Length of a descriptor, as rounded to bytes; the dot product of two is exact in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalFeatures:
-    """What verification keeps of a picture: at most 70 KB.
+    """What verification keeps of a picture.
 
     Attributes:
         points: ``[k, 4]`` float32: x, y and size of each keypoint in pixels of ``picture``, and its
@@ -42,10 +52,20 @@ class LocalFeatures:
     descriptors: NDArray[np.uint8]
     picture: NDArray[np.uint8]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size in memory."""
-        return self.points.nbytes + self.descriptors.nbytes + self.picture.nbytes
+    def packed(self) -> NDArray[np.uint8]:
+        """Return everything as ``[ROW_BYTES]`` bytes, from which ``unpacked`` restores it."""
+        row = np.zeros(ROW_BYTES, np.uint8)
+        parts = (
+            np.array([len(self.points), *self.picture.shape], np.int16),
+            self.points.astype(np.float16),
+            self.descriptors,
+            self.picture,
+        )
+        content = np.concatenate(
+            [np.ascontiguousarray(part).view(np.uint8).ravel() for part in parts]
+        )
+        row[: len(content)] = content
+        return row
 
     def mirrored(self) -> LocalFeatures:
         """Return the features of the picture with left and right exchanged, exactly."""
@@ -55,6 +75,23 @@ class LocalFeatures:
         cells = self.descriptors.reshape(-1, 4, 4, 8)[:, ::-1]
         turned = cells[..., [0, 7, 6, 5, 4, 3, 2, 1]].reshape(-1, DESCRIPTOR)
         return LocalFeatures(points, turned, self.picture[:, ::-1])
+
+
+def unpacked(row: NDArray[np.uint8]) -> LocalFeatures | None:
+    """Return the features that ``LocalFeatures.packed`` made ``[ROW_BYTES]`` bytes of.
+
+    ``None`` for a row of zeros, which stands for an image that could not be read.
+    """
+    count, height, width = (int(number) for number in row[:6].view(np.int16))
+    if not height:
+        return None
+    ends = np.cumsum([6, count * 8, count * DESCRIPTOR, height * width])
+    points, descriptors, picture = (row[start:end] for start, end in itertools.pairwise(ends))
+    return LocalFeatures(
+        points.view(np.float16).reshape(count, 4).astype(np.float32),
+        descriptors.reshape(count, DESCRIPTOR),
+        picture.reshape(height, width),
+    )
 
 
 def local_features(image: Image.Image) -> LocalFeatures:
@@ -85,10 +122,10 @@ def local_features(image: Image.Image) -> LocalFeatures:
             )
             for point in keypoints
         ],
-        np.float32,
-    )
+        np.float16,
+    ).astype(np.float32)  # as they are kept
     sums = np.maximum(values.sum(axis=1, keepdims=True), 1)
-    descriptors = np.rint(np.sqrt(values / sums) * _UNIT).clip(0, 255).astype(np.uint8)
+    descriptors = np.rint(np.sqrt(values / sums) * UNIT).clip(0, 255).astype(np.uint8)
     return LocalFeatures(points, descriptors, picture)
 
 
@@ -99,3 +136,14 @@ def _resized(grey: NDArray[Any], side: int) -> NDArray[np.uint8]:
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(grey, size, interpolation=method), np.uint8)
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Keep OpenCV from starting threads of its own: pictures are shared out to threads instead."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
