@@ -1,0 +1,278 @@
+"""What the alignment of two pictures shows, as a value and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.verification.agreement import agreement
+from lcmem_cli.engine.verification.alignment import (
+    Matrix,
+    coarse_alignment,
+    keypoint_alignment,
+    refined,
+    templates,
+)
+from lcmem_cli.engine.verification.features import LocalFeatures
+
+SAME_PICTURE = 3.0
+"""Value from which on two images are said to show the same picture."""
+_HIGHEST = 0.98
+_SURE_INLIERS = 15
+_SMALLEST_SHARE = 0.02
+_IN_PART = 0.7
+
+
+class Weights(NamedTuple):
+    """Log-odds that two aligned pictures are one, per unit of what was measured.
+
+    Fitted by logistic regression on altered copies and on look-alikes by
+    ``tests/benchmarks/fit_evidence.py``.
+
+    Attributes:
+        patches: of the logarithm of 1 + the number of patches that agree, per octave, finest first.
+        correlations: of Fisher's z of the mean correlation of the patches, per octave.
+        inliers: of the logarithm of 1 + the number of keypoint pairs.
+        sure_inliers: of the square root of how many more than ``_SURE_INLIERS`` there are.
+        overlap: of the logarithm of the share of the training image that is covered.
+        query_share: of the logarithm of the share of the query that covers it.
+        constant: where all of these are 0.
+    """
+
+    patches: tuple[float, float, float, float]
+    correlations: tuple[float, float, float, float]
+    inliers: float
+    sure_inliers: float
+    overlap: float
+    query_share: float
+    constant: float
+
+
+WEIGHTS = Weights(
+    patches=(-1.26, 0.38, 0.5, 2.16),
+    correlations=(5.04, 3.28, 2.13, 1.09),
+    inliers=0.31,
+    sure_inliers=0.48,
+    overlap=9.01,
+    query_share=2.42,
+    constant=-9.94,
+)
+
+
+class Found(NamedTuple):
+    """An alignment and how well it is supported.
+
+    Attributes:
+        value: log-odds that both show the same picture.
+        matrix: from pixels of the query's picture to those of the training image's.
+        inliers: pairs of keypoints that agree on it; 0 if correlation found it.
+        correlation: of the grey values where both overlap.
+        extent: of the part that agrees, see ``Agreement``.
+        query: height and width of the query's picture in pixels.
+        training: height and width of the training image's picture in pixels.
+    """
+
+    value: float
+    matrix: Matrix
+    inliers: int
+    correlation: float
+    extent: tuple[float, float, float, float] | None
+    query: tuple[int, int]
+    training: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What alignment found for a query and one training image.
+
+    Attributes:
+        value: how strongly both show the same picture, altered or not: log-odds on one scale for
+            all images.
+        same_picture: whether ``value`` reaches ``SAME_PICTURE``.
+        mirrored: whether the query is mirrored.
+        turn: degrees by which the query is turned counter-clockwise, in (-180, 180], after it was
+            mirrored left and right if it was.
+        scale: size of what is shown in the query relative to the training image, each measured by
+            its longer side.
+        share_of_training: share of the training image's area that was copied.
+        share_of_query: share of the query's area that shows it.
+        outline: corners ``(x, y)`` of the copied part in the training image, as shares of its width
+            and height.
+        correlation: of the grey values where both overlap after alignment, in [-1, 1].
+        inliers: pairs of keypoints that agree on the alignment.
+        matrix: ``((a, b, c), (d, e, f))`` that takes places of the query (x and y as shares of its
+            width and height) to places of the training image.
+    """
+
+    value: float
+    same_picture: bool
+    mirrored: bool
+    turn: float
+    scale: float
+    share_of_training: float
+    share_of_query: float
+    outline: tuple[tuple[float, float], ...]
+    correlation: float
+    inliers: int
+    matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
+
+    def text(self) -> str:
+        """Say what was done: "mirrored, turned by 12 degrees, 61 % of the training image"."""
+        parts = []
+        if self.mirrored:
+            parts.append("mirrored")
+        if abs(self.turn) >= 2:
+            parts.append(f"turned by {round(self.turn)} degrees")
+        if self.share_of_training < 0.95:
+            parts.append(f"{_percent(self.share_of_training)} of the training image")
+        if self.share_of_query < 0.9:
+            parts.append(f"on {_percent(self.share_of_query)} of the generated one")
+        return ", ".join(parts) or "in place"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as JSON-ready values, with the text."""
+        return {**dataclasses.asdict(self), "text": self.text()}
+
+
+def find_alignments(
+    query: LocalFeatures, candidates: list[LocalFeatures | None]
+) -> list[Found | None]:
+    """Align a query with each of its candidates.
+
+    Args:
+        query: of the query.
+        candidates: of training images; ``None`` where one could not be read.
+
+    Returns:
+        The best supported alignment of each, ``None`` where no alignment was found.
+    """
+    mirrored = query.mirrored()
+    prepared = templates(query)
+    results = []
+    for training in candidates:
+        best = None
+        if training is not None:
+            guesses = [(coarse_alignment(prepared, training)[0], 0)]
+            by_keypoints = keypoint_alignment(query, mirrored, training)
+            if by_keypoints is not None:
+                guesses.append(by_keypoints)
+            for start, inliers in guesses:
+                for matrix in (start, refined(start, query, training)):
+                    found = None if matrix is None else measure(matrix, inliers, query, training)
+                    if found is not None and (best is None or found.value > best.value):
+                        best = found
+        results.append(best)
+    return results
+
+
+def measure(
+    matrix: Matrix, inliers: int, query: LocalFeatures, training: LocalFeatures
+) -> Found | None:
+    """Return how well an alignment is supported, ``None`` where the pictures hardly overlap."""
+    seen = agreement(matrix, query, training)
+    if seen is None:
+        return None
+    weights = WEIGHTS
+    fisher = np.arctanh(np.clip(seen.correlations, -_HIGHEST, _HIGHEST))
+    value = (
+        weights.constant
+        + float(np.dot(weights.patches, np.log1p(seen.patches)))
+        + float(np.dot(weights.correlations, fisher))
+        + weights.inliers * math.log1p(inliers)
+        + weights.sure_inliers * math.sqrt(max(0, inliers - _SURE_INLIERS))
+        + weights.overlap * math.log(max(seen.overlap, _SMALLEST_SHARE))
+        + weights.query_share * math.log(max(seen.query_share, _SMALLEST_SHARE))
+    )
+    height, width = query.picture.shape
+    return Found(
+        value=value,
+        matrix=matrix,
+        inliers=inliers,
+        correlation=seen.correlation,
+        extent=seen.extent,
+        query=(height, width),
+        training=(training.picture.shape[0], training.picture.shape[1]),
+    )
+
+
+def describe(found: Found) -> Evidence:
+    """Put an alignment into terms of what was done to the training image."""
+    linear = found.matrix[:, :2]
+    mirrored = bool(np.linalg.det(linear) < 0)
+    outline, share_of_training, share_of_query = _copied_part(found)
+    height, width = found.training
+    return Evidence(
+        value=found.value,
+        same_picture=found.value >= SAME_PICTURE,
+        mirrored=mirrored,
+        turn=_turn(np.diag([-1.0, 1.0]) @ linear if mirrored else linear),
+        scale=1 / math.sqrt(abs(float(np.linalg.det(linear)))),
+        share_of_training=share_of_training,
+        share_of_query=share_of_query,
+        outline=tuple(((float(x) + 0.5) / width, (float(y) + 0.5) / height) for x, y in outline),
+        correlation=found.correlation,
+        inliers=found.inliers,
+        matrix=_in_shares(found),
+    )
+
+
+def _copied_part(found: Found) -> tuple[NDArray[np.float64], float, float]:
+    """Return the corners of what was copied, and its shares of training image and query.
+
+    It is where both overlap, or, where they agree in a part of that only, a box about this part.
+    """
+    moved = _corners(*found.query) @ found.matrix[:, :2].T + found.matrix[:, 2]
+    part, area = _clipped(moved, _corners(*found.training))
+    if found.extent is not None:
+        left, top, right, bottom = (side - 0.5 for side in found.extent)
+        box = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+        smaller, smaller_area = _clipped(part, box)
+        if smaller_area < _IN_PART * area:
+            part, area = smaller, smaller_area
+    scale = abs(float(np.linalg.det(found.matrix[:, :2])))
+    of_training = area / (found.training[0] * found.training[1])
+    of_query = area / (scale * found.query[0] * found.query[1])
+    return part, min(1.0, of_training), min(1.0, of_query)
+
+
+def _corners(height: int, width: int) -> NDArray[np.float64]:
+    right, bottom = width - 0.5, height - 0.5
+    return np.array([[-0.5, -0.5], [right, -0.5], [right, bottom], [-0.5, bottom]])
+
+
+def _clipped(
+    first: NDArray[np.float64], second: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Return the corners ``[k, 2]`` of what two convex polygons share, and its area."""
+    area, corners = cv2.intersectConvexConvex(first.astype(np.float32), second.astype(np.float32))
+    if corners is None or area <= 0:
+        return np.zeros((0, 2)), 0.0
+    return np.asarray(corners, np.float64).reshape(-1, 2), float(area)
+
+
+def _turn(linear: Matrix) -> float:
+    """Return by how many degrees the query was turned counter-clockwise, in (-180, 180]."""
+    left, _, right = np.linalg.svd(linear)
+    turn = left @ right  # the nearest rotation, of the query to the training image
+    degrees = math.degrees(math.atan2(turn[1, 0], turn[0, 0]))
+    return 180.0 if round(degrees, 6) == -180 else degrees
+
+
+def _in_shares(found: Found) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return the map of pixels, whose middles have whole numbers, as one of shares of the sides."""
+    matrix, query, training = found.matrix, found.query, found.training
+    to_pixels = np.array([[query[1], 0, -0.5], [0, query[0], -0.5], [0, 0, 1]])
+    to_shares = np.array(
+        [[1 / training[1], 0, 0.5 / training[1]], [0, 1 / training[0], 0.5 / training[0]]]
+    )
+    (a, b, c), (d, e, f) = (to_shares @ np.vstack([matrix, [0, 0, 1]]) @ to_pixels).tolist()
+    return (a, b, c), (d, e, f)
+
+
+def _percent(share: float) -> str:
+    return f"{max(1, round(100 * share))} %"
