@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.verification.alignment import Matrix
 from lcmem_cli.engine.verification.features import LocalFeatures
 
+Picture = NDArray[Any]
+
 OCTAVES = 4
 PATCH = 8
 """Side of a patch in pixels of its octave; each octave has half the pixels of the one before."""
@@ -58,7 +60,7 @@ class Agreement:
 def agreement(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> Agreement | None:
     """Warp a query onto a training image and compare both; ``None`` where they hardly overlap."""
     first, covered = warped(matrix, query, training)
-    second = training.picture.astype(np.float32)
+    second: Picture = training.picture.astype(np.float32)
     total = float(covered.sum())
     if total < _FEWEST_PIXELS:
         return None
@@ -117,11 +119,11 @@ def _extent(
 
 def warped(
     matrix: Matrix, query: LocalFeatures, training: LocalFeatures
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[Picture, Picture]:
     """Return the query's picture in the training image's frame, and where it lies (0 or 1)."""
     size = training.picture.shape[::-1]
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
-    picture = query.picture.astype(np.float32)
+    picture: Picture = query.picture.astype(np.float32)
     if scale < 0.75:
         picture = cv2.GaussianBlur(picture, (0, 0), 0.5 * float(np.sqrt(scale**-2 - 1)))
     first = cv2.warpAffine(
@@ -132,7 +134,7 @@ def warped(
 
 
 def _patch_correlations(
-    first: NDArray[np.float32], second: NDArray[np.float32], covered: NDArray[np.float32]
+    first: Picture, second: Picture, covered: Picture
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
     """Correlate two pictures patch by patch.
 
@@ -142,19 +144,19 @@ def _patch_correlations(
     """
     rows, columns = (side // PATCH for side in first.shape)
 
-    def patches(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    def patches(picture: Picture) -> Picture:
         cut = picture[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH)
-        return cut.transpose(0, 2, 1, 3).reshape(-1, PATCH * PATCH)
+        return np.asarray(cut.transpose(0, 2, 1, 3).reshape(-1, PATCH * PATCH))
 
     inside = patches(covered)
     kept = inside.mean(axis=1) > _WITHIN
     inside = inside[kept]
     number = inside.sum(axis=1, keepdims=True)
 
-    def centred(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    def centred(picture: Picture) -> Picture:
         values = patches(picture)[kept]
         values = values - (values * inside).sum(axis=1, keepdims=True) / number
-        return np.asarray(values * inside, np.float32)
+        return np.asarray(values * inside)
 
     a, b = centred(first), centred(second)
     count = number[:, 0]
@@ -167,7 +169,7 @@ def _patch_correlations(
     return values, np.stack([texture, both]), places
 
 
-def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+def _correlation(first: Picture, second: Picture) -> float:
     first, second = first - first.mean(), second - second.mean()
     lengths = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
     if lengths < len(first):  # less than one shade of deviation: a picture of one colour

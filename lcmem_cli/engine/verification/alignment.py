@@ -32,14 +32,15 @@ MIN_SCALE, MAX_SCALE = 0.2, 5.0
 _VOTE_REACH = 8.0
 _VOTE_SCALE = 0.6
 _VOTE_COSINE = 0.8
-_TOLERANCES = (6.0, 4.0, 3.0, 2.5, 2.5)
-_NUM_VOTES = 3
-_GRID = 64
-_COARSE_SIDE = 44
+_TOLERANCES = (6.0, 4.0, 3.0, 2.5)
+_NUM_VOTES = 2
+_GRID = 48
+_COARSE_SIDE = 32
 _SCALES = (0.7, 1.0, 1.4)
 _TURNS = tuple(range(0, 360, 15))
 _REFINED_SHARE = 0.5
 _REFINE_STEPS = 20
+_REFINE_BLUR = 3
 _FEWEST_PIXELS = 100
 
 
@@ -51,56 +52,67 @@ class KeypointAlignment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Templates:
-    """A query's small picture, turned, scaled and mirrored, ready to be correlated.
+class Query:
+    """A query made ready to be aligned with many training images.
 
     Attributes:
-        maps: ``[t, 2, 3]`` from the small picture to the grid.
-        spectra: ``[t, g, g / 2 + 1]`` conjugate Fourier transforms.
-        lengths: ``[t]`` root of the sum of squares.
-        to_small: from the query's picture to the small one.
+        features: of the query.
+        points: ``[2 k, 4]`` its keypoints, then those of the mirrored picture.
+        descriptors: ``[2 k, 128]`` float32, likewise.
+        maps: ``[t, 2, 3]`` from its small picture, turned, scaled and mirrored, to the grid.
+        spectra: ``[t, g, g / 2 + 1]`` conjugate Fourier transforms of these.
+        lengths: ``[t]`` roots of their sums of squares.
+        to_small: map from the query's picture to the small one.
     """
 
+    features: LocalFeatures
+    points: NDArray[np.float32]
+    descriptors: NDArray[np.float32]
     maps: Matrix
     spectra: NDArray[np.complex64]
     lengths: NDArray[np.float32]
     to_small: Matrix
 
 
-def keypoint_alignment(
-    query: LocalFeatures, mirrored: LocalFeatures, training: LocalFeatures
-) -> KeypointAlignment | None:
-    """Return the map that most pairs of keypoints agree on, or ``None`` where few do.
-
-    Args:
-        query: of the query.
-        mirrored: ``query.mirrored()``, which is the same for all candidates.
-        training: of the training image.
-    """
-    best = None
-    for features in (query, mirrored):
-        pairs = _matches(features.descriptors, training.descriptors)
-        found = _vote(features.points[pairs[:, 0]], training.points[pairs[:, 1]])
-        if found is not None and (best is None or found.inliers > best.inliers):
-            best = found
-            if features is mirrored:
-                best = found._replace(matrix=found.matrix @ _square(_mirror(query)))
-    return best
-
-
-def templates(query: LocalFeatures) -> Templates:
-    """Prepare a query for ``coarse_alignment``."""
+def prepared(features: LocalFeatures) -> Query:
+    """Make a query ready to be aligned."""
     from scipy import fft
 
-    small, to_small = _small(query)
+    mirrored = features.mirrored()
+    small, to_small = _small(features)
     height, width = small.shape
     maps = _template_maps(width, height)
     pictures = np.stack([cv2.warpAffine(small, matrix, (_GRID, _GRID)) for matrix in maps])
-    lengths = np.sqrt(np.square(pictures).sum(axis=(1, 2)))
-    return Templates(maps, np.conj(fft.rfft2(pictures)), lengths, to_small)
+    return Query(
+        features=features,
+        points=np.concatenate([features.points, mirrored.points]),
+        descriptors=np.concatenate([features.descriptors, mirrored.descriptors]).astype(np.float32),
+        maps=maps,
+        spectra=np.conj(fft.rfft2(pictures)),
+        lengths=np.sqrt(np.square(pictures).sum(axis=(1, 2))),
+        to_small=to_small,
+    )
 
 
-def coarse_alignment(query: Templates, training: LocalFeatures) -> tuple[Matrix, float]:
+def keypoint_alignment(query: Query, training: LocalFeatures) -> KeypointAlignment | None:
+    """Return the map that most pairs of keypoints agree on, or ``None`` where few do."""
+    number = len(query.features.points)
+    if min(number, len(training.points)) < FEWEST_INLIERS:
+        return None
+    products = query.descriptors @ training.descriptors.astype(np.float32).T  # whole: exact
+    best = None
+    for is_mirrored in (False, True):
+        part = slice(number, None) if is_mirrored else slice(number)
+        rows, columns = _matches(products[part])
+        found = _vote(query.points[part][rows], training.points[columns])
+        if found is not None and (best is None or found.inliers > best.inliers):
+            best = found
+            if is_mirrored:
+                best = found._replace(matrix=found.matrix @ _square(_mirror(query.features)))
+    return best
+
+
+def coarse_alignment(query: Query, training: LocalFeatures) -> tuple[Matrix, float]:
     """Return the map of the grid at which small pictures correlate most, and the correlation."""
     from scipy import fft
 
@@ -139,10 +151,11 @@ def refined(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> Ma
     covered = cv2.warpAffine(np.ones_like(second), inverse, shape, flags=flags) > 0.99
     if covered.sum() < _FEWEST_PIXELS:
         return None
+    everywhere = np.ones(first.shape, np.uint8)
     criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _REFINE_STEPS, 1e-3)
     try:
         _, moved = cv2.findTransformECC(
-            first, second, inverse, cv2.MOTION_AFFINE, criteria, None, 3
+            first, second, inverse, cv2.MOTION_AFFINE, criteria, everywhere, _REFINE_BLUR
         )
     except cv2.error:  # the pictures do not correlate where it began
         return None
@@ -160,19 +173,20 @@ def is_plausible(matrix: NDArray[Any]) -> bool:
     return bool(small > MIN_SCALE and large < MAX_SCALE and large < MAX_STRETCH * small)
 
 
-def _matches(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return pairs of rows that are each other's nearest, and much nearer than the next one."""
-    if min(len(first), len(second)) < FEWEST_INLIERS:
-        return np.zeros((0, 2), np.int64)
-    products = first.astype(np.float32) @ second.astype(np.float32).T  # whole numbers: exact
-    rows = np.arange(len(first))
+def _matches(products: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return rows and columns that are each other's nearest, and much nearer than the next one.
+
+    Args:
+        products: ``[n, m]`` of the descriptors of two pictures; changed.
+    """
+    rows = np.arange(len(products))
     nearest = products.argmax(axis=1)
     mutual = products.argmax(axis=0)[nearest] == rows
     best = products[rows, nearest]
     products[rows, nearest] = -1
     squares = 2 * np.maximum(UNIT**2 - np.stack([best, products.max(axis=1)]), 0)
     kept = mutual & (squares[0] < RATIO**2 * squares[1])
-    return np.stack([rows[kept], nearest[kept]], axis=1)
+    return rows[kept], nearest[kept]
 
 
 def _vote(query: NDArray[np.float32], training: NDArray[np.float32]) -> KeypointAlignment | None:
@@ -207,7 +221,11 @@ def _fit(
     for tolerance in _TOLERANCES:
         if inside.sum() < FEWEST_INLIERS:
             return None
-        solution = np.linalg.lstsq(places[inside], targets[inside], rcond=None)[0]
+        chosen = places[inside]
+        try:
+            solution = np.linalg.solve(chosen.T @ chosen, chosen.T @ targets[inside])
+        except np.linalg.LinAlgError:  # they lie on one line
+            return None
         inside = np.hypot(*(places @ solution - targets).T) < tolerance
     matrix = np.ascontiguousarray(solution.T)
     inliers = len(np.unique(np.round(targets[inside]), axis=0))

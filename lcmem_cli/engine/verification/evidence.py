@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.verification.agreement import agreement
 from lcmem_cli.engine.verification.alignment import (
     Matrix,
+    Query,
     coarse_alignment,
     keypoint_alignment,
+    prepared,
     refined,
-    templates,
 )
 from lcmem_cli.engine.verification.features import LocalFeatures
 
@@ -24,6 +26,8 @@ SAME_PICTURE = 3.0
 """Value from which on two images are said to show the same picture."""
 _HIGHEST = 0.98
 _SURE_INLIERS = 15
+_SURE = 8.0
+_CORRELATED = 5
 _SMALLEST_SHARE = 0.02
 _IN_PART = 0.7
 
@@ -140,34 +144,57 @@ class Evidence:
 
 
 def find_alignments(
-    query: LocalFeatures, candidates: list[LocalFeatures | None]
+    features: LocalFeatures, candidates: Sequence[LocalFeatures | None]
 ) -> list[Found | None]:
     """Align a query with each of its candidates.
 
     Args:
-        query: of the query.
-        candidates: of training images; ``None`` where one could not be read.
+        features: of the query.
+        candidates: of training images, the likeliest first; ``None`` where one is unreadable.
 
     Returns:
         The best supported alignment of each, ``None`` where no alignment was found.
     """
-    mirrored = query.mirrored()
-    prepared = templates(query)
-    results = []
-    for training in candidates:
-        best = None
-        if training is not None:
-            guesses = [(coarse_alignment(prepared, training)[0], 0)]
-            by_keypoints = keypoint_alignment(query, mirrored, training)
-            if by_keypoints is not None:
-                guesses.append(by_keypoints)
-            for start, inliers in guesses:
-                for matrix in (start, refined(start, query, training)):
-                    found = None if matrix is None else measure(matrix, inliers, query, training)
-                    if found is not None and (best is None or found.value > best.value):
-                        best = found
-        results.append(best)
-    return results
+    query = prepared(features)
+    return [
+        None if training is None else _best(query, training, try_correlation=rank < _CORRELATED)
+        for rank, training in enumerate(candidates)
+    ]
+
+
+def _best(query: Query, training: LocalFeatures, *, try_correlation: bool) -> Found | None:
+    """Return the best supported alignment; correlation is tried where keypoints leave doubt."""
+    best = None
+    by_keypoints = keypoint_alignment(query, training)
+    if by_keypoints is not None:
+        start, inliers = by_keypoints
+        moved = refined(start, query.features, training)
+        best = _better(start, moved, inliers, query.features, training)
+    if try_correlation and (best is None or best.value < _SURE):
+        start, _ = coarse_alignment(query, training)
+        moved = refined(start, query.features, training)
+        other = _better(None if moved is not None else start, moved, 0, query.features, training)
+        if other is not None and (best is None or other.value > best.value):
+            best = other
+    return best
+
+
+def _better(
+    first: Matrix | None,
+    second: Matrix | None,
+    inliers: int,
+    query: LocalFeatures,
+    training: LocalFeatures,
+) -> Found | None:
+    """Return the better supported of two alignments, the first where both are alike."""
+    tried = [
+        measure(matrix, inliers, query, training)
+        for matrix in (first, second)
+        if matrix is not None
+    ]
+    return max(
+        (found for found in tried if found is not None), key=lambda found: found.value, default=None
+    )
 
 
 def measure(

@@ -103,7 +103,7 @@ def local_features(image: Image.Image) -> LocalFeatures:
     grey = np.asarray(image.convert("L"))
     large = _resized(grey, SIDE)
     even = cv2.createCLAHE(2.0, (8, 8)).apply(large)
-    found, rows = cv2.SIFT_create(NUM_KEYPOINTS, contrastThreshold=_CONTRAST).detectAndCompute(
+    found, rows = cv2.SIFT.create(NUM_KEYPOINTS, contrastThreshold=_CONTRAST).detectAndCompute(
         even, None
     )
     picture = _resized(grey, PICTURE_SIDE)
