@@ -32,6 +32,7 @@ class AuditRequest:
     input_size: int | None
     approximate: bool
     adapt: bool | None
+    verify: bool | None
     top_k: int
     fail_over: float | None
     max_unreadable: int | None
@@ -84,6 +85,7 @@ class AuditSettings(BaseModel):
     detector: FileName
     input_size: int
     adapt: bool | None = None
+    verify: bool
     approximate: bool
     seed: int
     top_k: int

@@ -23,7 +23,12 @@ from lcmem_cli.engine.evaluation.audit.conclude import conclude, flag
 from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
-from lcmem_cli.engine.evaluation.audit.null import Null, check_size, make_null
+from lcmem_cli.engine.evaluation.audit.null import (
+    Null,
+    check_size,
+    make_null,
+    without_same_pictures,
+)
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import AuditResult
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
@@ -36,11 +41,13 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     embed_set,
     list_set,
 )
+from lcmem_cli.engine.evaluation.audit.verify import is_to_verify, verify_candidates
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
 from lcmem_cli.engine.store.features import FeatureCaches
+from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 
 
 def audit(
@@ -56,6 +63,7 @@ def audit(
     input_size: int | None = None,
     approximate: bool = False,
     adapt: bool | None = None,
+    verify: bool | None = None,
     top_k: int = 5,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
@@ -96,6 +104,9 @@ def audit(
             (``detectors.adapted``), so that what they all share does not count as likeness;
             ``None``: where the detector can be and there are enough images, but not with the
             leave-one-out null, whose rate would not hold.
+        verify: align the best candidates of each image, real ones alike, and fuse what that shows
+            with the score, so that mirrored, turned, cropped and combined copies are found and the
+            edit is named; ``None``: where scores are probabilities and the files can be read.
         top_k: matches to list per generated image.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
@@ -130,6 +141,7 @@ def audit(
         input_size=input_size,
         approximate=approximate,
         adapt=adapt,
+        verify=verify,
         top_k=top_k,
         fail_over=fail_over,
         max_unreadable=max_unreadable,
@@ -157,13 +169,18 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     started = datetime.datetime.now(datetime.timezone.utc)
     listings = list_sets(request)
     detector = choose_detector(request, listings, device=compute.device)
-    settings = _settings(request, listings, detector, compute)
+    verified = is_to_verify(request, listings, detector, compute)
+    settings = _settings(request, listings, detector, compute, verified)
     with _output_folder(request, settings, compute):
         embedded = adapt_if_asked(embed_sets(request, listings, detector, compute), request)
-        null = make_null(embedded, request.null_kind, rate=request.fpr, seed=request.seed)
-        found = best_matches(embedded, null.bank, max(2, request.top_k))
+        k = NUM_CANDIDATES if verified else 2
+        null = make_null(embedded, request.null_kind, rate=request.fpr, seed=request.seed, k=k)
+        found = best_matches(embedded, null.bank, max(k, request.top_k))
+        if verified:
+            null, found = verify_candidates(embedded, null, found)
+        null = without_same_pictures(null, embedded, request.fpr)
         _check_gate(request, embedded, null, found)
-        flags = flag(embedded, null, found, rate=request.fpr, bh=request.bh)
+        found, flags = flag(embedded, null, found, rate=request.fpr, bh=request.bh)
         result = conclude(request, embedded, null, found, flags, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
@@ -229,7 +246,11 @@ def _output_folder(
 
 
 def _settings(
-    request: AuditRequest, listings: Sets[Listing], detector: Detector, compute: Compute
+    request: AuditRequest,
+    listings: Sets[Listing],
+    detector: Detector,
+    compute: Compute,
+    verified: bool,
 ) -> AuditSettings:
     paths = listings.map(lambda _, listing: str(Path(listing.source).absolute()))
     resolved = {
@@ -238,6 +259,7 @@ def _settings(
         "null": request.null_kind,
         "detector": absolute_name(detector.name),
         "input_size": detector.input_size,
+        "verify": verified,
         "cache": compute.cache is not None,
         "fingerprint": detector.fingerprint,
     }
