@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.verification.agreement import agreement
+from lcmem_cli.engine.verification.agreement import Agreement, agreement
 from lcmem_cli.engine.verification.alignment import (
     Matrix,
     Query,
@@ -25,47 +25,18 @@ from lcmem_cli.engine.verification.features import LocalFeatures
 SAME_PICTURE = 3.0
 """Value from which on two images are said to show the same picture."""
 _HIGHEST = 0.98
-_SURE_INLIERS = 15
+_MANY_INLIERS = 15
 _SURE = 8.0
 _CORRELATED = 5
 _SMALLEST_SHARE = 0.02
 _IN_PART = 0.7
 
 
-class Weights(NamedTuple):
-    """Log-odds that two aligned pictures are one, per unit of what was measured.
+WEIGHTS = np.array([-1.08, 0.62, -0.29, 1.59, 5.24, 3.08, 1.79, 1.04, -0.2, 0.54, 8.03, 4.7])
+CONSTANT = -7.03
+"""Log-odds that two aligned pictures are one: weights of ``measurements``, and a constant.
 
-    Fitted by logistic regression on altered copies and on look-alikes by
-    ``tests/benchmarks/fit_evidence.py``.
-
-    Attributes:
-        patches: of the logarithm of 1 + the number of patches that agree, per octave, finest first.
-        correlations: of Fisher's z of the mean correlation of the patches, per octave.
-        inliers: of the logarithm of 1 + the number of keypoint pairs.
-        sure_inliers: of the square root of how many more than ``_SURE_INLIERS`` there are.
-        overlap: of the logarithm of the share of the training image that is covered.
-        query_share: of the logarithm of the share of the query that covers it.
-        constant: where all of these are 0.
-    """
-
-    patches: tuple[float, float, float, float]
-    correlations: tuple[float, float, float, float]
-    inliers: float
-    sure_inliers: float
-    overlap: float
-    query_share: float
-    constant: float
-
-
-WEIGHTS = Weights(
-    patches=(-1.26, 0.38, 0.5, 2.16),
-    correlations=(5.04, 3.28, 2.13, 1.09),
-    inliers=0.31,
-    sure_inliers=0.48,
-    overlap=9.01,
-    query_share=2.42,
-    constant=-9.94,
-)
+Fitted to altered copies and look-alikes by ``tests/benchmarks/fit_evidence.py``."""
 
 
 class Found(NamedTuple):
@@ -204,17 +175,7 @@ def measure(
     seen = agreement(matrix, query, training)
     if seen is None:
         return None
-    weights = WEIGHTS
-    fisher = np.arctanh(np.clip(seen.correlations, -_HIGHEST, _HIGHEST))
-    value = (
-        weights.constant
-        + float(np.dot(weights.patches, np.log1p(seen.patches)))
-        + float(np.dot(weights.correlations, fisher))
-        + weights.inliers * math.log1p(inliers)
-        + weights.sure_inliers * math.sqrt(max(0, inliers - _SURE_INLIERS))
-        + weights.overlap * math.log(max(seen.overlap, _SMALLEST_SHARE))
-        + weights.query_share * math.log(max(seen.query_share, _SMALLEST_SHARE))
-    )
+    value = CONSTANT + float(WEIGHTS @ measurements(inliers, seen))
     height, width = query.picture.shape
     return Found(
         value=value,
@@ -224,6 +185,28 @@ def measure(
         extent=seen.extent,
         query=(height, width),
         training=(training.picture.shape[0], training.picture.shape[1]),
+    )
+
+
+def measurements(inliers: int, seen: Agreement) -> NDArray[np.float64]:
+    """Return what the weights belong to, ``[2 * OCTAVES + 4]``.
+
+    Per octave, finest first, the logarithm of 1 + the number of patches that agree; likewise
+    Fisher's z of the mean correlation of the patches; the logarithm of 1 + the number of keypoint
+    pairs; the root of how many more than ``_MANY_INLIERS`` there are; and the logarithms of the
+    share of the training image that is covered and of the share of the query that covers it.
+    """
+    return np.concatenate(
+        [
+            np.log1p(seen.patches),
+            np.arctanh(np.clip(seen.correlations, -_HIGHEST, _HIGHEST)),
+            [
+                math.log1p(inliers),
+                math.sqrt(max(0, inliers - _MANY_INLIERS)),
+                math.log(max(seen.overlap, _SMALLEST_SHARE)),
+                math.log(max(seen.query_share, _SMALLEST_SHARE)),
+            ],
+        ]
     )
 
 

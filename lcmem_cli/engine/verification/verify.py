@@ -29,8 +29,9 @@ from lcmem_cli.engine.verification.features import single_threaded
 
 NUM_CANDIDATES = 10
 """Candidates of an image that are verified."""
-SLOPE, OFFSET = 0.5, 0.0
-"""Logit of a score for one unit of evidence, and where there is none; see ``fuse``."""
+OFFSET = 0.5
+"""What makes a logit of evidence: 1 % of real images' best matches pass about 0.5 by evidence, and
+0.3 % of them about 1 by ``joint``, so that most of the rate is spent on evidence."""
 _ROUND_QUERIES = 256
 
 
@@ -102,5 +103,5 @@ def fuse(scores: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np
     """
     from scipy.special import expit
 
-    result: NDArray[np.float64] = np.maximum(scores, expit(SLOPE * values + OFFSET))
+    result: NDArray[np.float64] = np.maximum(scores, expit(values + OFFSET))
     return result
