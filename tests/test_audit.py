@@ -805,7 +805,7 @@ def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tm
     as_json = command(*arguments, "0.1", "--json")
     assert as_json.exit_code == 3
     document = json.loads(as_json.stdout)
-    assert document["gate_failed"] is True and document["schema"] == 1
+    assert document["gate_failed"] is True and document["schema"] == 2
     assert document["statement"] in failed.stdout.replace("\n", " ")
 
 

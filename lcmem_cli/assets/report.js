@@ -10,6 +10,7 @@
   const controls = byId("controls");
   const more = byId("more");
   const viewer = byId("viewer");
+  const SVG = document.querySelector("svg").namespaceURI;
   const collator = new Intl.Collator("en", { numeric: true });
   const haystacks = data.pairs.map((pair) => [pair.q, pair.m, pair.id].join("\n").toLowerCase());
   const FIRST_DIRECTION = { s: "descending", p: "ascending", q: "ascending", m: "ascending", id: "ascending" };
@@ -38,11 +39,11 @@
   }
 
   function drawing(name, box) {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const node = document.createElementNS(SVG, "svg");
     node.setAttribute("class", name);
     node.setAttribute("viewBox", box.join(" "));
     node.setAttribute("aria-hidden", "true");
-    node.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
+    node.append(document.createElementNS(SVG, "path"));
     return node;
   }
 

@@ -18,6 +18,7 @@ from lcmem_cli.cli.options import (
     JUDGING,
     OUTPUT,
     OVERWRITE,
+    VERIFY,
     ComputeOptions,
     argument,
     option,
@@ -70,6 +71,7 @@ class AuditOptions(ComputeOptions):
         None,
         flags="--adapt/--no-adapt",
     )
+    verify: bool | None = VERIFY
     top_k: int = option(OUTPUT, "Matches to list per image.", 5, min=1)
     fail_over: float | None = option(
         JUDGING, "Exit 3 if more than this share of images is flagged.", None
@@ -107,9 +109,15 @@ def _show(result: AuditResult, output: Path) -> None:
     render.table(["over the whole set", "generated", "real"], _figures(result))
     if result.flagged:
         render.table(
-            ["generated", "training image", "score", "p-value"],
+            ["generated", "training image", "score", "p-value", "what is known"],
             [
-                [match.query, match.match, f"{match.score:.4f}", f"{match.p_value:.4f}"]
+                [
+                    match.query,
+                    match.match,
+                    f"{match.score:.4f}",
+                    f"{match.p_value:.4f}",
+                    ": ".join(filter(None, (match.tier, match.edit))),
+                ]
                 for match in result.flagged[:_SHOWN_PAIRS]
             ],
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",

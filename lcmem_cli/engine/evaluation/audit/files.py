@@ -152,11 +152,12 @@ def _draw(item: Path | _LaidOver) -> Image:
 def _row(match: Match) -> dict[str, Any]:
     """Return the cells of a match by column; ``None`` where something is not known."""
     evidence = match.evidence
+    shown = evidence if match.same_picture else None  # of other pairs an alignment says nothing
     plain = {name: getattr(match, name) for name in COLUMNS[: COLUMNS.index("evidence")]}
     return {
         **plain,
         "evidence": None if evidence is None else evidence.value,
-        **{name: getattr(evidence, name, None) for name in ("mirrored", *NUMBERS)},
+        **{name: getattr(shown, name, None) for name in ("mirrored", *NUMBERS)},
     }
 
 
