@@ -72,7 +72,7 @@ def infer(options: InferOptions) -> None:
             codec=options.codec,
         ),
         threshold=options.threshold,
-        verify=options.verify,
+        verify=options.verify is not False,
         save=options.save,
         max_unreadable=options.max_unreadable,
         compute=options.compute(),

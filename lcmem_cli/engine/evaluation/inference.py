@@ -18,8 +18,7 @@ from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
-from lcmem_cli.engine.evaluation.audit.detector import detector_of
-from lcmem_cli.engine.evaluation.audit.files import read_settings
+from lcmem_cli.engine.evaluation.audit.detector import AuditThreshold, detector_of
 from lcmem_cli.engine.files import atomic_path, check_writable
 from lcmem_cli.engine.report.panels import difference, laid_over, outlined
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -120,12 +119,6 @@ class Judge:
     checkpoint: str | None = None
     codec: str | None = None
 
-    def verifies(self, wanted: bool | None) -> bool:
-        """Return whether pairs are verified: as the audit did, else unless told otherwise."""
-        if self.audit is not None:
-            return read_settings(self.audit).verify
-        return wanted is not False
-
     def load(self, compute: Compute) -> Detector:
         """Load the detector."""
         if self.audit is not None:
@@ -140,7 +133,7 @@ def infer(
     judge: Judge,
     *,
     threshold: str | None = None,
-    verify: bool | None = None,
+    verify: bool = True,
     save: Path | None = None,
     max_unreadable: int = 0,
     compute: Compute = DEFAULT_COMPUTE,
@@ -151,7 +144,7 @@ def infer(
         pairs: two images, or a CSV file as ``read_pairs`` reads it.
         judge: what scores.
         threshold: see ``score_pairs``.
-        verify: see ``score_pairs``; an audit has decided it for its pairs.
+        verify: see ``score_pairs``.
         save: ``.png`` file for a picture of the first pair, drawn where both images are readable.
         max_unreadable: tolerated unreadable images.
         compute: how the images are embedded.
@@ -163,15 +156,7 @@ def infer(
     if save is not None:
         check_writable(save, suffix=PICTURE_SUFFIX)
     listed = read_pairs(pairs) if isinstance(pairs, Path) else [pairs]
-    result = _score(
-        judge.load(compute),
-        listed,
-        threshold,
-        judge.verifies(verify),
-        max_unreadable,
-        compute,
-        fused=judge.audit is not None,
-    )
+    result = _score(judge.load(compute), listed, threshold, verify, max_unreadable, compute)
     if save is not None and result.pairs[0].score is not None:
         save_picture(result.pairs[0], save, threshold=result.threshold)
     return result
@@ -195,6 +180,7 @@ def score_pairs(
         pairs: files; of each the first is taken for an altered copy of the second.
         threshold: name of one of the detector's thresholds (``fpr0.01``); by default its first.
         verify: align both images; a pair that shows the same picture is a match whatever its score.
+            The detector of an audit verifies as the audit did, and fuses score and evidence.
         batch_size: images per network call, see ``Batching``; scores change by rounding at most.
         workers: decoding threads.
         max_unreadable: tolerated unreadable images.
@@ -215,11 +201,10 @@ def _score(
     verified: bool,
     max_unreadable: int,
     compute: Compute,
-    *,
-    fused: bool = False,
 ) -> InferenceResult:
-    """Score pairs; ``fused`` takes the score and the evidence as one, as an audit does."""
     chosen = choose_threshold(detector, threshold)
+    if isinstance(chosen, AuditThreshold):
+        verified = chosen.fused  # pairs are judged as the audit judged them
     if threshold is None and chosen is not None and chosen.kind != "fpr":
         compute.reporter.warn(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
@@ -236,7 +221,8 @@ def _score(
     aligned: list[Evidence | None] = [None] * len(pairs)
     if verified:
         aligned, values = _align(list(number), embedded, files, compute)
-        scores = fuse(scores, values) if fused else scores
+        if isinstance(chosen, AuditThreshold):
+            scores = fuse(scores, values)
     scored = []
     for pair, contents, score, evidence in zip(
         pairs, rows.tolist(), scores.tolist(), aligned, strict=True

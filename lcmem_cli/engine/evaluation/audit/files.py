@@ -76,6 +76,7 @@ class AuditDocument:
     schema: Literal[2]
     fingerprint: str
     adapted_to: int | None
+    verified: bool
     rule: FlagRule
     null: NullSummary
     num_queries: int
