@@ -1,11 +1,13 @@
 """The command line itself: help, global options, closed streams, pipes, limits and messages."""
 
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import typer.main
@@ -111,6 +113,28 @@ def test_every_command_and_flag_stands_in_the_reference_under_its_own_heading(na
         for flag in (*parameter.opts, *parameter.secondary_opts):
             shown = flag if flag.startswith("-") else parameter.metavar
             assert re.search(rf"^  .*{re.escape(shown)}\b", section, re.MULTILINE), shown
+
+
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        ("audit:AuditOptions", "evaluation.audit.run:audit"),
+        ("benchmark:BenchmarkOptions", "evaluation.study.benchmark:benchmark"),
+        ("robustness:RobustnessOptions", "evaluation.study.robustness:robustness"),
+        ("checkpoints:CalibrateOptions", "evaluation.recalibrate:recalibrate"),
+        ("checkpoints:ConvertOptions", "models.convert:convert_reference"),
+        ("demo:DemoOptions", "evaluation.demo:run_demo"),
+        ("hub:PushOptions", "models.hub:push"),
+        ("hub:PullOptions", "models.hub:pull"),
+    ],
+)
+def test_an_option_has_the_name_of_the_parameter_that_it_becomes(options, function):
+    """These commands hand all that they are given to one function."""
+    kind = resolve_name(f"lcmem_cli.cli.{options}")
+    names = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    given = kind(**dict.fromkeys(names, "")).arguments()
+    known = inspect.signature(resolve_name(f"lcmem_cli.engine.{function}")).parameters
+    assert set(given) == set(known)
 
 
 # --- global options ------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from lcmem_cli.engine.detectors.registry import (
     load_detector,
     register_detector,
 )
-from lcmem_cli.engine.detectors.vectors import IMAGENET_MEAN, IMAGENET_STD
 from lcmem_cli.engine.errors import (
     CheckpointError,
     InputError,
@@ -40,7 +39,7 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.models import weights
 from lcmem_cli.engine.models.checkpoint import Checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
-from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
+from lcmem_cli.engine.models.siamese import IMAGENET_MEAN, IMAGENET_STD, NetworkSpec, SiameseNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 
@@ -666,12 +665,7 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_detector(name)
 
 
-def test_onnx_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], np.float32([1]).tobytes(), raw=True)
-    nodes = [
-        helper.make_node("ReduceMean", ["x"], ["pooled"], axes=[2, 3], keepdims=0),
-        helper.make_node("Mul", ["pooled", "w"], ["y"]),
-    ]
+def model_with(nodes: list[object], weight: object) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "net",
@@ -679,11 +673,35 @@ def test_onnx_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
         initializer=[weight],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    path = tmp_path / "net.onnx"
-    onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
-    with pytest.raises(CheckpointError, match="must be inside the file"):
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute"])
+def test_onnx_weights_outside_the_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where onnxruntime looks for them
+    values = np.eye(3, dtype=np.float32)
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 3], values.tobytes(), raw=True)
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["pooled"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "w"], ["y"]),
+    ]
+    if place == "attribute":
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+    path = Path("net.onnx")
+    options = {"location": "w.bin", "size_threshold": 0, "convert_attribute": True}
+    model = model_with(nodes, weight)
+    if place == "attribute":
+        del model.graph.initializer[:]
+    onnx.save(model, str(path), save_as_external_data=True, **options)
+    assert Path("w.bin").is_file()
+    with pytest.raises(CheckpointError, match=r"tensor 'w' lies in another file \(w.bin\)"):
         load_detector(f"onnx:{path}")
+    onnx.save_model(onnx.load(path), path)  # as the message says
+    batch = images(2, 8)
+    features = load_detector(f"onnx:{path}?mean=0,0,0&std=1,1,1").embed_batch(batch)
+    np.testing.assert_allclose(features, batch.mean((2, 3)), atol=1e-6)
 
 
 def test_one_image_is_embedded_and_a_list_of_tensors_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load, save_file
 
 from lcmem_cli.engine import config as cfg
 from lcmem_cli.engine.data import manifest as mani
+from lcmem_cli.engine.data import tables
 from lcmem_cli.engine.errors import (
     CheckpointError,
     ConfigError,
@@ -174,7 +175,7 @@ def test_a_path_that_leaves_the_folder_is_refused_even_through_a_link(tmp_path):
 
 def test_any_file_name_comes_back_from_a_written_list(tmp_path):
     names = ("a\r.png", "b\n.png", 'c".png', "d,.png", " e.png", "f\udce9.png", "\ufeffg.png")
-    records = tuple(mani.Record(name, f"\r{name}", "TRAIN", "x\r\ny") for name in names)
+    records = tuple(mani.Record(name, f"a\r{name}", "TRAIN", "x\r\ny") for name in names)
     written = mani.Manifest(records, tmp_path, tmp_path)
     mani.write_manifest(written, tmp_path / "list.csv")
     assert mani.load_manifest(tmp_path / "list.csv", max_missing=None).records == records
@@ -183,7 +184,7 @@ def test_any_file_name_comes_back_from_a_written_list(tmp_path):
 def test_a_filelist_has_a_limit(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_bytes(VALID_CSV)
     mani.load_manifest(tmp_path / "list.csv", max_missing=None)
-    monkeypatch.setattr(mani, "MAX_BYTES", len(VALID_CSV) - 1)
+    monkeypatch.setattr(tables, "MAX_BYTES", len(VALID_CSV) - 1)
     with pytest.raises(ManifestError, match="more than the limit"):
         mani.load_manifest(tmp_path / "list.csv", max_missing=None)
 

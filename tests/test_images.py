@@ -1,6 +1,8 @@
 """Decoding: known pixels for every kind of file, and a reason for every bad one."""
 
+import hashlib
 import json
+import os
 import struct
 import zlib
 
@@ -11,12 +13,13 @@ from PIL import Image, ImageCms, features
 
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
-    UnreadableImageError,
     content_hash,
     load_image,
     load_pixels,
     to_tensor,
 )
+from lcmem_cli.engine.data.loading import hash_files
+from lcmem_cli.engine.errors import UnreadableImageError
 
 RED, GREEN = (200, 30, 40), (20, 180, 60)
 
@@ -248,8 +251,8 @@ def test_resizing_and_scaling(tmp_path):
 
 
 def test_the_content_hash_is_of_the_bytes(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert content_hash(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+    (tmp_path / "a").write_bytes(b"GIF89a")
+    assert content_hash(tmp_path / "a") == hashlib.sha256(b"GIF89a").hexdigest()
     with pytest.raises(UnreadableImageError, match="no such file"):
         content_hash(tmp_path / "b")
 
@@ -266,3 +269,26 @@ def test_an_opened_image_is_embedded_as_its_file_is(mode, tmp_path):
     with Image.open(path) as opened:
         features = detector.embed([opened, path])
     assert np.array_equal(features[0], features[1]) and features[0].any()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs special files")
+def test_special_files_behind_links_and_huge_files_are_told_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    wanted = {}
+    for name, target in (("pipe.png", tmp_path / "fifo"), ("zero.png", "/dev/zero")):
+        (tmp_path / name).symlink_to(target)
+        wanted[name] = "is not a regular file"
+    (tmp_path / "folder.png").symlink_to(tmp_path)
+    wanted["folder.png"] = "is a folder"
+    (tmp_path / "empty.png").touch()  # as files of the system without an end look
+    wanted["empty.png"] = "empty file"
+    (tmp_path / "huge.png").touch()
+    os.truncate(tmp_path / "huge.png", 1 << 40)  # takes no room, and an hour to be read
+    wanted["huge.png"] = "not an image in a known format"
+    paths = [tmp_path / name for name in wanted]
+    hashes, reasons = hash_files(paths)
+    assert hashes == [None] * len(paths)
+    for number, (path, reason) in enumerate(zip(paths, wanted.values(), strict=True)):
+        assert reasons[number].startswith(reason)
+        with pytest.raises(UnreadableImageError, match=reason):
+            load_image(path)

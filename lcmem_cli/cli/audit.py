@@ -14,12 +14,14 @@ from lcmem_cli.cli.options import (
     BASEDIR,
     CACHE,
     FOLDER,
+    FRAMES,
     INPUT,
     JUDGING,
     OUTPUT,
     OVERWRITE,
     VERIFY,
     ComputeOptions,
+    Frames,
     argument,
     option,
     seed_option,
@@ -42,6 +44,7 @@ class AuditOptions(ComputeOptions):
         INPUT, "Real images that the generator never saw, likewise.", None
     )
     basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,
         "Without --held-out: compare training images with those of other identities "
@@ -73,6 +76,9 @@ class AuditOptions(ComputeOptions):
     )
     verify: bool | None = VERIFY
     top_k: int = option(OUTPUT, "Matches to list per image.", 5, min=1)
+    confidence: float | None = option(
+        JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
+    )
     fail_over: float | None = option(
         JUDGING, "Exit 3 if more than this share of images is flagged.", None
     )
@@ -97,7 +103,7 @@ def audit_command(options: AuditOptions) -> None:
 
     result = audit(**options.arguments())
     render.emit(result, as_json=options.as_json, human=lambda: _show(result, options.output))
-    if result.gate_failed:
+    if result.gate in ("failed", "undecided"):
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
@@ -122,7 +128,9 @@ def _show(result: AuditResult, output: Path) -> None:
             ],
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
         )
-    if result.fail_over is not None:
+    if result.gate == "undecided":
+        render.line("Gate undecided: held-out and training images are not comparable.")
+    elif result.fail_over is not None:
         ended, compared = ("failed", "over") if result.gate_failed else ("passed", "not over")
         render.line(
             f"Gate {ended}: {percent(result.share_flagged)} of the images are flagged, {compared} "
@@ -187,7 +195,9 @@ def _figures(result: AuditResult) -> list[list[str]]:
         return None if spread is None else spread.median
 
     metrics = result.metrics
-    copying = None if metrics.copying is None else metrics.copying.value
+    copying = "-"
+    if metrics.copying is not None:
+        copying = f"{metrics.copying.value:+.2f} (p {metrics.copying.p_value:.3f})"
     rows = [
         [
             "median best-match score",
@@ -195,7 +205,7 @@ def _figures(result: AuditResult) -> list[list[str]]:
             number(median(metrics.null_scores)),
         ],
         ["AuthPct", number(metrics.auth_pct, ".1f"), number(metrics.null_auth_pct, ".1f")],
-        ["C_T (below -3: copying; within 3: nothing)", number(copying, "+.2f"), "-"],
+        ["C_T (below 0: nearer than real ones), p by permutation", copying, "-"],
         [
             "first / second neighbour, median",
             number(median(metrics.generated_ratio), ".3f"),

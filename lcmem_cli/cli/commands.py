@@ -60,11 +60,11 @@ def _named(name: str, kind: type, hint: Any) -> Any:
         declared.metavar = declared.metavar or name.upper()
         return declared
     declared.param_decls = declared.param_decls or (f"--{name.replace('_', '-')}",)
-    first = next((part for part in get_args(hint) if part is not NoneType), hint)
-    choices = hint if get_origin(hint) is Literal else first
-    if get_origin(choices) is Literal:
-        declared.metavar = "|".join(get_args(choices))
-    declared.metavar = declared.metavar or _METAVARS.get(first)
+    wanted = hint
+    if get_origin(hint) is not Literal:  # a union with None, if it is of several parts
+        wanted = next((part for part in get_args(hint) if part is not NoneType), hint)
+    choices = "|".join(get_args(wanted)) if get_origin(wanted) is Literal else None
+    declared.metavar = declared.metavar or choices or _METAVARS.get(wanted)
     return declared
 
 

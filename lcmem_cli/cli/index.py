@@ -9,11 +9,13 @@ from lcmem_cli.cli.options import (
     ANY_UNREADABLE,
     APPROXIMATE,
     BASEDIR,
+    FRAMES,
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
     VERIFY,
     ComputeOptions,
+    Frames,
     JsonOptions,
     argument,
     option,
@@ -30,6 +32,7 @@ class FillOptions(ComputeOptions):
     index: Path
     source: Path
     basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
     max_unreadable: int = MAX_UNREADABLE
 
 
@@ -162,6 +165,7 @@ def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
         options.index,
         load_detector(detector, device=options.device),
         basedir=options.basedir,
+        frames=options.frames,
         max_unreadable=options.max_unreadable,
         only_listed=only_listed,
         compute=compute,

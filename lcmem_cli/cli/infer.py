@@ -19,6 +19,7 @@ from lcmem_cli.cli.options import (
     argument,
     option,
 )
+from lcmem_cli.engine.data.frames import split_frame
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.inference import InferenceResult
@@ -29,7 +30,9 @@ class InferOptions(ComputeOptions):
 
     image_a: Path | None = argument("First image.", None)
     image_b: Path | None = argument("Second image.", None)
-    pairs: Path | None = option(INPUT, "CSV with path_a,path_b, instead of two images.", None)
+    pairs: Path | None = option(
+        INPUT, "CSV or Parquet with path_a,path_b, instead of two images.", None
+    )
     checkpoint: str | None = option(
         INPUT,
         "An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
@@ -85,7 +88,7 @@ def _check(options: InferOptions) -> tuple[Path, Path] | Path:
     images = [image for image in (options.image_a, options.image_b) if image is not None]
     if len(images) != (2 if options.pairs is None else 0):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
-    for image in images:
+    for image in (split_frame(named)[0] for named in images):
         if image.is_dir() or not image.exists():
             raise typer.BadParameter(
                 f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
@@ -111,6 +114,8 @@ def _show(result: InferenceResult, options: InferOptions) -> None:
     if len(result.pairs) == 1 and result.pairs[0].score is not None:
         render.line(f"score      {result.pairs[0].score:.6f}")
         render.line(f"verdict    {verdict_text(result.pairs[0])}")
+        if result.pairs[0].form is not None:
+            render.line(f"           compared {result.pairs[0].form}")
         if finding_text(result.pairs[0]):
             render.line(f"           {finding_text(result.pairs[0])}")
     else:

@@ -8,11 +8,13 @@ from typing import Literal
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     FOLDER,
+    FRAMES,
     INPUT,
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
     ComputeOptions,
+    Frames,
     InputRange,
     ListOptions,
     batch_option,
@@ -24,6 +26,7 @@ from lcmem_cli.cli.options import (
 class LatentsOptions(ListOptions, ComputeOptions):
     """What an encoding is asked for."""
 
+    frames: Frames = FRAMES
     codec: str = option(
         INPUT, "'embedded', a diffusers folder, or a hub id (AutoencoderKL or Tiny).", "embedded"
     )
@@ -55,7 +58,11 @@ def latents(options: LatentsOptions) -> None:
     compute = options.compute()
     result = encode_latents(
         load_manifest(
-            options.filelist, basedir=options.basedir, max_missing=options.max_unreadable
+            options.filelist,
+            basedir=options.basedir,
+            max_missing=options.max_unreadable,
+            frames=options.frames,
+            reporter=compute.reporter,
         ),
         load_codec(
             options.codec,

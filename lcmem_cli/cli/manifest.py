@@ -7,8 +7,10 @@ from pathlib import Path
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     BASEDIR,
+    FRAMES,
     INPUT,
     OUTPUT,
+    Frames,
     JsonOptions,
     argument,
     option,
@@ -22,6 +24,7 @@ class ManifestOptions(JsonOptions):
     source: Path = argument("Folder (a subfolder = an id), or a filelist without Split.")
     output: Path = option(OUTPUT, "CSV or Parquet file to write.", flags="--output -o")
     basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
     id_regex: str | None = option(
         INPUT, "Find the id in each path, for example '^([0-9]+)_' (its group).", None
     )
@@ -35,7 +38,7 @@ def manifest(options: ManifestOptions) -> None:
         lcmem manifest images -o list.csv
         lcmem manifest images -o list.csv --id-regex '^([0-9]+)_'
     """
-    from lcmem_cli.engine.data.manifest import make_filelist
+    from lcmem_cli.engine.data.filelist import make_filelist
 
     result = make_filelist(**options.arguments(), reporter=render.reporter())
 

@@ -90,7 +90,11 @@ def batch_option(default: int = 32) -> Any:
 
 
 InputRange = Literal["symmetric", "unit"]
+Frames = Literal["first", "all"]
 BASEDIR = option(INPUT, "Folder that paths start from (default: the filelist's).", None)
+FRAMES = option(
+    INPUT, "Of a file of several images (pages, frames): the first, or each as file#3.", "first"
+)
 CODEC = option(INPUT, "Where the codec is, if the checkpoint does not hold it.", None)
 OVERRIDES = option(
     INPUT,

@@ -7,11 +7,13 @@ Results go to stdout, everything else (progress, warnings, errors, log lines) to
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import io
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,7 @@ import typer
 from lcmem_cli.engine.distributed import launched
 from lcmem_cli.engine.files import dump_json, jsonable
 from lcmem_cli.engine.reporter import Reporter, Task
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.results import Result, Unreadable, install_hints
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,6 +49,8 @@ settings = Settings()
 _NAME_WIDTH = 9
 """Columns that a table's first one keeps, whatever the others need."""
 _WIDE = 100
+_STDERR = 2
+_SECONDS_FOR_THE_REST = 2.0
 _SHOWN_UNREADABLE = 10
 
 
@@ -54,7 +58,7 @@ def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
     """Apply the global options."""
     settings.quiet, settings.debug, settings.log_format = quiet, debug, log_format
     if log_format == "json" and not isinstance(sys.stderr, _JsonStream):
-        sys.stderr = _JsonStream(sys.stderr)
+        sys.stderr = _JsonStream(_take_over_descriptor(sys.stderr))
         warnings.showwarning = _log_python_warning
 
 
@@ -122,6 +126,8 @@ def unreadable(items: Sequence[Unreadable], *, listed_in: str | None = None) -> 
         line(f"unreadable {item.path}: {item.reason}")
     if len(items) > len(shown):
         line(f"unreadable {len(items) - len(shown):,} more, listed in {listed_in}")
+    for hint in install_hints(items):
+        note(hint)
 
 
 BEST_NOTE = "* the best of its column"
@@ -203,11 +209,55 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=None if terminal else 120, highlight=False, soft_wrap=False)
 
 
+_LOG_LOCK = threading.Lock()
+
+
 def _log_line(level: str, event: str, /, **fields: object) -> None:
     record = {"time": round(time.time(), 3), "level": level, "event": event, **fields}
     stream = sys.stderr.stream if isinstance(sys.stderr, _JsonStream) else sys.stderr
-    stream.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
-    stream.flush()
+    text = json.dumps(jsonable(record), allow_nan=False) + "\n"
+    with _LOG_LOCK:
+        stream.write(text)
+        stream.flush()
+
+
+def _take_over_descriptor(stderr: TextIO) -> TextIO:
+    """Turn what C libraries write to the process's stderr into events, too.
+
+    They know only the number of the descriptor, which is led into a pipe; a thread reads it.
+
+    Args:
+        stderr: where it is not the process's own, as in a test, nothing is done.
+
+    Returns:
+        What writes to where the descriptor led.
+    """
+    try:
+        if stderr.fileno() != _STDERR:
+            return stderr
+    except (OSError, ValueError):  # no file
+        return stderr
+    stderr.flush()
+    real = os.dup(_STDERR)
+    reading, writing = os.pipe()
+    os.dup2(writing, _STDERR)
+    os.close(writing)
+
+    def log() -> None:
+        with open(reading, encoding="utf-8", errors="backslashreplace") as pipe:
+            for text in pipe:
+                if text.strip():
+                    _log_line("info", "output", message=text.rstrip("\n"))
+
+    reader = threading.Thread(target=log, daemon=True, name="lcmem-stderr")
+    reader.start()
+
+    def give_back() -> None:
+        os.dup2(real, _STDERR)  # which ends the pipe, unless a child process still holds it
+        reader.join(timeout=_SECONDS_FOR_THE_REST)
+
+    atexit.register(give_back)
+    return open(real, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _log_python_warning(

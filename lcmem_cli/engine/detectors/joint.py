@@ -33,6 +33,9 @@ from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of R, G and B (ITU-R BT.601), by which programs make the grey copy of a picture: so it
+correlates fully with the picture in colour."""
 RISE = 0.01
 """Slope of the plateau between both lines: the better of two matches stays the better one."""
 
@@ -92,12 +95,13 @@ class JointDetector(Detector):
         self.device = network.device
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2
-        settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *scale, RISE)}"
+        settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *LUMINANCE, *scale, RISE)}"
         self.fingerprint = sha256_bytes(settings.encode())
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        pictures = resize_batch(batch.cpu(), PICTURE_SIZE).mean(dim=1).flatten(1).double()
+        small = resize_batch(batch.cpu(), PICTURE_SIZE).double()
+        pictures = torch.einsum("nchw,c->nhw", small, small.new_tensor(LUMINANCE)).flatten(1)
         pictures = pictures - pictures.mean(dim=1, keepdim=True)
         length = pictures.norm(dim=1, keepdim=True)
         flat = length < 1e-6 * PICTURE_SIZE  # rounding of a single colour is no picture

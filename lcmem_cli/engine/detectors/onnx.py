@@ -69,16 +69,25 @@ class OnnxDetector(FileDetector):
     Raises:
         MissingExtraError: onnxruntime is not installed.
         InputError: no such file, no size, or an output that is not one vector per image.
-        CheckpointError: not ONNX.
+        CheckpointError: not ONNX, or its weights are not inside.
     """
 
     def __init__(self, request: Request) -> None:
         name, options = request.name, request.options
         try:
+            import onnx
             import onnxruntime  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(f"detector '{name}'", "onnx") from error
         content = read_file(request)
+        try:
+            model = onnx.load_model_from_string(content)
+        except Exception as error:  # protobuf's errors differ between its versions
+            raise CheckpointError(
+                f"{request.target}: cannot be loaded as ONNX: {first_line(error)}"
+            ) from error
+        _check_inside(model, source=request.target)
+        del model
         self.session = open_session(content, source=request.target, device=request.device)
         header = self.session.get_modelmeta().custom_metadata_map.get(EXPORT_KEY)
         self.header = None
@@ -168,17 +177,38 @@ class ExportedDetector(HeadDetector):
         return self.network.embed_batch(batch)
 
 
+def _check_inside(message: Any, *, source: str) -> None:
+    """Refuse a model that keeps tensors in other files.
+
+    onnxruntime would look for them in the working folder, and they are not in the fingerprint. They
+    are looked for in the whole message, so in every subgraph, function and attribute.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for field, value in message.ListFields():
+        if field.name == "external_data" or (field.name == "data_location" and value):
+            entries = {entry.key: entry.value for entry in message.external_data}
+            raise CheckpointError(
+                f"{source}: tensor '{message.name}' lies in another file "
+                f"({entries.get('location', 'not named')}); its weights must be inside the file: "
+                "onnx.save_model(onnx.load(PATH), TARGET)"
+            )
+        if field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                _check_inside(child, source=source)
+
+
 def open_session(content: bytes, *, source: str, device: str = "cpu") -> Any:
     """Open an ONNX model with onnxruntime.
 
     Args:
-        content: the model. It is not read from its path, so that it cannot read other files as
-            its weights.
+        content: the model; so it is what was checked, whatever becomes of its file.
         source: for messages.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps`` (which computes on the CPU).
 
     Raises:
-        CheckpointError: not ONNX, or its weights are not inside.
+        CheckpointError: not ONNX.
     """
     import onnxruntime
 
@@ -192,10 +222,7 @@ def open_session(content: bytes, *, source: str, device: str = "cpu") -> Any:
     try:
         return onnxruntime.InferenceSession(content, settings, providers=providers)
     except Exception as error:  # onnxruntime has no common base for its errors
-        raise CheckpointError(
-            f"{source}: cannot be loaded as ONNX (its weights must be inside the file): "
-            f"{first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{source}: cannot be loaded as ONNX: {first_line(error)}") from error
 
 
 def _exported_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -1,15 +1,9 @@
-"""TorchScript files.
-
-Such a file holds a program. It is run by torch's own interpreter, which knows torch's operators and
-nothing of Python, so it is far from the freedom of a pickle; still, use files only from those you
-trust. A plain pickle is never loaded.
-"""
+"""TorchScript files, whose program is checked before it is run; see ``script_safety``."""
 
 from __future__ import annotations
 
 import io
 import warnings
-import zipfile
 from typing import Any
 
 import torch
@@ -21,6 +15,7 @@ from lcmem_cli.engine.detectors.external import (
     size_unknown,
 )
 from lcmem_cli.engine.detectors.kinds import Request
+from lcmem_cli.engine.detectors.script_safety import check_operators, repacked
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import CheckpointError, first_line
 
@@ -35,13 +30,13 @@ class TorchScriptDetector(FileDetector):
 
     Raises:
         InputError: no such file, no size, or an output that is not one vector per image.
-        CheckpointError: not TorchScript.
+        CheckpointError: not TorchScript, or a program that does more than compute.
     """
 
     def __init__(self, request: Request) -> None:
         options = request.options
         content = read_file(request)
-        _check_archive(content, source=request.target)
+        checked = repacked(content, source=request.target)
         if "size" not in options:
             raise size_unknown(request.name)
         self.device = torch.device(resolve_device(request.device))
@@ -49,11 +44,13 @@ class TorchScriptDetector(FileDetector):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # files of this kind will be around
                 load: Any = torch.jit.load
-                self.model: Any = load(io.BytesIO(content), map_location=self.device).eval()
+                self.model: Any = load(io.BytesIO(checked), map_location=self.device)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{request.target}: cannot be loaded as TorchScript: {first_line(error)}"
             ) from error
+        check_operators(self.model, source=request.target)
+        self.model.eval()
         super().__init__(
             request,
             content,
@@ -73,25 +70,3 @@ class TorchScriptDetector(FileDetector):
             return found
         outputs = found if isinstance(found, dict) else {str(i): v for i, v in enumerate(found)}
         return outputs[choose_output(list(outputs), self.output, self.name)]
-
-
-def _check_archive(content: bytes, *, source: str) -> None:
-    """Refuse everything but the archive that ``torch.jit.save`` writes.
-
-    Raises:
-        CheckpointError: saying what the file seems to be.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = [name.partition("/")[2] for name in archive.namelist()]
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{source}: not TorchScript (an archive made by torch.jit.save). If it is a pickle, "
-            "loading it would execute code from the file; export the network with torch.jit.trace"
-        ) from error
-    if "constants.pkl" not in names or not any(name.startswith("code/") for name in names):
-        raise CheckpointError(
-            f"{source}: a file of torch.save, not TorchScript: it holds weights but no network. "
-            "Weights of a timm model: timm:NAME?weights=FILE; others: export the network with "
-            "torch.jit.trace"
-        )

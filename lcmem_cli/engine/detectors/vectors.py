@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_features
+from lcmem_cli.engine.models.siamese import IMAGENET_MEAN, IMAGENET_STD
 
 Likeness = Literal["cosine", "correlation", "euclidean"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLOCK_ROWS = 4096
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.head import approximate_search
@@ -109,6 +109,7 @@ def add_to_index(
     detector: Detector,
     *,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_unreadable: int = 0,
     only_listed: bool = False,
     compute: Compute = DEFAULT_COMPUTE,
@@ -124,6 +125,7 @@ def add_to_index(
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
         compute: how the images are embedded; its cache is not used, the index is one itself.
@@ -135,7 +137,14 @@ def add_to_index(
         FolderBusyError: another process adds to the index.
     """
     ranks = compute.ranks
-    manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
+    manifest = load_manifest(
+        source,
+        basedir=basedir,
+        need_split=False,
+        max_missing=max_unreadable,
+        frames=frames,
+        reporter=compute.reporter,
+    )
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
         if ranks.is_main:
@@ -229,7 +238,10 @@ class _Addition:
         part = [place for place in places if place < len(self._paths) and self._is_new[place]]
         missing = [place for place in part if self._contents[place] not in self.index]
         embedded = embed_files(
-            self._detector, [self._paths[place] for place in missing], self._compute
+            self._detector,
+            [self._paths[place] for place in missing],
+            self._compute,
+            with_blank=False,
         )
         # A file that has changed since it was hashed is added with the content that was embedded.
         content_of = dict(zip(missing, embedded.content_hashes, strict=True))
@@ -292,10 +304,11 @@ def query_index(
     if not is_image:
         listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
         paths = listed.paths()
-    embedded = embed_files(detector, paths, compute)
+    embedded = embed_files(detector, paths, compute, with_blank=False)
     check_unreadable(embedded.unreadable, max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
+        reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
     found = index.top_k(searcher, embedded.features, max(top_k, NUM_CANDIDATES * verify))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,12 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, load_image
+from lcmem_cli.engine.data.images import load_image
+from lcmem_cli.engine.data.looks import same_blank
+from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
+from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.evaluation.audit.detector import AuditThreshold, detector_of
+from lcmem_cli.engine.evaluation.forms import compare_other_forms
 from lcmem_cli.engine.files import atomic_path, check_writable
 from lcmem_cli.engine.report.panels import difference, laid_over, outlined
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -31,9 +34,7 @@ from lcmem_cli.engine.verification.verify import verify as verify_candidates
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PAIRS_BYTES = 1 << 30
 PICTURE_SUFFIX = ".png"
-PAIR_COLUMNS = ("path_a", "path_b")
 _PICTURE_SIDE, _GAP = 320, 12
 
 
@@ -47,8 +48,9 @@ class PairScore:
         score: of the detector, by an audit that verified its candidates fused with the evidence;
             ``None`` where an image could not be read.
         match: whether ``score >= threshold``, or both show the same picture; ``None`` where neither
-            is known.
+            is known. An image of one colour shows nothing: it matches only another of that colour.
         identical: whether both files are the same, byte for byte.
+        form: how they were altered for the score, see ``forms``; ``None``: not at all.
         evidence: what aligning the first image with the second found; ``None`` where nothing was
             found or looked for.
     """
@@ -58,6 +60,7 @@ class PairScore:
     score: float | None
     match: bool | None
     identical: bool
+    form: str | None = None
     evidence: Evidence | None = None
 
     @property
@@ -85,6 +88,7 @@ class InferenceResult(Result):
         threshold: what the verdicts were made with, and where it is from.
         num_images_embedded: distinct images.
         unreadable: images that could not be read.
+        blank: images of one colour.
     """
 
     detector: str
@@ -94,6 +98,7 @@ class InferenceResult(Result):
     threshold: Threshold | None
     num_images_embedded: int
     unreadable: tuple[Unreadable, ...]
+    blank: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; each pair with its edit in words."""
@@ -141,7 +146,7 @@ def infer(
     """Score two images, or the pairs of a file.
 
     Args:
-        pairs: two images, or a CSV file as ``read_pairs`` reads it.
+        pairs: two images, or a CSV or Parquet file as ``read_pairs`` reads it.
         judge: what scores.
         threshold: see ``score_pairs``.
         verify: see ``score_pairs``.
@@ -174,6 +179,9 @@ def score_pairs(
     reporter: Reporter = SILENT,
 ) -> InferenceResult:
     """Score pairs of files; each distinct file is decoded and embedded once.
+
+    A grey copy of a picture in colour, and a copy in a frame of bars, are compared in a second form
+    as well, see ``forms``.
 
     Args:
         detector: what scores.
@@ -213,25 +221,30 @@ def _score(
     number: dict[Path, int] = {}
     for path in (path for pair in pairs for path in pair):
         number.setdefault(path, len(number))
-    embedded = embed_files(detector, list(number), compute)
+    paths = list(number)
+    embedded = embed_files(detector, paths, compute)
     check_unreadable(embedded.unreadable, max_unreadable)
     files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
     rows = embedded.rows[files]
     scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1])
+    remarks = no_remarks(len(paths))
+    remarks[embedded.rows >= 0] = embedded.remarks[embedded.rows[embedded.rows >= 0]]
+    forms = compare_other_forms(detector, paths, files, scores, remarks, compute)
     aligned: list[Evidence | None] = [None] * len(pairs)
     if verified:
-        aligned, values = _align(list(number), embedded, files, compute)
+        aligned, values = _align(paths, embedded, files, compute)
         if isinstance(chosen, AuditThreshold):
             scores = fuse(scores, values)
     scored = []
-    for pair, contents, score, evidence in zip(
-        pairs, rows.tolist(), scores.tolist(), aligned, strict=True
-    ):
-        known = None if math.isnan(score) else score
-        evidence = None if known is None else evidence
+    for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
+        known = None if math.isnan(scores[index]) else float(scores[index])
+        evidence = None if known is None else aligned[index]
         match = True if evidence is not None and evidence.same_picture else None
         if match is None and known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
+            colours = remarks[files[index], BLANK].tolist()
+            if max(colours) >= 0:
+                match = same_blank(*colours)
         scored.append(
             PairScore(
                 path_a=str(pair[0]),
@@ -239,8 +252,19 @@ def _score(
                 score=known,
                 match=match,
                 identical=known is not None and contents[0] == contents[1],
+                form=forms.get(index),
                 evidence=evidence,
             )
+        )
+    pages = sum(
+        pair.match is True and not pair.identical and bool(remarks[files[index], PAGE].all())
+        for index, pair in enumerate(scored)
+    )
+    if pages and chosen is not None and chosen.num_positives:  # not by an audit
+        compute.reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
         )
     return InferenceResult(
         detector=detector.name,
@@ -250,6 +274,7 @@ def _score(
         threshold=chosen,
         num_images_embedded=int((embedded.rows >= 0).sum()),
         unreadable=embedded.unreadable,
+        blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
 
 
@@ -276,40 +301,6 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
         hint = nearest(name, known) if known else "it has none"
         raise InputError(f"--threshold {name}: {detector.name} has no such threshold; {hint}")
     return known[name]
-
-
-def read_pairs(path: Path) -> list[tuple[Path, Path]]:
-    """Read ``path_a,path_b`` rows; relative paths start from the file's folder.
-
-    Raises:
-        InputError: unreadable, too large, a missing column, or an incomplete row.
-    """
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: this is an image; expected a CSV file of pairs")
-    try:
-        if path.stat().st_size > MAX_PAIRS_BYTES:
-            raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in PAIR_COLUMNS if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path}: no column {', '.join(missing)}; expected path_a,path_b, found "
-                    f"{','.join(reader.fieldnames or []) or 'nothing'}"
-                )
-            rows = []
-            for row in reader:
-                a, b = row["path_a"], row["path_b"]
-                if not a or not b:
-                    raise InputError(f"{path}, line {reader.line_num}: path_a or path_b is empty")
-                rows.append((path.parent / a, path.parent / b))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: not a CSV file: {error}") from error
-    if not rows:
-        raise InputError(f"{path}: no pairs")
-    return rows
 
 
 def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:

@@ -13,7 +13,9 @@ from lcmem_cli.engine.models.checkpoint import Checkpoint, embedded_checkpoint, 
 from lcmem_cli.engine.models.codec import CODEC_CLASSES, EMBEDDED, PIXELS, Codec
 from lcmem_cli.engine.models.weights import hub_answers
 
-_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+_CONFIG, _WEIGHTS, _SUFFIX = "config.json", "diffusion_pytorch_model", ".safetensors"
+_FILES = (_CONFIG, f"{_WEIGHTS}{_SUFFIX}")
+_IN_PIPELINE = "vae"
 
 
 def load_codec(
@@ -27,8 +29,9 @@ def load_codec(
     """Load a codec by name.
 
     Args:
-        name: ``embedded`` (the one inside the default checkpoint), ``none`` (pixels), a diffusers
-            folder, or a hub id such as ``stabilityai/sd-vae-ft-mse``.
+        name: ``embedded`` (the one inside the default checkpoint), ``none`` (pixels), a hub id such
+            as ``stabilityai/sd-vae-ft-mse``, or a diffusers folder: an autoencoder's, that of a
+            pipeline with one in ``vae``, or the ``.safetensors`` file in it.
         revision: of a hub id.
         input_range: what range the VAE is fed.
         posterior: mean or sample.
@@ -51,21 +54,20 @@ def load_codec(
         model = checkpoint.codec_model()
         assert model is not None
         return Codec(model, name=name, **options)
-    folder = Path(name)
-    if folder.is_dir():
-        return Codec(_from_pretrained(name, folder=folder, revision=None), name=name, **options)
+    if Path(name).exists():
+        return Codec(_from_folder(name), name=name, **options)
     if not _is_hub_id(name):
         raise InputError(
             f"codec '{name}': no such folder, and not a hub id like stabilityai/sd-vae-ft-mse"
         )
-    return Codec(_from_pretrained(name, folder=None, revision=revision), name=name, **options)
+    return Codec(_from_hub(name, revision), name=name, **options)
 
 
 def needs_download(name: str, revision: str | None = None) -> bool:
     """Return whether ``load_codec`` would have to ask the hub for weights."""
     from huggingface_hub import try_to_load_from_cache
 
-    if name in (EMBEDDED, PIXELS) or Path(name).is_dir() or not _is_hub_id(name):
+    if name in (EMBEDDED, PIXELS) or Path(name).exists() or not _is_hub_id(name):
         return False
     return not all(
         isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _FILES
@@ -115,44 +117,86 @@ def load_codec_of(
     return found
 
 
-def _from_pretrained(name: str, *, folder: Path | None, revision: str | None) -> torch.nn.Module:
-    import diffusers
-
-    class_name = "AutoencoderKL"
-    if folder is not None:
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            class_name = str(config["_class_name"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"codec '{name}': no diffusers autoencoder there (config.json with _class_name)"
-            ) from error
-        if class_name not in CODEC_CLASSES:
-            raise InputError(
-                f"codec '{name}': {class_name} is not one of {', '.join(CODEC_CLASSES)}"
-            )
-    elif "tae" in name.lower():
-        class_name = "AutoencoderTiny"
-    is_here = folder is not None or not needs_download(name, revision)
+def _from_folder(name: str) -> torch.nn.Module:
+    """Load the autoencoder of a folder, in half precision where it has no other weights."""
+    path = Path(name)
+    folder = path.parent if path.is_file() else path
+    if not (folder / _CONFIG).is_file() and (folder / _IN_PIPELINE / _CONFIG).is_file():
+        folder = folder / _IN_PIPELINE
     try:
-        model: torch.nn.Module
-        model, info = getattr(diffusers, class_name).from_pretrained(
-            name,
-            revision=revision,
-            use_safetensors=True,
-            local_files_only=is_here or not hub_answers(name),
-            torch_dtype=torch.float32,
-            output_loading_info=True,
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        class_name = str(config["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"codec '{name}': no diffusers autoencoder there ({_CONFIG} with _class_name, beside "
+            f"the weights or in {_IN_PIPELINE}/)"
+        ) from error
+    if class_name not in CODEC_CLASSES:
+        raise InputError(f"codec '{name}': {class_name} is not one of {', '.join(CODEC_CLASSES)}")
+    try:
+        return _from_pretrained(
+            str(folder), class_name, name=name, variant=_variant(path, folder), is_here=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        if folder is not None:
-            raise InputError(f"codec '{name}': cannot be loaded: {error}") from error
+        raise InputError(f"codec '{name}': cannot be loaded: {error}") from error
+
+
+def _variant(path: Path, folder: Path) -> str | None:
+    """Return which variant of the weights to take, such as ``fp16``; ``None``: the usual ones.
+
+    Args:
+        path: as it was named: the folder, or the file that is wanted in it.
+        folder: of the autoencoder.
+
+    Raises:
+        InputError: the file has not the name that diffusers gives to weights.
+    """
+    found = [path] if path.is_file() else sorted(folder.glob(f"{_WEIGHTS}*{_SUFFIX}"))
+    variants = {file: file.name.removeprefix(_WEIGHTS).removesuffix(_SUFFIX) for file in found}
+    if path.is_file() and (f"{_WEIGHTS}{variants[path]}{_SUFFIX}" != path.name):
+        raise InputError(
+            f"codec '{path}': expected {_FILES[1]} with its {_CONFIG} beside it; a checkpoint that "
+            "is one file has to be converted to a diffusers folder"
+        )
+    names = list(variants.values())
+    return names[0].removeprefix(".") or None if names and "" not in names else None
+
+
+def _from_hub(name: str, revision: str | None) -> torch.nn.Module:
+    class_name = "AutoencoderTiny" if "tae" in name.lower() else "AutoencoderKL"
+    is_here = not needs_download(name, revision) or not hub_answers(name)
+    try:
+        return _from_pretrained(name, class_name, name=name, revision=revision, is_here=is_here)
+    except (OSError, ValueError, RuntimeError) as error:
         raise WeightsUnavailableError(
             f"codec '{name}': not in the local cache, and the hub could not be reached.\n"
             f"On a machine with internet run: hf download {name}\n"
             "then copy the folder here and pass its path, or set HF_HOME to a copy of its cache. "
             "Offline, --codec embedded always works."
         ) from error
+
+
+def _from_pretrained(
+    source: str,
+    class_name: str,
+    *,
+    name: str,
+    is_here: bool,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> torch.nn.Module:
+    import diffusers
+
+    model: torch.nn.Module
+    model, info = getattr(diffusers, class_name).from_pretrained(
+        source,
+        revision=revision,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=is_here,
+        torch_dtype=torch.float32,
+        output_loading_info=True,
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(

@@ -26,7 +26,7 @@ from lcmem_cli.engine.results import Threshold
 HEADER_KEY = "lcmem"
 MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_DEPTH = 64
-_MAX_CODEC_NUMBER, _MAX_CODEC_LAYERS, _MAX_CODEC_BLOCKS = 8192, 64, 16
+_MAX_CODEC_NUMBER, _MAX_CODEC_LAYERS, _MAX_CODEC_BLOCKS = 8192, 8, 8
 _LAYERS = ("layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
 _REMEDY = "get the file again, or make it anew with this version of lcmem"
 Stage = Literal["stage1", "finetune", "converted"]

@@ -25,7 +25,8 @@ from lcmem_cli.engine.config import (
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
+from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import sha256_file, write_json

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.evaluation.audit import sentences
+from lcmem_cli.engine.evaluation.audit.conditions import Conditions
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.null import Null, same_pixels, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
@@ -30,6 +31,9 @@ from lcmem_cli.engine.evaluation.calibration import (
     clopper_pearson,
     conformal_p_values,
     conformal_threshold,
+    excess_interval,
+    rank_from_above,
+    realised_rates,
 )
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 
@@ -56,7 +60,7 @@ class Flags:
 
 
 def flag(
-    embedded: Embedded, null: Null, found: Found, *, rate: float, bh: bool
+    embedded: Embedded, null: Null, found: Found, request: AuditRequest
 ) -> tuple[Found, Flags]:
     """Decide what is flagged; of the flagged matches those that evidence supports come first.
 
@@ -64,11 +68,10 @@ def flag(
         embedded: the sets.
         null: real images and their best matches.
         found: best matches of the generated images.
-        rate: false positives per image; with ``bh`` the false-discovery rate.
-        bh: control the false-discovery rate.
+        request: its rate, and how it is held.
     """
     null_scores = null.scores[:, 0]
-    rule = _rule(found.best[embedded.sets.generated.rows], null_scores, rate, bh)
+    rule = _rule(found.best[embedded.sets.generated.rows], null, request)
     found = found.evident_first(rule.threshold)
     matches = np.zeros(found.scores.shape, dtype=np.bool_)
     if rule.threshold is not None:
@@ -86,12 +89,11 @@ def flag(
     return found, flags
 
 
-def _rule(
-    best: NDArray[np.float64], null_scores: NDArray[np.float64], rate: float, bh: bool
-) -> FlagRule:
-    if not bh:
-        threshold = conformal_threshold(null_scores, rate)
-        return FlagRule(kind="fpr", rate=rate, threshold=threshold)
+def _rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
+    null_scores, rate = null.scores[:, 0], request.fpr
+    if not request.bh:
+        threshold = float(np.sort(null_scores)[-_allowed(null, request)])
+        return FlagRule(kind="fpr", rate=rate, threshold=threshold, confidence=request.confidence)
     p_values = conformal_p_values(best, null_scores)
     flagged = benjamini_hochberg(p_values, rate)
     if not flagged.any():
@@ -100,6 +102,15 @@ def _rule(
     # threshold of that p-value as a rate per image says the same of single matches.
     threshold = conformal_threshold(null_scores, float(p_values[flagged].max()))
     return FlagRule(kind="fdr", rate=rate, threshold=threshold)
+
+
+def _allowed(null: Null, request: AuditRequest) -> int:
+    return rank_from_above(
+        len(null.rows),
+        request.fpr,
+        in_pairs=null.kind == "leave-one-out",
+        confidence=request.confidence,
+    )
 
 
 def _same_pixels(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -130,6 +141,7 @@ def conclude(
     null: Null,
     found: Found,
     flags: Flags,
+    conditions: Conditions,
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
@@ -141,17 +153,29 @@ def conclude(
     tiers = Counter(_tier(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
     identities = {sets.training.record_of(row).identity for row in exposed}
+    null_summary = _null_summary(request, embedded, null, rule)
+    has_excess = not request.bh and (
+        conditions.held_out is None or conditions.held_out.comparable is not False
+    )
     finding = Finding(
         detector=embedded.detector.name,
         fingerprint=embedded.detector.fingerprint,
         adapted_to=embedded.adapted_to,
         verified=verified,
         rule=rule,
-        null=_null_summary(embedded, null, rule),
+        null=null_summary,
         num_queries=num_queries,
         num_flagged=num_flagged,
         share_flagged=num_flagged / num_queries,
         confidence_interval=clopper_pearson(num_flagged, num_queries),
+        excess_interval=excess_interval(
+            num_flagged,
+            num_queries,
+            num_null=null_summary.num_independent,
+            allowed=null_summary.independent_allowed,
+        )
+        if has_excess
+        else None,
         expected_by_chance=None if request.bh else request.fpr * num_queries,
         num_exact_copies=int(found.exact[rows].sum()),
         num_same_pixels=tiers["same pixels"],
@@ -165,6 +189,8 @@ def conclude(
         generated=sets.generated.summary,
         training=sets.training.summary,
         held_out=None if sets.held_out is None else sets.held_out.summary,
+        comparability=conditions.held_out,
+        generated_comparability=conditions.generated,
         metrics=measure_sets(embedded, null, found, seed=request.seed),
         most_copied=_most_copied(embedded, exposed),
         matches=_matches(embedded, found, flags, request.top_k),
@@ -181,16 +207,23 @@ def conclude(
     )
 
 
-def _null_summary(embedded: Embedded, null: Null, rule: FlagRule) -> NullSummary:
+def _null_summary(
+    request: AuditRequest, embedded: Embedded, null: Null, rule: FlagRule
+) -> NullSummary:
     training, held_out = embedded.sets.training, embedded.sets.held_out
     not_searched = training.num_distinct - len(null.bank)
     shared: frozenset[tuple[str, str]] = frozenset()
     if held_out is not None and embedded.knows_both_identities:
         shared = held_out.identities & training.identities
+    count, in_pairs = len(null.rows), null.kind == "leave-one-out"
+    allowed, share = _allowed(null, request), 2 if in_pairs else 1
     return NullSummary(
         kind=null.kind,
-        num_scores=len(null.rows),
-        smallest_rate=smallest_rate(len(null.rows)),
+        num_scores=count,
+        allowed=allowed,
+        num_independent=count / share,
+        rates=realised_rates(count / share, allowed / share),
+        smallest_rate=smallest_rate(count, in_pairs=in_pairs, confidence=request.confidence),
         num_not_searched=not_searched,
         removed=null.removed,
         shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
@@ -251,5 +284,4 @@ def _circumstances(
         ),
         num_mixed_up=null.num_mixed_up,
         num_evident=null.num_evident,
-        num_null_identities=null.num_identities,
     )

@@ -149,7 +149,9 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
     if is_adapted:
         cache = FeatureCaches.of_user() if settings.cache else None
         basedir = None if settings.basedir is None else Path(settings.basedir)
-        listing = list_set(Path(settings.training), what="training", basedir=basedir)
+        listing = list_set(
+            Path(settings.training), what="training", basedir=basedir, frames=settings.frames
+        )
         if listing.index is not None:
             listing.index.check(detector.fingerprint)
         training = embed_set(listing, detector, dataclasses.replace(compute, cache=cache))

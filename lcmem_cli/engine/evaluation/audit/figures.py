@@ -80,7 +80,7 @@ def _copying(embedded: Embedded, null: Null, best: Scores, seed: int) -> Copying
     cells = search_training(embedded, generated.features, landmarks, 1).rows[generated.rows, 0]
     null_features = null.images.features_of(null.rows)
     null_cells = search_training(embedded, null_features, landmarks, 1).rows[:, 0]
-    return set_metrics.copying_statistic(best, null.scores[:, 0], cells, null_cells)
+    return set_metrics.copying_statistic(best, null.scores[:, 0], cells, null_cells, seed=seed)
 
 
 def _neighbours(embedded: Embedded, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:

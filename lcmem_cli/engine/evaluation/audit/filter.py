@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcmem_cli.engine.data.manifest import paths_outside
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
 from lcmem_cli.engine.evaluation.audit.result import Match, SetSummary

@@ -29,16 +29,17 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.errors import InputError, LcmemError
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
 from lcmem_cli.engine.evaluation.audit.search import search_training
 from lcmem_cli.engine.evaluation.audit.sentences import percent
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
-from lcmem_cli.engine.evaluation.calibration import required_null_size
+from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
-SURELY_SAME = 12.0
+SURELY_SAME = 16.0
 """Evidence that pairs of different real images do not reach, see ``verification``."""
 _SAME_FEATURES = 0.01
 """Largest distance, as a share of their length, of two features of the same pixels."""
@@ -78,16 +79,11 @@ class Null:
     searched: Null | None = None
 
     @property
-    def num_identities(self) -> int:
-        """Identities among its images."""
-        return len(np.unique(self.images.groups[self.rows]))
-
-    @property
     def num_evident(self) -> int:
         """Images that evidence takes for altered copies of training images."""
         return int((self.values >= SAME_PICTURE).any(axis=1).sum())
 
-    def without(self, positions: Sequence[int]) -> Null:
+    def without(self, positions: Sequence[int] | NDArray[np.int64]) -> Null:
         """Return the null with some of its images taken out."""
         names = ("rows", "matches", "scores", "values")
         kept = {name: np.delete(getattr(self, name), positions, axis=0) for name in names}
@@ -95,19 +91,18 @@ class Null:
         return dataclasses.replace(self, **kept, searched=searched)
 
 
-def make_null(embedded: Embedded, kind: NullKind, *, rate: float, seed: int, k: int = 2) -> Null:
+def make_null(embedded: Embedded, request: AuditRequest, k: int = 2) -> Null:
     """Search the real images that generated ones are compared with.
 
     Args:
         embedded: the sets.
-        kind: the construction.
-        rate: of the audit, on which the size of a split depends.
-        seed: of a split, and of the sample of a large training set.
+        request: its kind of null, its rate and its seed.
         k: matches of each.
 
     Raises:
         InputError: there are none, or the detector was adapted to some of them.
     """
+    kind, rate, seed = request.null_kind, request.fpr, request.seed
     if kind == "held-out":
         null = held_out_null(embedded, k)
     elif kind == "split":
@@ -164,19 +159,20 @@ def split_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw identities to be taken out of the training set.
 
-    A quarter of the images, or as many as the rate needs, but at most half.
+    A quarter of the identities, or as many as the rate needs, but at most half of the images.
 
     Returns:
         Rows that are taken out, and those of the bank that is left.
     """
     groups = training.groups
     sizes = np.bincount(groups)
+    identities = np.unique(groups)
     most = len(groups) // 2
-    wanted = min(max(math.ceil(SPLIT_SHARE * len(groups)), required_null_size(rate)), most)
+    wanted = max(math.ceil(SPLIT_SHARE * len(identities)), required_null_size(rate))
     drawn: list[int] = []
     count = 0
-    for group in np.random.default_rng(seed).permutation(np.unique(groups)):
-        if count < wanted and count + sizes[group] <= most:
+    for group in np.random.default_rng(seed).permutation(identities):
+        if len(drawn) < wanted and count + sizes[group] <= most:
             drawn.append(group)
             count += sizes[group]
     chosen = np.isin(groups, drawn)
@@ -258,15 +254,39 @@ def leave_one_out_null(embedded: Embedded, wanted: int, *, seed: int) -> Null:
     return null.without(np.flatnonzero(null.matches[:, 0] < 0))  # a set of one identity: no other
 
 
-def without_same_pictures(null: Null, embedded: Embedded, rate: float) -> Null:
-    """Take out images that show the same picture as a training image, then check what is left.
+def one_of_each_identity(null: Null) -> Null:
+    """Keep the image of each identity that matches best.
+
+    Images of one person or patient have like scores, so they do not count as independent. The best
+    of several scores is higher than one of them, so the rate still holds.
+    """
+    order = np.lexsort((null.rows, -null.scores[:, 0]))
+    _, first = np.unique(null.images.groups[null.rows[order]], return_index=True)
+    return null.without(np.setdiff1d(np.arange(len(order)), order[first]))
+
+
+def independent(null: Null, embedded: Embedded, request: AuditRequest) -> Null:
+    """Take out what is also in the training set, keep one image of each identity, and count.
+
+    Raises:
+        InputError: there are too few for the rate.
+    """
+    null = one_of_each_identity(without_same_pictures(null, embedded))
+    check_size(
+        len(null.rows),
+        request,
+        source=null.images.summary.source,
+        num_removed=len(null.removed),
+    )
+    return null
+
+
+def without_same_pictures(null: Null, embedded: Embedded) -> Null:
+    """Take out images that show the same picture as a training image.
 
     They have its pixels, or evidence of ``SURELY_SAME`` at least. The limit is strict on purpose: a
     copy that stays in the null makes the threshold too high, whereas a real image taken out by
     mistake would make it too low. What evidence merely suggests stays and is told.
-
-    Raises:
-        InputError: there are too few for the rate.
     """
     training, ranks = embedded.sets.training, embedded.compute.ranks
     alike = np.zeros(len(null.rows), dtype=np.bool_)
@@ -285,15 +305,7 @@ def without_same_pictures(null: Null, embedded: Embedded, rate: float) -> Null:
         for p in np.flatnonzero(sure)
     ]
     null = null.without(np.flatnonzero(alike | sure))
-    null = dataclasses.replace(null, removed=null.removed + tuple(removed))
-    check_size(
-        len(null.rows),
-        rate,
-        kind=null.kind,
-        source=null.images.summary.source,
-        num_removed=len(null.removed),
-    )
-    return null
+    return dataclasses.replace(null, removed=null.removed + tuple(removed))
 
 
 def same_pixels(
@@ -329,22 +341,21 @@ def same_pixels(
     return np.array([is_same(row, match) for row, match in pairs], dtype=np.bool_)
 
 
-def check_size(
-    count: int, rate: float, *, kind: NullKind, source: str, num_removed: int = 0
-) -> None:
+def check_size(count: int, request: AuditRequest, *, source: str, num_removed: int = 0) -> None:
     """Refuse a rate for which the null is too small.
 
     Args:
-        count: different real images.
-        rate: false positives per image.
-        kind: construction of the null.
+        count: real images of different identities.
+        request: its rate, confidence and kind of null.
         source: where they come from.
         num_removed: images taken out because they are in the training set.
 
     Raises:
         InputError: says how many images are needed, and which rate these allow.
     """
-    needed = required_null_size(rate)
+    rate, kind, confidence = request.fpr, request.null_kind, request.confidence
+    in_pairs = kind == "leave-one-out"
+    needed = required_scores(rate, in_pairs=in_pairs, confidence=confidence)
     if count >= needed:
         return
     gives = {
@@ -352,19 +363,24 @@ def check_size(
         "split": f"splitting {source} gives {count} real images",
         "leave-one-out": f"{source} gives {count} images to leave out",
     }[kind]
+    sure = "" if confidence is None else f", with a confidence of {percent(confidence)},"
     lost = f" ({num_removed} more are in the training set)" if num_removed else ""
-    smallest = smallest_rate(count)
+    smallest = smallest_rate(count, in_pairs=in_pairs, confidence=confidence)
     allows = f"these allow --fpr {smallest:g} or more" if smallest < 1 else "these allow no rate"
     raise InputError(
-        f"a false-positive rate of {percent(rate)} per image needs at least {needed:,} different "
-        f"real images, {gives}{lost}; {allows}; give more real images with --held-out, or accept "
-        "a larger rate"
+        f"a false-positive rate of {percent(rate)} per image{sure} needs at least {needed:,} real "
+        f"images of different identities, {gives}{lost}; {allows}; give more real images with "
+        "--held-out, or accept a larger rate"
     )
 
 
-def smallest_rate(count: int) -> float:
+def smallest_rate(count: int, *, in_pairs: bool = False, confidence: float | None = None) -> float:
     """Return the smallest rate that ``count`` null scores allow, rounded up to four digits."""
-    exact = 1 / (count + 1)
+    if not count:
+        return 1.0
+    exact = (2 if in_pairs else 1) / (count + 1)
+    if confidence is not None:
+        exact = 1 - (1 - confidence) ** (1 / count)
     scale = 10.0 ** (3 - math.floor(math.log10(exact)))
     return float(math.ceil(exact * scale - 1e-9) / scale)
 

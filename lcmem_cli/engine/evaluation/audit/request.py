@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lcmem_cli.engine.data.manifest import Frames
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
@@ -25,6 +26,7 @@ class AuditRequest:
 
     sources: Sets[Source]
     basedir: Path | None
+    frames: Frames
     null: str | None
     fpr: float
     bh: bool
@@ -34,6 +36,7 @@ class AuditRequest:
     adapt: bool | None
     verify: bool | None
     top_k: int
+    confidence: float | None
     fail_over: float | None
     max_unreadable: int | None
     seed: int
@@ -55,9 +58,24 @@ class AuditRequest:
             )
         if self.top_k < 1:
             raise InputError(f"--top-k must be at least 1, not {self.top_k}")
+        if self.confidence is not None:
+            self._check_confidence(self.confidence)
         if self.fail_over is not None and not 0 <= self.fail_over < 1:
             raise InputError(
                 f"--fail-over is a share of the images, in [0, 1), not {self.fail_over:g}"
+            )
+
+    def _check_confidence(self, confidence: float) -> None:
+        if not 0.5 <= confidence < 1:
+            raise InputError(
+                f"--confidence must lie in [0.5, 1), not {confidence:g}; for example 0.95"
+            )
+        if self.bh:
+            raise InputError("--confidence has no effect with --bh: leave one of the two out")
+        if self.null_kind == "leave-one-out":
+            raise InputError(
+                "--confidence needs scores that are independent of each other, which those of the "
+                "leave-one-out null are not; give --held-out, or --null split"
             )
 
     @property
@@ -79,6 +97,7 @@ class AuditSettings(BaseModel):
         None, validation_alias="held-out", serialization_alias="held-out"
     )
     basedir: FileName | None = None
+    frames: Frames = "first"
     null: NullKind
     fpr: float
     bh: bool
@@ -89,6 +108,7 @@ class AuditSettings(BaseModel):
     approximate: bool
     seed: int
     top_k: int
+    confidence: float | None = None
     fail_over: float | None = None
     cache: bool
     fingerprint: str

@@ -10,6 +10,7 @@ from pydantic import FiniteFloat
 
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
@@ -23,6 +24,14 @@ Tier = Literal["identical file", "same pixels", "same picture, altered", "alike"
 The same bytes; the same decoded pixels in another file; the same picture, altered, as alignment
 shows; or over the threshold and no more: perhaps the same identity in another picture.
 """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankImage:
+    """An image that shows nothing but one colour, as ``#rrggbb``."""
+
+    path: str
+    colour: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class SetSummary:
         unreadable: images that could not be used.
         num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
             where that is not known (an index).
+        blank: images that show nothing but one colour; they are counted here and not judged.
     """
 
     source: FileName
@@ -50,6 +60,7 @@ class SetSummary:
     duplicates: tuple[tuple[FileName, ...], ...]
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
+    blank: tuple[BlankImage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,10 @@ class NullSummary:
     Attributes:
         kind: where they come from.
         num_scores: scores in the null.
+        allowed: rank of the threshold among the scores, from the highest.
+        num_independent: scores that count as independent of each other. In a leave-one-out null
+            two images may be each other's best match, so it is half of them.
+        rates: 95 % interval of the rate that such a threshold really reaches.
         smallest_rate: the smallest false-positive rate per image that so many scores allow.
         num_not_searched: training images that were split off and so are not looked for.
         removed: images taken out because their picture is in the training set.
@@ -84,11 +99,19 @@ class NullSummary:
 
     kind: NullKind
     num_scores: int
+    allowed: int
+    num_independent: float
+    rates: tuple[float, float]
     smallest_rate: float
     num_not_searched: int
     removed: tuple[SharedPicture, ...]
     shared_identities: tuple[FileName, ...]
     meaning: str
+
+    @property
+    def independent_allowed(self) -> float:
+        """The rank of the threshold among the independent scores."""
+        return self.allowed * self.num_independent / self.num_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +122,7 @@ class FlagRule:
         kind: ``fpr``: false positives per image; ``fdr``: false ones among the flagged
             (Benjamini-Hochberg).
         rate: the rate held.
+        confidence: that it holds, over draws of the null; ``None``: it holds on average.
         threshold: a match is flagged when its score EXCEEDS this; ``None`` where Benjamini-Hochberg
             flags nothing.
     """
@@ -106,6 +130,7 @@ class FlagRule:
     kind: Literal["fpr", "fdr"]
     rate: float
     threshold: float | None
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +221,10 @@ class Finding:
         num_queries: readable generated images.
         num_flagged: flagged ones.
         share_flagged: their share.
-        confidence_interval: 95 % Clopper-Pearson interval of the share.
+        confidence_interval: 95 % Clopper-Pearson interval of the share, given the threshold.
+        excess_interval: 95 % interval of the share that is flagged beyond chance, the threshold's
+            own uncertainty included; ``None`` under Benjamini-Hochberg and where the sets are not
+            comparable.
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
@@ -210,6 +238,9 @@ class Finding:
         generated: the generated set.
         training: the training set.
         held_out: the held-out set, if one was given.
+        comparability: whether a classifier tells held-out from training images; ``None`` without
+            held-out images.
+        generated_comparability: the same of generated and held-out images.
         metrics: figures about the whole set.
         most_copied: training images by number of flagged images, most first.
         matches: every readable generated image with its best matches.
@@ -226,6 +257,7 @@ class Finding:
     num_flagged: int
     share_flagged: float
     confidence_interval: tuple[float, float]
+    excess_interval: tuple[float, float] | None
     expected_by_chance: float | None
     num_exact_copies: int
     num_same_pixels: int
@@ -237,15 +269,34 @@ class Finding:
     generated: SetSummary
     training: SetSummary
     held_out: SetSummary | None
+    comparability: Comparability | None
+    generated_comparability: Comparability | None
     metrics: SetMetrics
     most_copied: tuple[CopiedImage, ...]
     matches: tuple[Match, ...]
     times: Times
 
     @property
+    def comparable(self) -> bool | None:
+        """Whether held-out and training images are of one source; ``None`` if not known."""
+        return None if self.comparability is None else self.comparability.comparable
+
+    @property
+    def gate(self) -> Literal["passed", "failed", "undecided"] | None:
+        """How the gate ended, if ``fail_over`` asks for one.
+
+        It is undecided where the sets are not comparable: then no rate holds.
+        """
+        if self.fail_over is None:
+            return None
+        if self.comparable is False:
+            return "undecided"
+        return "failed" if self.share_flagged > self.fail_over else "passed"
+
+    @property
     def gate_failed(self) -> bool:
-        """Whether more images are flagged than ``fail_over`` allows."""
-        return self.fail_over is not None and self.share_flagged > self.fail_over
+        """Whether more images are flagged than ``fail_over`` allows, on conditions that hold."""
+        return self.gate == "failed"
 
     @property
     def is_undecided(self) -> bool:
@@ -291,6 +342,8 @@ class AuditResult(Finding, Result):
             "schema": AUDIT_SCHEMA,
             **{name: values.pop(name) for name in AuditResult.__annotations__},
             **values,
+            "comparable": self.comparable,
+            "gate": self.gate,
             "gate_failed": self.gate_failed,
             "undecided": self.is_undecided,
             "flagged": [jsonable(match.to_dict()) for match in self.flagged],

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,14 +22,15 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.conclude import conclude, flag
+from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
 from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
 from lcmem_cli.engine.evaluation.audit.null import (
     Null,
     check_size,
+    independent,
     make_null,
-    without_same_pictures,
 )
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import AuditResult
@@ -56,6 +59,7 @@ def audit(
     *,
     held_out: Source | None = None,
     basedir: str | Path | None = None,
+    frames: Literal["first", "all"] = "first",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
@@ -65,6 +69,7 @@ def audit(
     adapt: bool | None = None,
     verify: bool | None = None,
     top_k: int = 5,
+    confidence: float | None = None,
     fail_over: float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
@@ -87,6 +92,8 @@ def audit(
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
+        frames: ``all`` takes each image of a file of several, such as the pages of a TIFF, by
+            itself, as ``scan.tif#3``.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
             some training images are not searched). See ``audit.null``.
@@ -108,6 +115,8 @@ def audit(
             with the score, so that mirrored, turned, cropped and combined copies are found and the
             edit is named; ``None``: where scores are probabilities and the files can be read.
         top_k: matches to list per generated image.
+        confidence: that the rate holds, over draws of the real images, such as 0.95: a higher
+            threshold, which takes more of them. ``None``: the rate holds on average.
         fail_over: share of flagged images over which ``result.gate_failed`` is true.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
         seed: of the split, the leave-one-out sample and the cells of ``C_T``.
@@ -134,6 +143,7 @@ def audit(
     request = AuditRequest(
         sources=Sets(generated=generated, training=against, held_out=held_out),
         basedir=None if basedir is None else Path(basedir),
+        frames=frames,
         null=null,
         fpr=fpr,
         bh=bh,
@@ -143,6 +153,7 @@ def audit(
         adapt=adapt,
         verify=verify,
         top_k=top_k,
+        confidence=confidence,
         fail_over=fail_over,
         max_unreadable=max_unreadable,
         seed=seed,
@@ -167,21 +178,23 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
         compute: how it is done.
     """
     started = datetime.datetime.now(datetime.timezone.utc)
-    listings = list_sets(request)
+    listings = list_sets(request, compute.reporter)
     detector = choose_detector(request, listings, device=compute.device)
     verified = is_to_verify(request, listings, detector, compute)
     settings = _settings(request, listings, detector, compute, verified)
     with _output_folder(request, settings, compute):
-        embedded = adapt_if_asked(embed_sets(request, listings, detector, compute), request)
+        plain = embed_sets(request, listings, detector, compute)
+        conditions = check_conditions(plain, seed=request.seed)
+        embedded = adapt_if_asked(plain, request)
         k = NUM_CANDIDATES if verified else 2
-        null = make_null(embedded, request.null_kind, rate=request.fpr, seed=request.seed, k=k)
+        null = make_null(embedded, request, k)
         found = best_matches(embedded, null.bank, max(k, request.top_k))
         if verified:
             null, found = verify_candidates(embedded, null, found)
-        null = without_same_pictures(null, embedded, request.fpr)
+        null = independent(null, embedded, request)
         _check_gate(request, embedded, null, found)
-        found, flags = flag(embedded, null, found, rate=request.fpr, bh=request.bh)
-        result = conclude(request, embedded, null, found, flags, started)
+        found, flags = flag(embedded, null, found, request)
+        result = conclude(request, embedded, null, found, flags, conditions, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
         if request.output is not None and compute.ranks.is_main:
@@ -196,7 +209,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     return result
 
 
-def list_sets(request: AuditRequest) -> Sets[Listing]:
+def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
     """List the sets, and see whether there are real images enough before one is opened.
 
     Raises:
@@ -205,14 +218,22 @@ def list_sets(request: AuditRequest) -> Sets[Listing]:
     basedir, kind = request.basedir, request.null_kind
     listings = request.sources.map(
         lambda what, source: list_set(
-            source, what=what, basedir=basedir, max_missing=request.max_unreadable
+            source,
+            what=what,
+            basedir=basedir,
+            frames=request.frames,
+            max_missing=request.max_unreadable,
+            reporter=reporter,
         )
     )
     if basedir is not None and not any(Path(part.source).is_file() for _, part in listings.named()):
         raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
     real = listings.held_out or listings.training
-    most = len(real.records) // 2 if kind == "split" else len(real.records)
-    check_size(most, request.fpr, kind=kind, source=real.source)
+    sizes = sorted(Counter(record.identity for record in real.records).values())
+    most = len(sizes)
+    if kind == "split":  # at most half of the images are split off, whole identities of them
+        most = sum(total <= sum(sizes) // 2 for total in itertools.accumulate(sizes))
+    check_size(most, request, source=real.source)
     return listings
 
 

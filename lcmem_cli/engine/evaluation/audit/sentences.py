@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
 from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import MIN_IDENTITIES, Comparability
 
 _UNLIKELY = 0.025
 """Chance of so many flagged images up to which their number is more than chance."""
 _NEARER = 3.0
-"""``C_T`` above which the real images are nearer to the training set by more than chance."""
+"""z of ``C_T`` above which the real images are nearer to the training set by more than chance."""
 _MOSTLY = 0.5
 """Share of generated images below all real ones from which the two are of different kinds."""
 
@@ -28,8 +29,7 @@ class Circumstances:
         are_same_sets: whether generated and training set are the same files.
         each_is_an_identity: whether a leave-one-out null has no two images of one identity.
         num_mixed_up: held-out images that are among the generated ones.
-        num_null_identities: identities among the real images of the null.
-        num_evident: its images that evidence takes for altered copies of training images.
+        num_evident: images of the null that evidence takes for altered copies of training images.
     """
 
     search_recall: float | None
@@ -39,7 +39,6 @@ class Circumstances:
     are_same_sets: bool
     each_is_an_identity: bool
     num_mixed_up: int
-    num_null_identities: int
     num_evident: int
 
 
@@ -54,7 +53,26 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def statement(finding: Finding) -> str:
-    """Return the finding in one sentence."""
+    """Return the finding in one sentence; one before it says where no rate holds."""
+    return " ".join([*_not_comparable(finding), _finding(finding)])
+
+
+def _not_comparable(finding: Finding) -> Iterator[str]:
+    found = finding.comparability
+    if found is None or found.comparable is not False:
+        return
+    yield (
+        "Held-out and training images are not comparable, so the stated rate does not hold: a "
+        f"classifier tells them apart (AUC {found.auc:.2f}, p {found.p_value:.3f}"
+        f"{_in_what(found)})."
+    )
+
+
+def _in_what(found: Comparability) -> str:
+    return f"; they differ in {', '.join(found.differences)}" if found.differences else ""
+
+
+def _finding(finding: Finding) -> str:
     rule = finding.rule
     if finding.is_undecided:
         return (
@@ -73,11 +91,14 @@ def statement(finding: Finding) -> str:
         if rule.kind == "fpr"
         else f"at a false-discovery rate of {percent(rule.rate)} among the flagged"
     )
-    low, high = (percent(bound) for bound in finding.confidence_interval)
+    beyond = ""
+    if finding.excess_interval is not None:
+        low, high = (percent(bound) for bound in finding.excess_interval)
+        beyond = f"; beyond chance {low} to {high} of the images (95 % interval)"
     return (
         f"{finding.num_flagged:,} of {counted(finding.num_queries, 'generated image')} "
-        f"({percent(finding.share_flagged)}; 95 % CI {low} to {high}) {verb} a training image more "
-        f"closely than {compared}, {rate}."
+        f"({percent(finding.share_flagged)}) {verb} a training image more closely than {compared}, "
+        f"{rate}{beyond}."
     )
 
 
@@ -99,13 +120,20 @@ def verdict(finding: Finding) -> str:
         )
     elif not finding.num_flagged:
         sentences.append("Nothing is flagged.")
-    elif rule.kind == "fdr" and finding.num_flagged > finding.num_exact_copies:
+    elif not others + (finding.num_altered or 0):
+        pass  # chance makes no identical images
+    elif finding.comparable is False:
+        sentences.append(
+            "How many images chance alone would flag is not known, because the sets are not "
+            "comparable; look at the pairs."
+        )
+    elif rule.kind == "fdr":
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
         )
     elif not others:
         pass  # alignment shows what was copied
-    elif chance_of(others, num_queries - num_known, rule.rate, num_null) <= _UNLIKELY:
+    elif _chance(finding, others, num_queries - num_known) <= _UNLIKELY:
         sentences.append(by_chance + "this is more.")
     else:
         sentences.append(by_chance + "that number is no evidence of copying; look at the pairs.")
@@ -123,6 +151,13 @@ def _known(finding: Finding) -> Iterator[str]:
     if finding.num_altered:
         copies = counted(finding.num_altered, "generated image shows", "generated images show")
         yield f"{copies} the same picture as a training image, altered."
+
+
+def _chance(finding: Finding, count: int, num_queries: int) -> float:
+    null = finding.null
+    return chance_of(
+        count, num_queries, num_null=null.num_independent, allowed=null.independent_allowed
+    )
 
 
 def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
@@ -160,6 +195,15 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
     """Yield what the finding supports."""
     yield finding.null.meaning
     num_real, num_below = finding.null.num_scores, circumstances.num_below
+    low, high = (percent(rate) for rate in finding.null.rates)
+    if finding.rule.kind == "fpr":
+        yield (
+            f"With {counted(num_real, 'real image')} the rate really reached lies between {low} "
+            f"and {high} (95 %)."
+        )
+    lowest = 1 / (num_real + 1)
+    if any(match.p_value <= lowest for match in finding.flagged if not match.exact):
+        yield f"No p-value can be below {lowest:.2g} with {counted(num_real, 'real image')}."
     if num_below is not None:
         others = (
             f"any of {num_real:,} real images is"
@@ -217,11 +261,28 @@ def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[st
 def warnings(finding: Finding, circumstances: Circumstances) -> list[str]:
     """Return what weakens the finding, one sentence each."""
     return [
+        *_about_the_conditions(finding),
         *_about_the_sets(finding),
         *_about_the_search(circumstances),
         *_about_mixed_up_sets(finding, circumstances),
         *_about_the_null(finding, circumstances),
     ]
+
+
+def _about_the_conditions(finding: Finding) -> Iterator[str]:
+    known, generated = finding.comparability, finding.generated_comparability
+    if known is not None and known.comparable is None:
+        counts = " and ".join(f"{count:,}" for count in known.num_identities)
+        yield (
+            "Whether held-out and training images are of one source could not be told: that takes "
+            f"{MIN_IDENTITIES} identities of each, there are {counts}."
+        )
+    if generated is not None and generated.comparable is False:
+        yield (
+            "Generated images can be told from held-out ones (AUC "
+            f"{generated.auc:.2f}{_in_what(generated)}). The rate is that of images like the "
+            "held-out ones."
+        )
 
 
 def _about_the_sets(finding: Finding) -> Iterator[str]:
@@ -233,6 +294,11 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
         if images is not None and images.unreadable:
             number = counted(len(images.unreadable), f"{name} image")
             yield f"{number} could not be read and stood aside."
+        if images is not None and images.blank:
+            yield (
+                f"{counted(len(images.blank), f'{name} image')} showing nothing but one colour "
+                "stood aside: it would match only its equal."
+            )
         if images is not None and images.num_guessed:
             number = counted(images.num_guessed, f"{name} image")
             yield (
@@ -276,11 +342,11 @@ def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iter
             "out; they hide others."
         )
     copying = finding.metrics.copying
-    if copying is not None and copying.value > _NEARER:
+    if copying is not None and copying.z is not None and copying.z > _NEARER:
         yield (
             "The real images lie nearer to the training set than the generated ones do "
-            f"(C_T {copying.value:+.1f}), so copies may be missed. Were sets mixed up, or do "
-            "held-out images show what training images show?"
+            f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets "
+            "mixed up, or do held-out images show what training images show?"
         )
     if circumstances.share_below > _MOSTLY:
         yield (
@@ -303,12 +369,6 @@ def _about_the_null(finding: Finding, circumstances: Circumstances) -> Iterator[
             f"{counted(len(null.shared_identities), 'identity', 'identities')} in both "
             "training and held-out set: images of one match closely without being copied, so "
             "copies may be missed."
-        )
-    if circumstances.num_null_identities * 2 <= null.num_scores:
-        yield (
-            f"The {null.num_scores:,} real images of the null show only "
-            f"{circumstances.num_null_identities:,} identities: the rate is less certain than "
-            "their number suggests."
         )
     needed = fewest_flagged(finding.rule.rate, finding.num_queries, null.num_scores)
     if finding.rule.kind == "fdr" and needed > 1:

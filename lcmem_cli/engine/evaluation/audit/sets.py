@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.manifest import Record, load_manifest, tells_identities
+from lcmem_cli.engine.data.manifest import Frames, Record, load_manifest, tells_identities
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.audit.result import SetSummary
+from lcmem_cli.engine.evaluation.audit.result import BlankImage, SetSummary
+from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.index import Index, is_index
 
@@ -197,7 +198,9 @@ def list_set(
     *,
     what: str,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_missing: int | None = None,
+    reporter: Reporter = SILENT,
 ) -> Listing:
     """List a folder, a filelist or a saved index.
 
@@ -205,8 +208,10 @@ def list_set(
         source: path, or an open index.
         what: name of the set in messages.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
             any number.
+        reporter: told of files of a folder that are no images.
 
     Raises:
         InputError: nothing there, or no images.
@@ -229,6 +234,8 @@ def list_set(
             basedir=None if path.is_dir() else basedir,
             need_split=False,
             max_missing=max_missing,
+            frames=frames,
+            reporter=reporter,
         )
         listing = Listing(
             what=what,
@@ -261,7 +268,7 @@ def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSe
             hashes=[entry.content_hash for entry in entries],
             features=listing.index.features,
         )
-    embedded = embed_files(detector, listing.files, compute)
+    embedded = embed_files(detector, listing.files, compute, with_blank=False)
     name_of = {
         str(path): record.path for path, record in zip(listing.files, listing.records, strict=True)
     }
@@ -275,6 +282,10 @@ def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSe
             Unreadable(path=name_of.get(item.path, item.path), reason=item.reason)
             for item in embedded.unreadable
         ),
+        blank=tuple(
+            BlankImage(path=name_of.get(str(path), str(path)), colour=f"#{colour:06x}")
+            for path, colour in embedded.left_out
+        ),
     )
 
 
@@ -286,13 +297,15 @@ def _assemble(
     features: FloatArray,
     guessed: NDArray[np.bool_] | None = None,
     unreadable: tuple[Unreadable, ...] = (),
+    blank: tuple[BlankImage, ...] = (),
 ) -> ImageSet:
-    """Keep the readable images; ``rows`` and ``hashes`` are of all, ``guessed`` of the features."""
+    """Keep the images with features; ``rows`` and ``hashes`` are of all, ``guessed`` of those."""
     readable = np.flatnonzero(rows >= 0).tolist()
     if not readable:
         reasons = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:5])
         raise InputError(
             f"{listing.source}: not one image of the {listing.what} set can be read{reasons}"
+            + (f"\n  {len(blank):,} show nothing but one colour" if blank else "")
         )
     records = tuple(listing.records[index] for index in readable)
     rows = rows[readable]
@@ -311,6 +324,7 @@ def _assemble(
             duplicates=tuple(tuple(paths) for paths in members.values() if len(paths) > 1),
             unreadable=unreadable,
             num_guessed=None if guessed is None else int(guessed[rows].sum()),
+            blank=blank,
         ),
         records=records,
         files=tuple(listing.files[index] for index in readable),

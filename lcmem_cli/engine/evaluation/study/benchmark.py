@@ -98,6 +98,7 @@ class BenchmarkRequest(StudyRequest):
         return reference_pairs(records, self.seed, column=column, negatives_per_anchor=count)
 
 
+# Long by its arguments and what is said of each: the public signature stays flat.
 def benchmark(
     filelist: Path,
     *,

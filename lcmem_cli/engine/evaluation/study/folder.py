@@ -79,14 +79,12 @@ class ResultsFolder:
 
         try:
             with safe_open(self._path(key), framework="numpy") as file:
-                metadata = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError):
+        except (OSError, ValueError, SafetensorError):
             return None
-        beside = metadata.get("beside", "")
-        if metadata.get("checksum") != _checksum(arrays, beside):
+        if facts.pop("checksum", None) != _checksum(arrays, facts):
             return None
-        facts = json.loads(beside)
         unreadable = tuple(Unreadable(**item) for item in facts["unreadable"])
         return Part(**arrays, unreadable=unreadable, adapted_to=facts["adapted_to"])
 
@@ -96,10 +94,11 @@ class ResultsFolder:
 
         arrays = {"test": part.test} if part.fit is None else {"test": part.test, "fit": part.fit}
         unreadable = [dataclasses.asdict(item) for item in part.unreadable]
-        beside = json.dumps({"unreadable": unreadable, "adapted_to": part.adapted_to})
-        metadata = {"beside": beside, "checksum": _checksum(arrays, beside)}
+        facts: dict[str, Any] = {"unreadable": unreadable, "adapted_to": part.adapted_to}
+        facts["checksum"] = _checksum(arrays, facts)
         with atomic_path(self._path(key)) as temporary:
-            save_file(arrays, temporary, metadata=metadata)
+            # One entry only: the library writes several in an order that changes from run to run.
+            save_file(arrays, temporary, metadata={"facts": json.dumps(facts)})
 
     def _path(self, key: PartKey) -> Path:
         # The digest is part of the name, so that a part of other inputs is never found.
@@ -181,8 +180,8 @@ def _remove(paths: Iterator[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _checksum(arrays: Mapping[str, NDArray[Any]], beside: str) -> str:
-    digest = hashlib.sha256(beside.encode())
+def _checksum(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\0{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

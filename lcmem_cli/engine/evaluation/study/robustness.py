@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image, to_tensor
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Record, load_manifest
 from lcmem_cli.engine.data.pairs import PairSet, identity_pairs, same_image_pairs
@@ -33,7 +33,7 @@ from lcmem_cli.engine.data.perturb import (
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_perturbed
 from lcmem_cli.engine.distributed import resolve_device
-from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
 from lcmem_cli.engine.evaluation.study.detectors import find_detectors
 from lcmem_cli.engine.evaluation.study.files import ROBUSTNESS_FILES, Example, write_robustness
@@ -107,6 +107,7 @@ class RobustnessRequest(StudyRequest):
         return make(records, self.seed, column=column, negatives=negatives)
 
 
+# Long by its arguments and what is said of each: the public signature stays flat.
 def robustness(
     filelist: Path,
     *,
@@ -475,6 +476,6 @@ def _first_readable(images: StudyImages, size: int) -> torch.Tensor | None:
     for path in itertools.islice(images.paths(), images.num_judged):
         try:
             return to_tensor(load_image(path), size)
-        except (UnreadableImageError, MissingExtraError):
+        except UnreadableImageError:
             continue
     return None
