@@ -1,4 +1,4 @@
-"""Small pictures and a small detector for the tests of the audit."""
+"""Small pictures and small detectors for the tests of the audit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import random_checkpoint
 from PIL import Image
 
 from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.models.checkpoint import Checkpoint
+from lcmem_cli.engine.models.codec_loading import load_codec
+from lcmem_cli.engine.models.siamese import NetworkSpec
 
 SIDE = 32
 
@@ -36,6 +40,18 @@ class SmallCorrelation(Detector):
 
     def score_matrix(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a.astype(np.float64) @ b.astype(np.float64).T
+
+
+def small_network() -> Checkpoint:
+    """A network on pixels with random weights, but the more alike features the higher the score."""
+    spec = NetworkSpec(
+        backbone="test_resnet", in_channels=3, num_features=8, input_size=SIDE,
+        normalisation="sample", feature_rms=1.5,
+    )  # fmt: skip
+    checkpoint = random_checkpoint(spec, load_codec("none"), image_size=SIDE)
+    state = dict(checkpoint.network_state)
+    state["head.weight"] = -state["head.weight"].abs()
+    return checkpoint.changed(network_state=state)
 
 
 def picture(seed: int, *, side: int = 48) -> Image.Image:

@@ -74,6 +74,18 @@ class Listener(Reporter):
         self.events.append((name, fields))
 
 
+def save_with_header(path, tensors, header):
+    """Write a checkpoint of any header, with the checksum that goes with it."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from lcmem_cli.engine.models.header import HEADER_KEY, checksum
+
+    signed = {**header, "checksum": checksum(header, ())}
+    save_file(tensors, path, metadata={HEADER_KEY: json.dumps(signed)})
+
+
 def random_checkpoint(spec: Any, codec: Any, *, image_size: int, seed: int = 0, **more: Any) -> Any:
     """Make a checkpoint of a network with random weights, always the same.
 

@@ -16,7 +16,7 @@ from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit.detector import detector_of
 from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 
 WIDTH, LENGTH = 16, 6.0

@@ -15,23 +15,31 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from audit_images import SmallCorrelation, altered, picture, save_all
-from PIL import Image
+from audit_images import SmallCorrelation, altered, picture, save_all, small_network
+from PIL import Image, ImageOps
 from scipy.special import expit
 from scipy.stats import binom
 from typer.testing import CliRunner
 
 import lcmem_cli
 from lcmem_cli.cli.app import app
+from lcmem_cli.engine.detectors.joint import JointDetector
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation.audit import null as audit_null
-from lcmem_cli.engine.evaluation.audit.files import read_audit
-from lcmem_cli.engine.evaluation.audit.null import same_picture, search, smallest_rate
-from lcmem_cli.engine.evaluation.audit.result import FlagRule, chance_of, verdict
+from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
+from lcmem_cli.engine.evaluation.audit.null import same_picture, smallest_rate
+from lcmem_cli.engine.evaluation.audit.result import FlagRule
 from lcmem_cli.engine.evaluation.audit.run import audit
-from lcmem_cli.engine.evaluation.calibration import clopper_pearson, conformal_threshold
+from lcmem_cli.engine.evaluation.audit.search import search
+from lcmem_cli.engine.evaluation.audit.sentences import verdict
+from lcmem_cli.engine.evaluation.calibration import (
+    chance_of,
+    clopper_pearson,
+    conformal_threshold,
+)
 from lcmem_cli.engine.evaluation.indexing import add_to_index
 from lcmem_cli.engine.evaluation.set_metrics import (
     MIN_CELL_SIZE,
@@ -92,16 +100,23 @@ def test_planted_copies_are_flagged_beside_their_originals(sets):
     assert result.metrics.copying is not None
 
 
+def filelist(path, files):
+    path.write_text("path,id\n" + "".join(f"{file},{file.stem}\n" for file in files))
+    return path
+
+
 def test_false_flags_stay_in_their_binomial_interval_over_random_splits(tmp_path):
-    seeds = np.arange(5000, 5240)
+    files = np.array(sorted(save_all(tmp_path / "all", range(5000, 5240)).iterdir()))
     rng, rate, repeats, size = np.random.default_rng(0), 0.1, 8, 60
     detector, flagged = SmallCorrelation(), 0
-    for repeat in range(repeats):
-        order = rng.permutation(seeds)
-        parts = {"train": order[:40], "generated": order[40:100], "held-out": order[100:]}
-        for name, part in parts.items():
-            save_all(tmp_path / str(repeat) / name, part)
-        flagged += run(tmp_path / str(repeat), fpr=rate, detector=detector).num_flagged
+    for _ in range(repeats):
+        order = rng.permutation(files)
+        parts = {"train": order[:40], "generated": order[40:100], "held": order[100:]}
+        lists = {name: filelist(tmp_path / f"{name}.csv", part) for name, part in parts.items()}
+        flagged += audit(
+            lists["generated"], lists["train"], held_out=lists["held"], fpr=rate, detector=detector
+        ).num_flagged
+    assert detector.num_embedded == len(files)  # the features of the first split serve the others
     low, high = binom.ppf([0.0005, 0.9995], repeats * size, rate)
     assert low <= flagged <= high
 
@@ -121,9 +136,14 @@ def test_every_query_lists_its_best_matches_in_order(sets):
 
 def test_files_agree_with_the_result(sets, tmp_path):
     result = run(sets, output=tmp_path)
-    document, rows = read_audit(tmp_path)
-    assert document == json.loads(json.dumps(result.to_dict()))
-    assert len(rows) == 35
+    document = read_audit(tmp_path)
+    for field in dataclasses.fields(document):
+        if field.name not in ("format", "schema"):
+            assert getattr(document, field.name) == getattr(result, field.name)
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written == json.loads(json.dumps(result.to_dict()))
+    best = read_best_matches(tmp_path, document)
+    assert best == [match for match in result.matches if match.rank == 1] and len(best) == 35
     table = pq.read_table(tmp_path / "matches.parquet").to_pylist()
     with (tmp_path / "matches.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -272,9 +292,8 @@ def test_what_makes_a_finding_worth_little_is_said(sets, tmp_path):
     def warned(result, text):
         return any(text in warning for warning in result.warnings)
 
-    for number in range(4):
-        folder = tmp_path / "people" / f"p{number}"
-        save_all(folder, range(10 * number, 10 * number + 10))
+    for number in range(40):
+        save_all(tmp_path / "people" / f"p{number}", [number, 100 + number][: 1 + number % 2])
     own = "counts as an identity of its own"
     assert warned(run(sets, held_out=None), own) and not warned(run(sets), own)
     people = audit(sets / "generated", tmp_path / "people", fpr=0.05, detector=SmallCorrelation())
@@ -366,15 +385,16 @@ def test_leave_one_out_compares_with_other_identities(tmp_path):
     shutil.copy(train / "person03" / "0.png", train / "person04" / "wrong-label.png")
     generated = save_all(tmp_path / "generated", range(100, 103))
     detector = SmallCorrelation()
-    result = audit(generated, train, fpr=0.1, detector=detector)
+    result = audit(generated, train, fpr=0.2, detector=detector)
     files = sorted(path for path in train.rglob("*.png") if path.name != "wrong-label.png")
     people = np.array([path.parent.name for path in files])
     people[people == "person04"] = "person03"  # they share an image, so they count as one
     scores = correlations(detector, files, files)
     scores[people[:, None] == people] = -np.inf
-    assert result.null.kind == "leave-one-out" and result.null.num_scores == len(files) == 36
+    best = [scores[people == person].max() for person in np.unique(people)]
+    assert result.null.kind == "leave-one-out" and result.null.num_scores == len(best) == 11
     assert result.metrics.null_scores.largest == pytest.approx(scores.max())
-    assert result.metrics.null_scores.median == pytest.approx(np.median(scores.max(axis=1)))
+    assert result.metrics.null_scores.median == pytest.approx(np.median(best))
     assert result.metrics.copying is None
     assert "approximate" in result.null.meaning
     assert "those of other identities" in result.statement
@@ -383,13 +403,12 @@ def test_leave_one_out_compares_with_other_identities(tmp_path):
 def test_leave_one_out_reaches_past_a_large_identity(tmp_path, monkeypatch):
     train = identity_folder(tmp_path / "train", identities=2, each=40)
     generated = save_all(tmp_path / "generated", [100])
-    result = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
-    assert result.null.num_scores == 80
+    result = audit(generated, train, fpr=0.7, detector=SmallCorrelation())
+    assert result.null.num_scores == 2
     assert result.metrics.null_scores.largest < 0.9
     # However few neighbours are asked for before an identity is searched by itself.
     monkeypatch.setattr(audit_null, "_MOST_NEIGHBOURS", 8)
-    monkeypatch.setattr(audit_null, "_BANK_BYTES", 2000)
-    again = audit(generated, train, fpr=0.1, detector=SmallCorrelation())
+    again = audit(generated, train, fpr=0.7, detector=SmallCorrelation())
     assert dataclasses.replace(again, times=result.times) == result
 
 
@@ -401,19 +420,19 @@ def test_split_searches_null_and_generated_in_the_same_bank(tmp_path):
             generated / f"copy{identity:02d}.png"
         )
     result = audit(
-        generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), top_k=50, seed=3
+        generated, train, null="split", fpr=0.2, detector=SmallCorrelation(), top_k=50, seed=3
     )
     searched = {match.match for match in result.matches}
     assert len(searched) == 36 - result.null.num_not_searched
-    assert result.null.num_scores == result.null.num_not_searched == 9
-    assert len({Path(name).parent.name for name in searched}) == 9  # whole identities
+    assert (result.null.num_scores, result.null.num_not_searched) == (4, 12)
+    assert len({Path(name).parent.name for name in searched}) == 8  # whole identities
     for match in result.matches:
         original = match.query.replace("copy", "person").removesuffix(".png") + "/0.png"
         if match.rank == 1 and original in searched:
             assert match.flagged and match.match == original
-    assert "9 training images were split off" in result.null.meaning
+    assert "12 training images were split off" in result.null.meaning
     again = audit(
-        generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), top_k=50, seed=3
+        generated, train, null="split", fpr=0.2, detector=SmallCorrelation(), top_k=50, seed=3
     )
     assert again.matches == result.matches
 
@@ -435,33 +454,36 @@ def test_split_takes_at_most_half_of_the_images(tmp_path):
         result = audit(
             generated, train, null="split", fpr=0.1, detector=SmallCorrelation(), seed=seed
         )
-        assert 10 <= result.null.num_not_searched <= 12  # none of the thirty
+        assert result.null.num_not_searched == 9  # none of the thirty
 
 
-def test_more_than_chance_is_said_as_rarely_as_stated():
+def test_more_than_chance_is_said_as_rarely_as_stated(sets):
     rng, num_null, num_queries, rate = np.random.default_rng(0), 100, 1000, 0.01
-    said = 0
+    finding, said = run(sets), 0
+    finding = dataclasses.replace(
+        finding,
+        rule=FlagRule(kind="fpr", rate=rate, threshold=0.5),
+        null=dataclasses.replace(
+            finding.null, num_scores=num_null, allowed=1, num_independent=num_null
+        ),
+        num_queries=num_queries,
+        num_exact_copies=0,
+        num_resaved_copies=0,
+    )
     for _ in range(2000):
         null, best = rng.random(num_null), rng.random(num_queries)
         flagged = int((best > conformal_threshold(null, rate)).sum())
-        said += "this is more" in verdict(
-            flagged,
-            FlagRule(kind="fpr", rate=rate, threshold=0.5),
-            num_exact=0,
-            num_resaved=0,
-            num_queries=num_queries,
-            num_null=num_null,
-        )
+        said += "this is more" in verdict(dataclasses.replace(finding, num_flagged=flagged))
     assert said <= binom.ppf(0.999, 2000, 0.025)
-    assert chance_of(1, 1, 0.05, 99) == pytest.approx(0.05)
-    assert chance_of(0, 9, 0.05, 99) == 1
+    assert chance_of(1, 1, num_null=99, allowed=5) == pytest.approx(0.05)
+    assert chance_of(0, 9, num_null=99, allowed=5) == 1
 
 
 def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path):
     one_person = identity_folder(tmp_path / "one", identities=1, each=20)
     generated = save_all(tmp_path / "generated", range(3))
     for null in ("split", "leave-one-out"):
-        with pytest.raises(InputError, match="needs at least 9 different real images"):
+        with pytest.raises(InputError, match="real images of different identities"):
             audit(generated, one_person, null=null, fpr=0.1, detector=SmallCorrelation())
 
 
@@ -519,8 +541,8 @@ def test_hostile_names_survive_every_file(sets, tmp_path):
     (root / "generated" / "bad\n<b>.png").write_bytes(b"nothing")
     result = run(root, output=tmp_path / "out")
     assert result.num_exact_copies == len(HOSTILE_NAMES)
-    _, rows = read_audit(tmp_path / "out")
-    matches = {row["query"]: row["match"] for row in rows}
+    best = read_best_matches(tmp_path / "out", read_audit(tmp_path / "out"))
+    matches = {match.query: match.match for match in best}
     assert {name: matches[name] for name in HOSTILE_NAMES} == {n: n for n in HOSTILE_NAMES}
     document = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert {match["query"] for match in document["flagged"]} >= set(HOSTILE_NAMES)
@@ -581,7 +603,9 @@ def test_a_folder_with_another_audit_is_refused(sets, tmp_path):
     assert (tmp_path / "audit.json").read_bytes() == before
     assert run(sets, output=tmp_path, fpr=0.1, overwrite=True).rule.rate == 0.1
     (tmp_path / "config.toml").unlink()
-    with pytest.raises(InputError, match="another audit"):
+    with pytest.raises(
+        InputError, match=r"config\.toml: no such file; .* another audit.*--overwrite"
+    ):
         run(sets, output=tmp_path, fpr=0.1)
 
 
@@ -617,10 +641,65 @@ def test_identities_of_a_flat_folder_are_not_counted(sets, tmp_path):
     assert labelled.training.num_identities == 12
 
 
-def test_few_identities_in_the_null_are_warned_about(tmp_path, sets):
-    people = identity_folder(tmp_path / "people", identities=10, each=4)
+def test_several_pictures_of_one_identity_count_once(tmp_path, sets):
+    people = identity_folder(tmp_path / "people", identities=20, each=3)
     result = run(sets, held_out=people)
-    assert any("show only 10 identities" in warning for warning in result.warnings)
+    assert result.null.num_scores == 20 and result.held_out.num_images == 60
+    shutil.rmtree(people / "person00")
+    shutil.rmtree(people / "person01")
+    with pytest.raises(InputError, match=r"at least 19 real images of different identities.* 18 "):
+        run(sets, held_out=people)
+
+
+def test_a_rate_with_confidence_takes_more_images_and_a_higher_threshold(sets):
+    usual, sure = run(sets, fpr=0.2), run(sets, fpr=0.2, confidence=0.95)
+    assert sure.rule.threshold > usual.rule.threshold and sure.rule.confidence == 0.95
+    assert sure.null.allowed < usual.null.allowed and sure.null.rates[1] <= 0.25
+    with pytest.raises(InputError, match=r"confidence of 99 %, needs at least 90 real images"):
+        run(sets, fpr=0.05, confidence=0.99)
+    for options, text in (
+        ({"confidence": 1.0}, "must lie in"),
+        ({"confidence": 0.95, "bh": True}, "no effect with --bh"),
+        ({"confidence": 0.95, "held_out": None}, "leave-one-out"),
+    ):
+        with pytest.raises(InputError, match=text):
+            run(sets, **options)
+
+
+def test_leave_one_out_allows_whole_pairs_only(tmp_path):
+    """Each image's best match is often its match's best match, so flags would come in twos."""
+    generated = save_all(tmp_path / "generated", range(200, 203))
+    train = save_all(tmp_path / "train", range(18))
+    with pytest.raises(InputError, match="at least 19 real images"):
+        audit(generated, train, fpr=0.1, detector=SmallCorrelation())
+    save_all(train, [18])
+    null = audit(generated, train, fpr=0.1, detector=SmallCorrelation()).null
+    assert (null.num_scores, null.allowed, null.num_independent) == (19, 2, 9.5)
+    assert null.independent_allowed == 1.0
+
+
+def test_sets_of_another_source_are_told_and_leave_the_gate_undecided(sets, tmp_path):
+    framed = tmp_path / "framed"
+    framed.mkdir()
+    for path in (sets / "held-out").glob("*.png"):
+        ImageOps.expand(Image.open(path), 16, "white").save(framed / path.name)
+    result = run(sets, held_out=framed, fail_over=0.5)
+    assert result.comparable is False and result.gate == "undecided" and not result.gate_failed
+    assert result.statement.startswith("Held-out and training images are not comparable")
+    assert "width" in result.statement and "this is more" not in result.verdict
+    assert result.excess_interval is None
+    document = result.to_dict()
+    assert document["comparable"] is False and document["gate"] == "undecided"
+    assert document["comparability"]["auc"] > 0.9
+    same = run(sets, fail_over=0.5)
+    assert same.comparable is True and same.gate == "passed"
+    assert same.excess_interval[0] < same.share_flagged < same.excess_interval[1]
+    gated = command(
+        "audit", sets / "generated", "--against", sets / "train", "--held-out", framed,
+        "--detector", "ncc", "--input-size", "32", "--fpr", "0.05", "--fail-over", "0.5",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert gated.exit_code == 3 and "Gate undecided" in gated.stdout
 
 
 def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_path):
@@ -748,7 +827,7 @@ def test_ratios_of_what_is_no_distance_are_left_out(sets, tmp_path):
     assert result.metrics.generated_ratio is result.metrics.null_ratio is None
     assert result.metrics.share_small_ratio is None
     assert "First to second neighbour" not in (tmp_path / "report.html").read_text()
-    assert not load_detector("joint").measures_distance
+    assert not JointDetector.measures_distance
 
 
 def test_the_page_says_what_the_real_images_are(sets, tmp_path):
@@ -804,7 +883,7 @@ def test_the_command_reports_a_null_that_is_too_small(sets, tmp_path):
         sets / "held-out", "--detector", "ncc", "-o", tmp_path,
     )  # fmt: skip
     assert result.exit_code == 2
-    assert "needs at least 99 different real images" in result.stderr
+    assert "needs at least 99 real images of different identities" in result.stderr
     assert result.stdout == ""
 
 
@@ -944,9 +1023,30 @@ def test_copies_of_a_real_generator_are_flagged_and_fresh_faces_are_not(memorize
 
 def test_an_approximate_search_states_its_recall(sets):
     pytest.importorskip("faiss", reason="needs the extra [search]")
-    exact = run(sets, detector="lcmem")
-    rough = run(sets, detector="lcmem", approximate=True)
+    network = LCMemDetector(small_network(), name="net")
+    exact = run(sets, detector=network)
+    rough = run(sets, detector=network, approximate=True)
     assert any("approximate" in warning and "100.0%" in warning for warning in rough.warnings)
     assert rough.matches == exact.matches  # 40 images are one cell of the inverted file
     with pytest.raises(InputError, match="--approximate has no effect"):
         run(sets, approximate=True)
+
+
+def test_the_copying_statistic_has_its_own_null():
+    """A mean over cells has a standard deviation far below 1: copies hide within ±3 of it."""
+    rng = np.random.default_rng(0)
+    cells = np.repeat(np.arange(7), 60)
+    null = rng.normal(0, 1, len(cells))
+    found = [
+        copying_statistic(rng.normal(0, 1, len(cells)), null, cells, cells, seed=n)
+        for n in range(40)
+    ]
+    spread = np.std([item.value for item in found])
+    assert spread < 0.6
+    assert 0.6 < np.std([item.z for item in found]) < 1.5
+    copied = rng.normal(0, 1, len(cells))
+    copied[::5] = 6.0
+    hidden = copying_statistic(copied, null, cells, cells)
+    assert -3 < hidden.value < -1 and hidden.z < -3 and hidden.p_value == 1 / 1000
+    flat = copying_statistic(np.ones(60), np.ones(60), cells[:60], cells[:60])
+    assert flat.z is None and flat.p_value == 1.0

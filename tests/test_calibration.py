@@ -8,11 +8,15 @@ from scipy.stats import binom
 
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError
 from lcmem_cli.engine.evaluation.calibration import (
+    allowed_with_confidence,
     benjamini_hochberg,
     clopper_pearson,
     conformal_p_values,
     conformal_threshold,
+    excess_interval,
     fit_threshold,
+    realised_rates,
+    required_for_confidence,
     required_negatives,
     required_null_size,
 )
@@ -137,3 +141,54 @@ def test_clopper_pearson_equals_its_definition():
     assert low < narrow[0] < narrow[1] < high
     with pytest.raises(InputError, match="3 of 2"):
         clopper_pearson(3, 2)
+
+
+def test_the_rate_really_reached_is_beta_distributed():
+    low, high = realised_rates(99, 1)
+    assert (low, high) == pytest.approx((0.000256, 0.0366), rel=0.01)
+    rng = np.random.default_rng(0)
+    thresholds = np.sort(rng.random((4000, 99)))[:, -1]  # above it lies 1 - threshold
+    inside = (low <= 1 - thresholds) & (1 - thresholds <= high)
+    assert inside.mean() == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(("rate", "confidence", "needed"), [(0.01, 0.95, 299), (0.1, 0.9, 22)])
+def test_a_rate_with_confidence_takes_more_scores(rate, confidence, needed):
+    assert required_for_confidence(rate, confidence) == needed
+    assert allowed_with_confidence(needed - 1, rate, confidence) == 0
+    assert allowed_with_confidence(needed, rate, confidence) == 1
+
+
+def test_a_threshold_with_confidence_holds_in_that_share_of_draws():
+    allowed = allowed_with_confidence(500, 0.05, 0.95)
+    rng = np.random.default_rng(1)
+    thresholds = np.sort(rng.random((4000, 500)), axis=1)[:, -allowed]
+    assert 0.94 <= (1 - thresholds <= 0.05).mean() <= 1.0
+    following = np.sort(rng.random((4000, 500)), axis=1)[:, -allowed - 1]
+    assert (1 - following <= 0.05).mean() < 0.955  # no rank more could be allowed
+
+
+@pytest.mark.parametrize("excess", [0.0, 0.05, 0.4])
+def test_the_interval_of_the_excess_covers_it_where_the_threshold_is_drawn_too(excess):
+    rng = np.random.default_rng(2)
+    covered = []
+    for _ in range(400):
+        threshold = np.sort(rng.random(99))[-1]
+        chance = 1 - threshold
+        count = rng.binomial(200, excess + (1 - excess) * chance)
+        low, high = excess_interval(int(count), 200, num_null=99, allowed=1)
+        covered.append(low <= excess <= high)
+    assert np.mean(covered) >= 0.93
+
+
+def test_the_interval_of_the_excess_at_its_ends():
+    assert excess_interval(0, 0, num_null=99, allowed=1) == (0.0, 1.0)
+    low, high = excess_interval(0, 100, num_null=99, allowed=1)
+    assert low == 0.0 and 0.02 < high < 0.06
+    low, high = excess_interval(100, 100, num_null=99, allowed=1)
+    assert 0.9 < low < 1.0 and high == 1.0
+    wide = excess_interval(10, 100, num_null=99, allowed=1)
+    narrow = excess_interval(10, 100, num_null=9999, allowed=100)
+    assert wide[0] < narrow[0] < 0.1 < narrow[1] and wide[1] - wide[0] > narrow[1] - narrow[0]
+    with pytest.raises(InputError):
+        excess_interval(3, 2, num_null=99, allowed=1)

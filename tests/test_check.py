@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from conftest import save_with_header
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -195,10 +196,10 @@ def test_an_edited_checkpoint_is_found(tmp_path):
     assert "does not match its fingerprint" in of(check_run(checkpoint=path), "problem")[0]
     tensors["network.head.bias"] -= 1
     header["thresholds"][0]["fingerprint"] = "0" * 64
-    save_file(tensors, path, metadata={HEADER_KEY: json.dumps(header)})
+    save_with_header(path, tensors, header)
     assert "was fitted for detector 0000" in of(check_run(checkpoint=path), "problem")[0]
     header["thresholds"] = []
-    save_file(tensors, path, metadata={HEADER_KEY: json.dumps(header)})
+    save_with_header(path, tensors, header)
     result = check_run(checkpoint=path)
     assert result.num_problems == 0 and "no thresholds" in of(result, "warning")[0]
 

@@ -17,7 +17,7 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models import siamese
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.convert import convert_reference, rename
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
@@ -106,7 +106,7 @@ def test_unknown_keys_have_no_place(key):
 
 
 def tiny(tmp_path, codec):
-    from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.models.codec_loading import load_codec
 
     loaded = load_codec(str(codec))
     spec = NetworkSpec(

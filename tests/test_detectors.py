@@ -37,14 +37,16 @@ from lcmem_cli.engine.errors import (
     MissingExtraError,
     WeightsUnavailableError,
 )
+from lcmem_cli.engine.models import weights
 from lcmem_cli.engine.models.checkpoint import Checkpoint, save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 
 SIDE = 32
 PIXEL = ("mse", "ssim", "ncc", "phash")
+PUBLISHED = [kind for kind in registry.detectors().values() if kind.stands_for]
 
 
 def images(num: int = 5, side: int = SIDE, *, seed: int = 0) -> torch.Tensor:
@@ -338,7 +340,7 @@ def test_entry_points_add_detectors_and_broken_ones_stop_nothing(
 
 
 def test_the_list_says_what_can_run_here(run_cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "cached_weights", lambda hub_id: None)
+    monkeypatch.setattr(weights, "cached_weights", lambda hub_id: None)
     listed = json.loads(run_cli("detectors", "--json").stdout)["detectors"]
     found = {entry["name"]: entry for entry in listed}
     assert found["mse"]["status"] == "ready"
@@ -352,7 +354,7 @@ def test_the_list_says_what_can_run_here(run_cli, monkeypatch: pytest.MonkeyPatc
 
 def test_published_models_are_known_to_timm() -> None:
     known = set(timm.list_models(pretrained=True))
-    assert {published.model for published in registry.PRETRAINED.values()} <= known
+    assert {kind.stands_for for kind in PUBLISHED} <= known
 
 
 @pytest.fixture
@@ -369,7 +371,7 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_weights_that_cannot_be_had_say_how_to_get_them(unreachable_hub: Path) -> None:
-    for name in (*registry.PRETRAINED, "timm:resnet18"):
+    for name in (*(kind.name for kind in PUBLISHED), "timm:resnet18"):
         with pytest.raises(WeightsUnavailableError, match="hf download timm/") as caught:
             load_detector(name)
         assert f"{name}?weights=FILE" in str(caught.value)
@@ -431,9 +433,9 @@ def test_a_transformer_is_told_its_input_size(tmp_path: Path) -> None:
 
 
 def test_clip_compares_the_output_of_its_projection() -> None:
-    published = registry.PRETRAINED["clip"]
-    assert published.projection
-    assert timm.get_pretrained_cfg(published.model).num_classes == 512
+    model = registry.detectors()["clip"].stands_for
+    assert timm.get_pretrained_cfg(model).num_classes == 512
+    assert backbones._COMPARED_BY_PROJECTION == ("clip",)
 
 
 def test_published_self_supervised_files(tmp_path: Path) -> None:
@@ -664,12 +666,7 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_detector(name)
 
 
-def test_onnx_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], np.float32([1]).tobytes(), raw=True)
-    nodes = [
-        helper.make_node("ReduceMean", ["x"], ["pooled"], axes=[2, 3], keepdims=0),
-        helper.make_node("Mul", ["pooled", "w"], ["y"]),
-    ]
+def model_with(nodes: list[object], weight: object) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "net",
@@ -677,11 +674,35 @@ def test_onnx_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
         initializer=[weight],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    path = tmp_path / "net.onnx"
-    onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
-    with pytest.raises(CheckpointError, match="must be inside the file"):
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute"])
+def test_onnx_weights_outside_the_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where onnxruntime looks for them
+    values = np.eye(3, dtype=np.float32)
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 3], values.tobytes(), raw=True)
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["pooled"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "w"], ["y"]),
+    ]
+    if place == "attribute":
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+    path = Path("net.onnx")
+    options = {"location": "w.bin", "size_threshold": 0, "convert_attribute": True}
+    model = model_with(nodes, weight)
+    if place == "attribute":
+        del model.graph.initializer[:]
+    onnx.save(model, str(path), save_as_external_data=True, **options)
+    assert Path("w.bin").is_file()
+    with pytest.raises(CheckpointError, match=r"tensor 'w' lies in another file \(w.bin\)"):
         load_detector(f"onnx:{path}")
+    onnx.save_model(onnx.load(path), path)  # as the message says
+    batch = images(2, 8)
+    features = load_detector(f"onnx:{path}?mean=0,0,0&std=1,1,1").embed_batch(batch)
+    np.testing.assert_allclose(features, batch.mean((2, 3)), atol=1e-6)
 
 
 def test_one_image_is_embedded_and_a_list_of_tensors_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from figures import figures
 
 from lcmem_cli import Detector
 from lcmem_cli.engine.data.images import to_tensor
@@ -64,6 +65,8 @@ def test_the_files_are_small_and_carry_thresholds():
 def test_the_demonstration_runs_and_reports(run_cli, tmp_path):
     out = json.loads(run_cli("demo", "-o", tmp_path / "demo", "--json").stdout)
     assert len(out["planted"]) == 4 and "of 40 generated images (" in out["statement"]
+    shown = " ".join(figures()["demo-audit"]["output"])  # in README
+    assert shown.startswith(out["statement"])
     assert set(out["flagged"]) <= set(out["planted"]) and len(out["flagged"]) >= 3
     assert [p["score"] for p in out["pairs"]["pairs"]] == sorted(
         (p["score"] for p in out["pairs"]["pairs"]), reverse=True

@@ -26,7 +26,7 @@ from lcmem_cli.engine.detectors.vectors import NetworkDetector, Preprocessing
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.inference import score_pairs
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.store import latents as latent_store
 from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents

@@ -173,12 +173,17 @@ def test_damaged_or_foreign_audits_are_refused(audited):
     document = json.loads(text)
     for damaged in (document | {"flagged": [{}]}, document | {"generated": {}}):
         path.write_text(json.dumps(damaged))
-        with pytest.raises(CorruptFileError, match=r"audit\.json was damaged"):
+        with pytest.raises(
+            CorruptFileError, match=r"audit\.json: damaged, .*(flagged\.0|generated)\."
+        ):
             filter_audit(audited / "audit", audited / "out")
     path.write_text(text)
-    table.write_bytes(lines.replace(b",0.", b",abc", 1))
-    with pytest.raises(CorruptFileError, match=r"the row of .* is damaged"):
-        filter_audit(audited / "audit", audited / "out")
+    for number in (b",abc", b",nan,"):
+        table.write_bytes(lines.replace(b",0.", number, 1))
+        with pytest.raises(
+            CorruptFileError, match=r"matches\.csv, the row of .*: damaged, .*score"
+        ):
+            filter_audit(audited / "audit", audited / "out")
     for damaged in (text[:50], "[]"):
         path.write_text(damaged)
         with pytest.raises(CorruptFileError, match="not valid"):
@@ -198,3 +203,31 @@ def test_the_command_prints_counts_and_json(audited):
     document = json.loads(command(audited / "audit", "-o", audited / "out", "--json").stdout)
     assert document["num_kept"] + document["num_rejected"] == 6
     assert command(audited / "audit", "-o", audited / "out", "--copy", "--link").exit_code == 2
+
+
+FORMULAS = ("=1+1.png", "-x.png", "+y.png", "@z.png", "'=q.png", "''@q.png")
+
+
+def test_names_that_spreadsheets_would_compute_are_text_and_are_read_back(tmp_path):
+    save_all(tmp_path / "train", range(20))
+    save_all(tmp_path / "held-out", range(1000, 1040))
+    save_all(tmp_path / "generated", range(2000, 2000 + len(FORMULAS)))
+    for image, name in zip(sorted((tmp_path / "generated").iterdir()), FORMULAS, strict=True):
+        image.rename(image.with_name(name))
+    audit(
+        tmp_path / "generated",
+        tmp_path / "train",
+        held_out=tmp_path / "held-out",
+        fpr=0.025,
+        detector=SmallCorrelation(),
+        output=tmp_path / "audit",
+    )
+    table = tmp_path / "audit" / "matches.csv"
+    for row in rows_of(table):
+        assert row["query"].startswith("'") and float(row["score"]) <= 1
+        assert not any(cell.startswith(("=", "+", "@")) for cell in row.values())
+    result = filter_audit(tmp_path / "audit", tmp_path / "out", transfer="copy", reject_over=2.0)
+    assert result.num_kept == len(FORMULAS)
+    assert {path.name for path in (tmp_path / "out" / "kept").iterdir()} == set(FORMULAS)
+    kept = load_manifest(tmp_path / "out" / "keep.csv", basedir=Path(result.basedir))
+    assert {Path(record.path).name for record in kept.records} == set(FORMULAS)

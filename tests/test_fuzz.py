@@ -10,13 +10,14 @@ import tarfile
 
 import pytest
 import torch
-from conftest import random_checkpoint
+from conftest import random_checkpoint, save_with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from lcmem_cli.engine import config as cfg
 from lcmem_cli.engine.data import manifest as mani
+from lcmem_cli.engine.data import tables
 from lcmem_cli.engine.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +27,9 @@ from lcmem_cli.engine.errors import (
     ManifestError,
 )
 from lcmem_cli.engine.models import checkpoint as ckpt
-from lcmem_cli.engine.models.codec import CodecSpec, load_codec
+from lcmem_cli.engine.models import header as header_module
+from lcmem_cli.engine.models.codec import CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.weights import read_state_dict
 from lcmem_cli.engine.results import Threshold
@@ -172,7 +175,7 @@ def test_a_path_that_leaves_the_folder_is_refused_even_through_a_link(tmp_path):
 
 def test_any_file_name_comes_back_from_a_written_list(tmp_path):
     names = ("a\r.png", "b\n.png", 'c".png', "d,.png", " e.png", "f\udce9.png", "\ufeffg.png")
-    records = tuple(mani.Record(name, f"\r{name}", "TRAIN", "x\r\ny") for name in names)
+    records = tuple(mani.Record(name, f"a\r{name}", "TRAIN", "x\r\ny") for name in names)
     written = mani.Manifest(records, tmp_path, tmp_path)
     mani.write_manifest(written, tmp_path / "list.csv")
     assert mani.load_manifest(tmp_path / "list.csv", max_missing=None).records == records
@@ -181,7 +184,7 @@ def test_any_file_name_comes_back_from_a_written_list(tmp_path):
 def test_a_filelist_has_a_limit(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_bytes(VALID_CSV)
     mani.load_manifest(tmp_path / "list.csv", max_missing=None)
-    monkeypatch.setattr(mani, "MAX_BYTES", len(VALID_CSV) - 1)
+    monkeypatch.setattr(tables, "MAX_BYTES", len(VALID_CSV) - 1)
     with pytest.raises(ManifestError, match="more than the limit"):
         mani.load_manifest(tmp_path / "list.csv", max_missing=None)
 
@@ -386,7 +389,7 @@ def use(path):
 @given(st.data())
 def test_any_change_of_a_header_gives_a_checkpoint_or_its_error(tmp_path_factory, whole, data):
     header = changed_header(data.draw, whole.header)
-    # Whoever edits a header can also compute the fingerprint that goes with it.
+    # Whoever edits a header can also compute the fingerprint and checksum that go with it.
     tensors = data.draw(st.sampled_from((whole.tensors, {"network.x": torch.zeros(2)})))
     with contextlib.suppress(TypeError, KeyError, ValueError, RecursionError):
         forged = ckpt.Checkpoint(
@@ -400,7 +403,7 @@ def test_any_change_of_a_header_gives_a_checkpoint_or_its_error(tmp_path_factory
         )
         header["fingerprint"] = ckpt.compute_fingerprint(forged)
     path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
-    save_file(tensors, path, metadata={ckpt.HEADER_KEY: json.dumps(header)})
+    save_with_header(path, tensors, header)
     use(path)
 
 
@@ -420,7 +423,7 @@ def test_a_header_has_a_limit(tmp_path, whole, monkeypatch):
     path = tmp_path / "x.safetensors"
     path.write_bytes(whole.data)
     assert use(path)
-    monkeypatch.setattr(ckpt, "MAX_HEADER_BYTES", whole.length - 1)
+    monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", whole.length - 1)
     with pytest.raises(CheckpointError, match="header of"):
         ckpt.load_checkpoint(path)
     path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
@@ -430,11 +433,79 @@ def test_a_header_has_a_limit(tmp_path, whole, monkeypatch):
 
 def test_a_codec_larger_than_its_weights_is_not_built(tmp_path, whole):
     header = copy.deepcopy(whole.header)
-    header["codec_config"]["block_out_channels"] = [40_000, 80_000]  # terabytes
+    header["codec_config"]["block_out_channels"] = [8000, 8000]  # gigabytes
     path = tmp_path / "x.safetensors"
-    save_file(whole.tensors, path, metadata={ckpt.HEADER_KEY: json.dumps(header)})
+    save_with_header(path, whole.tensors, header)
     with pytest.raises(CheckpointError, match="do not fit"):
         ckpt.load_checkpoint(path).codec_model()
+
+
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        (("image_size",), 65_536),
+        (("network", "input_size"), 1e9),
+        (("network", "in_channels"), 10**6),
+        (("network", "num_features"), 10**9),
+        (("network", "stem_stride"), 4096),
+        (("network", "feature_rms"), float("inf")),
+        (("network", "mean"), [0.0, 0.0, 0.0, float("nan")]),
+        (("codec", "downsampling"), 0),
+        (("codec", "latent_channels"), 10**9),
+        (("codec_config", "layers_per_block"), 10**9),
+        (("codec_config", "layers_per_block"), [2, 10**9]),
+        (("codec_config", "block_out_channels"), [8, 40_000]),
+        (("codec_config", "block_out_channels"), [8] * 10_000),
+        (("codec_config", "latent_channels"), 10**9),
+        (("codec_config", "norm_num_groups"), float("nan")),
+        (("thresholds", 0, "rate"), 7),
+        (("thresholds", 0, "value"), float("nan")),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused_before_anything_is_built(
+    tmp_path, whole, monkeypatch, way, value
+):
+    header = copy.deepcopy(whole.header)
+    node = header
+    for key in way[:-1]:
+        node = node[key]
+    node[way[-1]] = value
+    path = tmp_path / "x.safetensors"
+    save_with_header(path, whole.tensors, header)
+    monkeypatch.setattr("safetensors.torch.load_file", None)  # not even the weights are read
+    with pytest.raises(CorruptFileError, match=f"x.safetensors: .*{way[0]}"):
+        ckpt.load_checkpoint(path)
+
+
+def test_what_the_fingerprint_does_not_cover_has_a_checksum(tmp_path, whole):
+    path = tmp_path / "x.safetensors"
+    for way, value in (
+        (("thresholds", 0, "value"), 0.1),
+        (("thresholds",), []),
+        (("training", "config"), {}),
+        (("codec", "name"), "another"),
+        (("codec_config", "act_fn"), "relu"),
+        (("checksum",), ""),
+    ):
+        header = copy.deepcopy(whole.header)
+        node = header
+        for key in way[:-1]:
+            node = node[key]
+        node[way[-1]] = value
+        save_file(whole.tensors, path, metadata={ckpt.HEADER_KEY: json.dumps(header)})
+        with pytest.raises(CorruptFileError, match="does not match its checksum"):
+            ckpt.load_checkpoint(path)
+    adapted = {**whole.tensors, "adapted_to": torch.ones(32, dtype=torch.uint8)}
+    save_file(adapted, path, metadata={ckpt.HEADER_KEY: json.dumps(whole.header)})
+    with pytest.raises(CorruptFileError, match="does not match its checksum"):
+        ckpt.load_checkpoint(path)
+
+
+def test_another_format_is_refused_plainly(tmp_path, whole):
+    path = tmp_path / "x.safetensors"
+    save_with_header(path, whole.tensors, {**whole.header, "format": 1})
+    with pytest.raises(InputError, match=r"x.safetensors: format 1, this lcmem reads 2; get"):
+        ckpt.load_checkpoint(path)
 
 
 # --- code in files -------------------------------------------------------------------------------

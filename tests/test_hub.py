@@ -37,7 +37,7 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models import hub
 from lcmem_cli.engine.models.card import model_card
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.weights import hub_answers
 from lcmem_cli.engine.results import Threshold

@@ -11,12 +11,12 @@ from PIL import Image, ImageCms, features
 
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
-    UnreadableImageError,
     content_hash,
     load_image,
     load_pixels,
     to_tensor,
 )
+from lcmem_cli.engine.errors import UnreadableImageError
 
 RED, GREEN = (200, 30, 40), (20, 180, 60)
 

@@ -20,7 +20,8 @@ from lcmem_cli.engine.errors import (
     UnreadableLimitError,
 )
 from lcmem_cli.engine.files import folder_lock, sha256_file
-from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.store import latents
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 

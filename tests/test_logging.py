@@ -140,7 +140,7 @@ def test_an_unexpected_traceback_is_made_of_lines():
 
 def test_quiet_keeps_warnings_only(capsys, monkeypatch):
     monkeypatch.setattr(render, "settings", render.Settings())
-    render.settings.log_format, render.settings.quiet = render.LogFormat.JSON, True
+    render.settings.log_format, render.settings.quiet = "json", True
     reporter = render.reporter()
     with reporter.task("work", 3) as task:
         task.advance(3)
@@ -152,7 +152,7 @@ def test_quiet_keeps_warnings_only(capsys, monkeypatch):
 
 
 def test_progress_lines_are_few(capsys, monkeypatch):
-    monkeypatch.setattr(render, "settings", render.Settings(log_format=render.LogFormat.JSON))
+    monkeypatch.setattr(render, "settings", render.Settings(log_format="json"))
     clock = [100.0]
     monkeypatch.setattr(render.time, "monotonic", lambda: clock[0])
     with render.reporter().task("work", 100, unit="image") as task:

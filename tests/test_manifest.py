@@ -2,6 +2,7 @@
 
 import collections
 import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lcmem_cli.engine.data import manifest as manifest_module
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data import tables
+from lcmem_cli.engine.data.filelist import make_filelist
+from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.manifest import (
     Manifest,
     Record,
     load_manifest,
-    make_filelist,
     split_by_identity,
     write_manifest,
 )
-from lcmem_cli.engine.errors import InputError, ManifestError
+from lcmem_cli.engine.errors import InputError, ManifestError, UnreadableImageError
 
 
 @pytest.fixture
@@ -149,15 +150,18 @@ def test_dicom_files_without_a_suffix_are_listed(tmp_path):
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "a" / "pipe")
     found = load_manifest(tmp_path).records
-    assert [record.path for record in found] == ["a/1.2.840.113619.2", "a/IM0001", "b/1.dcm"]
+    assert [record.path for record in found] == [
+        "a/1.2.840.113619.2", "a/IM0001", "a/notes.txt", "b/1.dcm"
+    ]  # fmt: skip
 
 
-def test_images_that_nothing_here_reads_are_listed_and_named(tmp_path):
+def test_a_format_without_its_library_is_listed_and_named(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    assert [record.path for record in load_manifest(tmp_path).records] == ["a.png", "b.HEIC"]
-    with pytest.raises(UnreadableImageError, match=r"\.heic is not read; convert it to PNG"):
-        load_image(tmp_path / "b.HEIC")
+    (tmp_path / "b.jpg").write_bytes(b"\0\0\0\x18ftypheic")
+    assert [record.path for record in load_manifest(tmp_path).records] == ["a.png", "b.jpg"]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UnreadableImageError, match=r"HEIC needs the extra \[formats\]"):
+        load_image(tmp_path / "b.jpg")
 
 
 def test_select_and_its_errors(images):
@@ -263,7 +267,7 @@ def test_the_digest_is_of_the_rows(images):
 
 
 def test_a_small_parquet_file_cannot_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest_module, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(tables, "MAX_BYTES", 1_000_000)
     table = pa.table({"path": ["x" * 10_000 + ".png"] * 1000, "id": ["a"] * 1000})
     pq.write_table(table, tmp_path / "list.parquet")
     assert (tmp_path / "list.parquet").stat().st_size < 50_000

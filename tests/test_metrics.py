@@ -188,8 +188,7 @@ def test_the_bootstrap_repeats_pairs_as_often_as_their_identities_were_drawn():
     found = bootstrap_intervals(
         scores,
         labels,
-        first,
-        second,
+        np.stack([first, second], axis=1),
         thresholds={"x": 0.5},
         target_recall=0.9,
         replicates=60,
@@ -202,26 +201,30 @@ def test_the_bootstrap_repeats_pairs_as_often_as_their_identities_were_drawn():
 
 def test_the_bootstrap_draws_within_data_sets_and_gives_up_where_classes_vanish():
     labels = [1, 0, 1, 0]
-    identities = ([0, 0, 1, 1], [0, 1, 1, 0])
+    identities = [[0, 0], [0, 1], [1, 1], [1, 0]]
     # Each set has one identity, which every draw must hold: nothing varies.
-    found = bootstrap_intervals([4, 1, 3, 2], labels, *identities, strata=[0, 1], replicates=50)
+    found = bootstrap_intervals([4, 1, 3, 2], labels, identities, strata=[0, 1], replicates=50)
     assert found["auc"] == (1.0, 1.0)
     # Of twenty identities, the only negative pair needs two: most draws hold no such pair.
     lost = bootstrap_intervals(
-        [*range(20), -1], [1] * 20 + [0], [*range(20), 0], [*range(20), 1], replicates=400, seed=1
+        [*range(20), -1],
+        [1] * 20 + [0],
+        [*((i, i) for i in range(20)), (0, 1)],
+        replicates=400,
+        seed=1,
     )
     assert lost["auc"] is None
-    with pytest.raises(InputError, match="confidence"):
-        bootstrap_intervals([4, 1], [1, 0], [0, 0], [0, 1], confidence=1)
+    with pytest.raises(InputError, match="identities of its two images"):
+        bootstrap_intervals([4, 1], [1, 0], [0, 0])
 
 
 def test_the_bootstrap_draws_only_identities_that_have_pairs():
     rng = np.random.default_rng(0)
-    first, second = rng.integers(0, 9, (2, 80))
-    labels = first == second
+    pairs = rng.integers(0, 9, (80, 2))
+    labels = pairs[:, 0] == pairs[:, 1]
     scores = labels + rng.normal(size=80)
-    plain = bootstrap_intervals(scores, labels, first, second, strata=[0] * 4 + [1] * 5)
+    plain = bootstrap_intervals(scores, labels, pairs, strata=[0] * 4 + [1] * 5)
     gaps, strata = 3 * np.arange(9) + 7, np.full(40, 2)
     strata[gaps] = [0] * 4 + [1] * 5
-    among_others = bootstrap_intervals(scores, labels, gaps[first], gaps[second], strata=strata)
+    among_others = bootstrap_intervals(scores, labels, gaps[pairs], strata=strata)
     assert among_others == plain

@@ -13,7 +13,7 @@ from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import freeze_modules
 from lcmem_cli.engine.store.latents import LatentStore
 

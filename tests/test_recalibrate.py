@@ -21,7 +21,7 @@ from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.recalibrate import Whitening, adapt, recalibrate
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.whitening import SPREAD, whitened_projection
 

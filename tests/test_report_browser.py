@@ -9,7 +9,7 @@ from audit_images import SmallCorrelation, altered, picture, save_all
 from PIL import Image
 
 from lcmem_cli.engine.evaluation.audit.run import audit
-from lcmem_cli.engine.report.html import Distribution, ReportPair, render_report
+from lcmem_cli.engine.report.html import Distribution, Pictures, render_report
 
 pytestmark = pytest.mark.browser
 HOSTILE = '"><img src=x onerror=window.hacked=1><script>window.hacked=1<∕script>.png'
@@ -237,26 +237,26 @@ def test_text_is_readable_and_nothing_overflows(page, scheme, width):
 
 def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
     _, result = audited
-    pairs = [
-        ReportPair(
-            query=f"generated/{number:05d}.png",
+    names = [f"generated/{number:05d}.png" for number in range(2000)]
+    matches = tuple(
+        dataclasses.replace(
+            result.flagged[1],
+            query=name,
             match=f"train/{number % 300:05d}.png",
             match_id=str(number % 300),
             score=1 - number / 4000,
-            p_value=0.001,
-            exact=False,
-            query_picture=0,
-            match_picture=0,
         )
-        for number in range(2000)
-    ]
+        for number, name in enumerate(names)
+    )
     scores = np.linspace(0, 1, 50)
     text = render_report(
-        dataclasses.replace(result, num_flagged=2000),
-        pairs=pairs,
-        most_copied=[],
-        pictures=[None],
-        distribution=Distribution(generated=scores, null=scores, threshold=0.9, as_logit=False),
+        dataclasses.replace(result, num_flagged=2000, matches=matches, most_copied=()),
+        Pictures(
+            uris=[None],
+            generated=dict.fromkeys(names, 0),
+            training={match.match: 0 for match in matches},
+        ),
+        Distribution(generated=scores, null=scores, threshold=0.9, as_logit=False),
     )
     (tmp_path / "many.html").write_text(text, encoding="utf-8")
     page = browser.new_page()

@@ -2,6 +2,7 @@ import csv
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,10 @@ from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, REFERENCE_SUITE, Setting, perturb
 from lcmem_cli.engine.detectors.registry import load_detector
+from lcmem_cli.engine.evaluation.study import files
 from lcmem_cli.engine.evaluation.study import robustness as module
-from lcmem_cli.engine.evaluation.study.robustness import Outcome, robustness
+from lcmem_cli.engine.evaluation.study.results import Outcome
+from lcmem_cli.engine.evaluation.study.robustness import robustness
 from lcmem_cli.engine.reporter import Reporter
 
 FILES = ("robustness_results.json", "robustness_results.csv", "thresholds.json")
@@ -41,8 +44,8 @@ def quick(request, monkeypatch):
             data[-1].with_name(data[-1].name + suffix).write_text(repr((data[:-1], more)))
 
     monkeypatch.setattr(module, "SUITES", {"reference": FEW[:2], "extended": FEW})
-    monkeypatch.setattr(module, "plot_strengths", draw)
-    monkeypatch.setattr(module, "plot_transforms", lambda *data: draw(data[-1]))
+    monkeypatch.setattr(files, "plot_strengths", draw)
+    monkeypatch.setattr(files, "plot_transforms", lambda *data: draw(data[-1]))
 
 
 @pytest.fixture
@@ -81,7 +84,9 @@ def test_rows_equal_editing_and_scoring_each_pair_by_itself(filelist, image_fold
     ]
     assert result.num_pairs == 2 * len(positives) == 24
     table = rows_of(tmp_path / "out")
-    assert tuple(table[0]) == module.COLUMNS and len(table) == 2 * len(FEW)
+    assert len(table) == 2 * len(FEW)
+    names = "Detector Transform Strength Recall Precision Accuracy F1 FPR TP FP TN FN Threshold Fit"
+    assert list(table[0]) == names.split()
     for row in table:
         detector = load_detector(row["Detector"], input_size=24)
         plain = detector.embed_batch(torch.stack(images))
@@ -140,11 +145,20 @@ def test_only_positives_leaves_what_needs_negatives_empty(filelist, tmp_path):
 
 
 def test_rates_follow_from_counts():
-    counts = Outcome(true_positives=3, false_positives=1, true_negatives=5, false_negatives=2)
-    rates = (counts.recall, counts.precision, counts.accuracy, counts.f1, counts.fpr)
-    assert rates == (3 / 5, 3 / 4, 8 / 11, 6 / 9, 1 / 6)
-    nothing = Outcome(true_positives=0, false_positives=0, true_negatives=4, false_negatives=2)
+    def outcome(*counts):  # true and false positives, true and false negatives
+        called, positive = np.repeat([[1, 1, 0, 0], [1, 0, 0, 1]], counts, axis=1) == 1
+        return Outcome.of(called, positive)
+
+    found = outcome(3, 1, 5, 2)
+    assert (found.recall, found.precision, found.accuracy) == (3 / 5, 3 / 4, 8 / 11)
+    assert (found.f1, found.fpr) == (6 / 9, 1 / 6)
+    counts = (found.true_positives, found.false_positives, found.true_negatives)
+    assert (*counts, found.false_negatives) == (3, 1, 5, 2)
+    nothing = outcome(0, 0, 4, 2)
     assert (nothing.recall, nothing.precision, nothing.f1, nothing.fpr) == (0, None, 0, 0)
+    positives = outcome(3, 0, 0, 1)
+    assert (positives.recall, positives.fpr) == (3 / 4, None)
+    assert (positives.precision, positives.accuracy, positives.f1) == (None, None, None)
 
 
 def test_results_do_not_depend_on_batch_size_workers_or_detector_order(filelist, tmp_path):
@@ -158,7 +172,7 @@ def test_results_do_not_depend_on_batch_size_workers_or_detector_order(filelist,
 def test_each_image_is_embedded_once_and_each_edit_once(filelist, tmp_path):
     def events(output, **options):
         listener = Listener()
-        run(filelist, output, detectors=["random"], reporter=listener, **options)
+        run(filelist, output, detectors=["phash"], reporter=listener, **options)
         return {event["setting"]: event["encoder_passes"] for event in listener.events}
 
     # 12 images of TEST and 24 of VAL; the second image of a pair is the one that is edited.
@@ -236,7 +250,7 @@ def test_a_round_trip_through_an_autoencoder_is_one_more_setting(filelist, tiny_
     assert last.transform == "VAERoundTrip" and len(result.detectors[0].settings) == 4
 
 
-def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_cli):
+def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_cli, no_drawing):
     run_cli(
         "robustness", "--filelist", filelist, "--basedir", filelist.parent / "images",
         "--detectors", "mse,phash", "--input-size", 16, "--workers", 0, "--fit-rate", 0.1,
@@ -246,3 +260,4 @@ def test_all_settings_of_the_reference_are_in_the_table(filelist, tmp_path, run_
     found = [(row["Transform"], float(row["Strength"])) for row in table[:24]]
     assert found == [(s.transform, s.strength) for s in REFERENCE_SUITE] and len(table) == 48
     assert set(REFERENCE_SUITE) < set(EXTENDED_SUITE)
+    assert all((tmp_path / "out" / name).exists() for name in PICTURES)

@@ -79,12 +79,12 @@ def test_approximate_search_reports_its_recall_and_scores_exactly():
     a, b, w = data(20, 2000, 16)
     b[:20] = a
     w = -np.abs(w)
-    found, recall = search.approximate_top_k(a, b, w, 3, probes=40)
-    assert recall >= 0.9
+    found = search.approximate_top_k(a, b, w, 3, probes=40)
+    assert found.recall >= 0.9
     np.testing.assert_array_equal(found.rows[:, 0], np.arange(20))
     np.testing.assert_allclose(found.scores[:, 0], 0, atol=1e-6)
     exact = search.weighted_l1_top_k(a, b, w, 1500)  # more than the cells that are searched hold
-    found, _ = search.approximate_top_k(a, b, w, 1500, probes=1)
+    found = search.approximate_top_k(a, b, w, 1500, probes=1)
     np.testing.assert_array_equal(found.rows, exact.rows)
     np.testing.assert_array_equal(found.scores, exact.scores)
 

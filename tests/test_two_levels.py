@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import random_checkpoint
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lcmem_cli.engine.data.augment import Augmentation
@@ -22,12 +20,10 @@ from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.evaluation.recalibrate import adapt
 from lcmem_cli.engine.models.checkpoint import (
-    HEADER_KEY,
     load_checkpoint,
-    read_header,
     save_checkpoint,
 )
-from lcmem_cli.engine.models.codec import load_codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLevelBackbone
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
 from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels
@@ -149,21 +145,6 @@ def test_a_checkpoint_of_two_levels_is_saved_exported_and_adapted(
     with torch.no_grad():
         means = [c.build().backbone(pixels).mean(dim=0).abs().max() for c in (read, adapted)]
     assert means[0] > 1e-2 and means[1] < 1e-4
-
-
-def test_a_file_made_before_there_were_two_levels_is_still_read(tmp_path):
-    one = random_checkpoint(spec_of(inner_stride=None), load_codec("none"), image_size=64)
-    saved = save_checkpoint(tmp_path / "one.safetensors", one)
-    header = read_header(tmp_path / "one.safetensors")
-    assert header["network"].pop("inner_stride", 0) is None
-    assert header["network"].pop("inner_bands", 0) is None
-    assert header["network"].pop("feature_rms", 0) is None
-    save_file(
-        load_file(tmp_path / "one.safetensors"), tmp_path / "old.safetensors",
-        metadata={HEADER_KEY: json.dumps(header)},
-    )  # fmt: skip
-    read = load_checkpoint(tmp_path / "old.safetensors")
-    assert read.network == saved.network and read.fingerprint == saved.fingerprint
 
 
 @pytest.mark.parametrize("feature_rms", [0.0, -1.5, 11.0, float("nan")])

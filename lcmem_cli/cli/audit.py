@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    AnyUnreadableOption,
-    ApproximateOption,
-    BasedirOption,
-    BatchSizeOption,
-    CacheOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    OutputOption,
-    OverwriteOption,
-    SeedOption,
-    WorkersOption,
+    ANY_UNREADABLE,
+    APPROXIMATE,
+    BASEDIR,
+    CACHE,
+    FOLDER,
+    FRAMES,
+    INPUT,
+    JUDGING,
+    OUTPUT,
+    OVERWRITE,
+    ComputeOptions,
+    Frames,
+    argument,
+    option,
+    seed_option,
 )
 
 if TYPE_CHECKING:
@@ -32,120 +34,105 @@ EXIT_GATE_FAILED = 3
 _SHOWN_PAIRS = 10
 
 
-class NullChoice(str, enum.Enum):
-    """What takes the place of held-out images."""
+class AuditOptions(ComputeOptions):
+    """What an audit is asked for."""
 
-    LEAVE_ONE_OUT = "leave-one-out"
-    SPLIT = "split"
+    generated: Path = argument("Generated images: a folder, a filelist or a saved index.")
+    against: Path = option(INPUT, "The generator's training set, likewise.")
+    held_out: Path | None = option(
+        INPUT, "Real images that the generator never saw, likewise.", None
+    )
+    basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
+    null: Literal["leave-one-out", "split"] | None = option(
+        JUDGING,
+        "Without --held-out: compare training images with those of other identities "
+        "(leave-one-out, the default; approximate), or split some off (exact, but they are not "
+        "searched).",
+        None,
+    )
+    fpr: float = option(JUDGING, "Chance of flagging an image that copies nothing.", 0.01)
+    bh: bool = option(
+        JUDGING,
+        "Hold --fpr as the share of false ones among the flagged (Benjamini-Hochberg).",
+        False,
+    )
+    detector: str | None = option(
+        JUDGING,
+        "What compares the images (default: joint, or that of an index among the sets).",
+        None,
+    )
+    input_size: int | None = option(
+        JUDGING, "Side in pixels for the pixel measures (default: 512).", None, min=8
+    )
+    approximate: bool = APPROXIMATE
+    adapt: bool | None = option(
+        JUDGING,
+        "Fit the detector to the kind of the training images first, so that what they all share "
+        "does not count as likeness (default: where it can be).",
+        None,
+        flags="--adapt/--no-adapt",
+    )
+    top_k: int = option(OUTPUT, "Matches to list per image.", 5, min=1)
+    confidence: float | None = option(
+        JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
+    )
+    fail_over: float | None = option(
+        JUDGING, "Exit 3 if more than this share of images is flagged.", None
+    )
+    max_unreadable: int | None = ANY_UNREADABLE
+    seed: int = seed_option()
+    cache: bool = CACHE
+    output: Path = FOLDER
+    overwrite: bool = OVERWRITE
 
 
-def audit_command(
-    generated: Annotated[
-        Path, typer.Argument(help="Generated images: a folder, a filelist or a saved index.")
-    ],
-    against: Annotated[
-        Path, typer.Option("--against", help="The generator's training set, likewise.")
-    ],
-    output: OutputOption,
-    held_out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--held-out", help="Real images that the generator never saw, likewise."),
-    ] = None,
-    basedir: BasedirOption = None,
-    null: Annotated[
-        Optional[NullChoice],  # noqa: UP045
-        typer.Option(
-            "--null",
-            help="Without --held-out: compare training images with those of other identities "
-            "(leave-one-out, the default; approximate), or split some off (exact, but they are "
-            "not searched).",
-        ),
-    ] = None,
-    fpr: Annotated[
-        float, typer.Option("--fpr", help="Chance of flagging an image that copies nothing.")
-    ] = 0.01,
-    bh: Annotated[
-        bool,
-        typer.Option(
-            "--bh",
-            help="Hold --fpr as the share of false ones among the flagged (Benjamini-Hochberg).",
-        ),
-    ] = False,
-    detector: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--detector",
-            help="What compares the images (default: joint, or that of an index among the sets).",
-        ),
-    ] = None,
-    input_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--input-size", min=8, help="Side in pixels for the pixel measures (default: 512)."
-        ),
-    ] = None,
-    approximate: ApproximateOption = False,
-    adapt: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--adapt/--no-adapt",
-            help="Fit the detector to the kind of the training images first, so that what they all "
-            "share does not count as likeness (default: where it can be).",
-        ),
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Matches to list per image.")] = 5,
-    fail_over: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--fail-over", help="Exit 3 if more than this share of images is flagged."),
-    ] = None,
-    max_unreadable: AnyUnreadableOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = Device.AUTO,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    cache: CacheOption = True,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
+def audit_command(options: AuditOptions) -> None:
     """Find generated images that match a training image more closely than real images do.
 
     Writes audit.json, matches.csv, matches.parquet and report.html, which shows the flagged pairs.
+
+    Examples:
+        lcmem audit generated --against training --held-out real -o audit
+        lcmem audit generated --against list.csv --basedir images -o audit
+        lcmem audit generated --against training -o audit --fail-over 0.02 --json
     """
-    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.audit.run import audit
 
-    result = audit(
-        generated,
-        against,
-        held_out=held_out,
-        basedir=basedir,
-        null=None if null is None else null.value,
-        fpr=fpr,
-        bh=bh,
-        detector=detector,
-        input_size=input_size,
-        approximate=approximate,
-        adapt=adapt,
-        top_k=top_k,
-        fail_over=fail_over,
-        max_unreadable=max_unreadable,
-        seed=seed,
-        device=device.value,
-        batch_size=batch_size,
-        workers=workers,
-        cache=cache,
-        output=output,
-        overwrite=overwrite,
-        reporter=render.reporter(),
-    )
-    if current_ranks(device.value).is_main:
-        render.emit(result, as_json=as_json, human=lambda: _show(result, output))
-    if result.gate_failed:
+    result = audit(**options.arguments())
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result, options.output))
+    if result.gate in ("failed", "undecided"):
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit.result import counted, percent
+    from lcmem_cli.engine.evaluation.audit.sentences import percent
+
+    _show_verdict(result)
+    _show_sets(result)
+    render.table(["over the whole set", "generated", "real"], _figures(result))
+    if result.flagged:
+        render.table(
+            ["generated", "training image", "score", "p-value"],
+            [
+                [match.query, match.match, f"{match.score:.4f}", f"{match.p_value:.4f}"]
+                for match in result.flagged[:_SHOWN_PAIRS]
+            ],
+            title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
+        )
+    if result.gate == "undecided":
+        render.line("Gate undecided: held-out and training images are not comparable.")
+    elif result.fail_over is not None:
+        ended, compared = ("failed", "over") if result.gate_failed else ("passed", "not over")
+        render.line(
+            f"Gate {ended}: {percent(result.share_flagged)} of the images are flagged, {compared} "
+            f"{percent(result.fail_over)}."
+        )
+    render.line(f"See {output / 'report.html'}")
+
+
+def _show_verdict(result: AuditResult) -> None:
+    from lcmem_cli.engine.evaluation.audit.sentences import counted
 
     render.line(result.statement)
     render.line(result.verdict)
@@ -167,49 +154,29 @@ def _show(result: AuditResult, output: Path) -> None:
         for text in lines:
             render.line(f"  - {text}")
     render.line()
-    render.table(
-        ["set", "images", "distinct", "identities", "unreadable", "source"],
+
+
+def _show_sets(result: AuditResult) -> None:
+    named = {
+        "generated": result.generated,
+        "training": result.training,
+        "held-out": result.held_out,
+    }
+    sets = {name: images for name, images in named.items() if images is not None}
+    rows = [
         [
-            [
-                name,
-                f"{images.num_images:,}",
-                f"{images.num_distinct:,}",
-                "-" if images.num_identities is None else f"{images.num_identities:,}",
-                f"{len(images.unreadable):,}",
-                images.source,
-            ]
-            for name, images in (
-                ("generated", result.generated),
-                ("training", result.training),
-                ("held-out", result.held_out),
-            )
-            if images is not None
-        ],
-    )
-    bad = [
-        item
-        for images in (result.generated, result.training, result.held_out)
-        if images is not None
-        for item in images.unreadable
+            name,
+            f"{images.num_images:,}",
+            f"{images.num_distinct:,}",
+            "-" if images.num_identities is None else f"{images.num_identities:,}",
+            f"{len(images.unreadable):,}",
+            images.source,
+        ]
+        for name, images in sets.items()
     ]
+    render.table(["set", "images", "distinct", "identities", "unreadable", "source"], rows)
+    bad = [item for images in sets.values() for item in images.unreadable]
     render.unreadable(bad, listed_in="audit.json")
-    render.table(["over the whole set", "generated", "real"], _figures(result))
-    if result.flagged:
-        render.table(
-            ["generated", "training image", "score", "p-value"],
-            [
-                [match.query, match.match, f"{match.score:.4f}", f"{match.p_value:.4f}"]
-                for match in result.flagged[:_SHOWN_PAIRS]
-            ],
-            title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
-        )
-    if result.fail_over is not None:
-        ended, compared = ("failed", "over") if result.gate_failed else ("passed", "not over")
-        render.line(
-            f"Gate {ended}: {percent(result.share_flagged)} of the images are flagged, {compared} "
-            f"{percent(result.fail_over)}."
-        )
-    render.line(f"See {output / 'report.html'}")
 
 
 def _figures(result: AuditResult) -> list[list[str]]:
@@ -220,7 +187,9 @@ def _figures(result: AuditResult) -> list[list[str]]:
         return None if spread is None else spread.median
 
     metrics = result.metrics
-    copying = None if metrics.copying is None else metrics.copying.value
+    copying = "-"
+    if metrics.copying is not None:
+        copying = f"{metrics.copying.value:+.2f} (p {metrics.copying.p_value:.3f})"
     rows = [
         [
             "median best-match score",
@@ -228,7 +197,7 @@ def _figures(result: AuditResult) -> list[list[str]]:
             number(median(metrics.null_scores)),
         ],
         ["AuthPct", number(metrics.auth_pct, ".1f"), number(metrics.null_auth_pct, ".1f")],
-        ["C_T (below -3: copying; within 3: nothing)", number(copying, "+.2f"), "-"],
+        ["C_T (below 0: nearer than real ones), p by permutation", copying, "-"],
         [
             "first / second neighbour, median",
             number(median(metrics.generated_ratio), ".3f"),

@@ -2,124 +2,55 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
-
-import typer
+from typing import TYPE_CHECKING, Literal
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import (
-    AnyUnreadableOption,
-    BasedirOption,
-    BatchSizeOption,
-    CacheOption,
-    DatasetsOption,
-    DetectorsOption,
-    Device,
-    DeviceOption,
-    FilelistOption,
-    InputSizeOption,
-    JsonOption,
-    OutputOption,
-    OverwriteOption,
-    SeedOption,
-    SplitOption,
-    StrictOption,
-    WorkersOption,
-    split_commas,
-)
+from lcmem_cli.cli.options import INPUT, JUDGING, StudyOptions, option
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.study.benchmark import BenchmarkResult, SetResult
+    from lcmem_cli.engine.evaluation.study.results import BenchmarkResult, SetResult
 
 
-class PairChoice(str, enum.Enum):
-    """Which pairs are made."""
+class BenchmarkOptions(StudyOptions):
+    """What a benchmark is asked for."""
 
-    REFERENCE = "reference"
-    ALL = "all"
+    pairs: Literal["reference", "all"] = option(
+        INPUT, "The published pairs, or every pair within a data set.", "reference"
+    )
+    fit_split: str = option(JUDGING, "Split that thresholds are fitted on, or none.", "VAL")
+    target_recall: float = option(JUDGING, "Recall of the _atR metrics, in (0, 1].", 0.99)
+    latents: Path | None = option(
+        INPUT, "Latent store that LCMem detectors take images from.", None
+    )
+    adapt: bool = option(
+        JUDGING,
+        "Also score with LCMem and joint adapted to the TRAIN images of each data set; identities "
+        "are not used.",
+        False,
+    )
 
 
-def benchmark_command(
-    filelist: FilelistOption,
-    output: OutputOption,
-    basedir: BasedirOption = None,
-    detectors: DetectorsOption = "lcmem,mse,ssim,ncc,phash,random",
-    ds_name: DatasetsOption = None,
-    pairs: Annotated[
-        PairChoice,
-        typer.Option("--pairs", help="The published pairs, or every pair within a data set."),
-    ] = PairChoice.REFERENCE,
-    split: SplitOption = "TEST",
-    fit_split: Annotated[
-        str, typer.Option("--fit-split", help="Split that thresholds are fitted on, or none.")
-    ] = "VAL",
-    seed: SeedOption = 42,
-    target_recall: Annotated[
-        float, typer.Option("--target-recall", help="Recall of the _atR metrics, in (0, 1].")
-    ] = 0.99,
-    input_size: InputSizeOption = 512,
-    latents: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--latents", help="Latent store that LCMem detectors take images from."),
-    ] = None,
-    adapt: Annotated[
-        bool,
-        typer.Option(
-            "--adapt",
-            help="Also score with LCMem and joint adapted to the TRAIN images of each data set; "
-            "identities are not used.",
-        ),
-    ] = False,
-    strict: StrictOption = False,
-    cache: CacheOption = True,
-    overwrite: OverwriteOption = False,
-    max_unreadable: AnyUnreadableOption = None,
-    device: DeviceOption = Device.AUTO,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    as_json: JsonOption = False,
-) -> None:
+def benchmark_command(options: BenchmarkOptions) -> None:
     """Score pairs of images with several detectors and compare them.
 
     Writes benchmark_results.json and .csv, scores.csv, thresholds.json, ROC curves and bars. Each
     distinct image is embedded once per detector; a killed run continues.
+
+    Examples:
+        lcmem benchmark --filelist list.csv -o benchmark
+        lcmem benchmark --filelist list.csv --detectors joint,ssim -o benchmark
     """
-    from lcmem_cli.engine.detectors.options import split_names
-    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 
-    result = benchmark(
-        filelist,
-        output=output,
-        basedir=basedir,
-        detectors=split_names(detectors),
-        ds_names=split_commas(ds_name) if ds_name else None,
-        pairs=pairs.value,
-        split=split,
-        fit_split=None if fit_split == "none" else fit_split,
-        seed=seed,
-        target_recall=target_recall,
-        input_size=input_size,
-        latents=latents,
-        adapt=adapt,
-        strict=strict,
-        cache=cache,
-        overwrite=overwrite,
-        max_unreadable=max_unreadable,
-        device=device.value,
-        batch_size=batch_size,
-        workers=workers,
-        reporter=render.reporter(),
-    )
-    if current_ranks(device.value).is_main:
-        render.emit(result, as_json=as_json, human=lambda: _show(result, output))
+    fit_split = None if options.fit_split == "none" else options.fit_split
+    result = benchmark(**{**options.arguments(), "fit_split": fit_split})
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result, options.output))
 
 
 def _show(result: BenchmarkResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.study.benchmark import OVERALL
+    from lcmem_cli.engine.evaluation.study.results import OVERALL
 
     datasets = list(dict.fromkeys(name for item in result.detectors for name in item.per_dataset))
     _show_set(result, [item.overall for item in result.detectors], OVERALL)

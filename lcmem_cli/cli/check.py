@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
 import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BasedirOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    OptionalConfigOption,
-    SetOption,
+    BASEDIR,
+    INPUT,
+    JUDGING,
+    OUTPUT,
+    OVERRIDES,
+    DeviceOptions,
+    config_option,
+    option,
 )
 
 ALL = "all"
@@ -26,62 +27,48 @@ def _image_count(text: str) -> str:
     return text
 
 
-def check(
-    config: OptionalConfigOption = None,
-    filelist: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--filelist", help="Image list or folder that the run will read."),
-    ] = None,
-    basedir: BasedirOption = None,
-    checkpoint: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--checkpoint", help="What fine-tuning starts from, or what scores."),
-    ] = None,
-    latents: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--latents", help="Latent store that the run will read."),
-    ] = None,
-    detectors: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--detectors", help="Names separated by commas (lcmem detectors)."),
-    ] = None,
-    images: Annotated[
-        str,
-        typer.Option(
-            "--images",
-            callback=_image_count,
-            metavar="N|all",
-            help="Images to decode and latents to read, of a seeded draw; 0: none.",
-        ),
-    ] = "64",
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder that the run will write to."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="The run in --output is to be continued.")
-    ] = False,
-    overrides: SetOption = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-) -> None:
-    """Check config, data, weights, device and disk of a run; exit code 2 if it would fail."""
+class CheckOptions(DeviceOptions):
+    """What a run is going to be asked for."""
+
+    config: str | None = config_option(None)
+    filelist: Path | None = option(INPUT, "Image list or folder that the run will read.", None)
+    basedir: Path | None = BASEDIR
+    checkpoint: str | None = option(INPUT, "What fine-tuning starts from, or what scores.", None)
+    latents: Path | None = option(INPUT, "Latent store that the run will read.", None)
+    detectors: str | None = option(INPUT, "Names separated by commas (lcmem detectors).", None)
+    images: str = option(
+        JUDGING,
+        "Images to decode and latents to read, of a seeded draw; 0: none.",
+        "64",
+        callback=_image_count,
+        metavar="N|all",
+    )
+    output: Path | None = option(
+        OUTPUT, "Folder that the run will write to.", None, flags="--output -o"
+    )
+    resume: bool = option(OUTPUT, "The run in --output is to be continued.", False)
+    overrides: list[str] | None = OVERRIDES
+
+
+def check(options: CheckOptions) -> None:
+    """Check config, data, weights, device and disk of a run; exit code 2 if it would fail.
+
+    Examples:
+        lcmem check --config stage1 --latents latents -o run
+        lcmem check --filelist list.csv --detectors lcmem,byol --images all
+    """
     from lcmem_cli.engine.check import check_run
     from lcmem_cli.engine.detectors.options import split_names
 
+    values = options.arguments()
+    images = values.pop("images")
     result = check_run(
-        config=config,
-        overrides=overrides or [],
-        filelist=filelist,
-        basedir=basedir,
-        checkpoint=checkpoint,
-        latents=latents,
-        detectors=split_names(detectors or ""),
-        num_images=None if images == ALL else int(images),
-        output=output,
-        resume=resume,
-        device=device.value,
-        reporter=render.reporter(),
+        **{
+            **values,
+            "overrides": options.overrides or [],
+            "detectors": split_names(options.detectors or ""),
+            "num_images": None if images == ALL else int(images),
+        }
     )
 
     def human() -> None:
@@ -89,6 +76,6 @@ def check(
         render.table(["about", "is", "found", "what to do"], rows, align_left=True)
         render.line(f"{result.num_problems} problem(s), {result.num_warnings} warning(s)")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)
     if result.num_problems:
         raise typer.Exit(2)

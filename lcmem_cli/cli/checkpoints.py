@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
-
-import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    AnyUnreadableOption,
-    BasedirOption,
-    Device,
-    DeviceOption,
-    FilelistOption,
+    ANY_UNREADABLE,
+    INPUT,
+    JUDGING,
+    OUTPUT,
+    DecodeOptions,
     InputRange,
-    JsonOption,
-    SeedOption,
-    WorkersOption,
+    JsonOptions,
+    ListOptions,
+    argument,
+    option,
+    seed_option,
 )
 
 
-def info(
-    path: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="Checkpoint or latent store (default: the embedded model)."),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare every shard with its checksum.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Print what a checkpoint or a latent store is."""
+class InfoOptions(JsonOptions):
+    """What a description is asked for."""
+
+    path: str | None = argument("Checkpoint or latent store (default: the embedded model).", None)
+    verify: bool = option(JUDGING, "Compare every shard with its checksum.", False)
+
+
+def info(options: InfoOptions) -> None:
+    """Print what a checkpoint or a latent store is.
+
+    Examples:
+        lcmem info
+        lcmem info run/checkpoint.safetensors --json
+        lcmem info latents --verify
+    """
     from lcmem_cli.engine.describe import describe
 
-    described = describe(path, verify=verify)
+    described = describe(options.path, verify=options.verify)
 
     def show(values: dict[str, object], indent: str = "") -> None:
         for key, value in values.items():
@@ -48,105 +51,91 @@ def info(
             else:
                 render.line(f"{indent}{key:<18} {value}")
 
-    render.emit(described, as_json=as_json, human=lambda: show(described))
+    render.emit(described, as_json=options.as_json, human=lambda: show(described))
 
 
-def convert(
-    source: Annotated[Path, typer.Argument(help="The authors' .pth file.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    codec: Annotated[
-        str, typer.Option(help="Hub id or folder of the VAE it was trained with.")
-    ] = "stabilityai/sd-vae-ft-mse",
-    size: Annotated[int, typer.Option(min=16, help="Image side in pixels.")] = 512,
-    input_range: Annotated[
-        InputRange, typer.Option(help="What its VAE was fed.")
-    ] = InputRange.UNIT,
-    as_json: JsonOption = False,
-) -> None:
-    """Convert a checkpoint of the published code, strictly: nothing missing, nothing left over."""
+class ConvertOptions(JsonOptions):
+    """What a conversion is asked for."""
+
+    source: Path = argument("The authors' .pth file.")
+    target: Path = argument("The .safetensors file to write.")
+    codec: str = option(
+        INPUT, "Hub id or folder of the VAE it was trained with.", "stabilityai/sd-vae-ft-mse"
+    )
+    image_size: int = option(INPUT, "Image side in pixels.", 512, flags="--size", min=16)
+    input_range: InputRange = option(INPUT, "What its VAE was fed.", "unit")
+
+
+def convert(options: ConvertOptions) -> None:
+    """Convert a checkpoint of the published code, strictly: nothing missing, nothing left over.
+
+    Examples:
+        lcmem convert lcmem.pth lcmem.safetensors
+    """
     from lcmem_cli.engine.models.convert import convert_reference
 
-    checkpoint = convert_reference(
-        source, target, codec=codec, image_size=size, input_range=input_range.value
-    )
+    checkpoint = convert_reference(**options.arguments())
 
     def human() -> None:
-        render.line(f"wrote {target}")
+        render.line(f"wrote {options.target}")
         render.line(f"backbone    {checkpoint.network.backbone}, fingerprint")
         render.line(f"            {checkpoint.fingerprint}")
         render.line("thresholds  none; fit some with: lcmem calibrate")
 
-    render.emit(checkpoint.summary(), as_json=as_json, human=human)
+    render.emit(checkpoint.summary(), as_json=options.as_json, human=human)
 
 
-def calibrate(
-    checkpoint: Annotated[str, typer.Argument(help="An lcmem checkpoint.")],
-    filelist: FilelistOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write.")],
-    basedir: BasedirOption = None,
-    half: Annotated[
-        bool, typer.Option("--half", help="Store the network in float16, before fitting.")
-    ] = False,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Side in pixels to use images at from now on, e.g. a fifth more than in training.",
-            show_default="the trained one",
-        ),
-    ] = None,
-    adapt: Annotated[
-        bool,
-        typer.Option(
-            "--adapt",
-            help="Adapt the last layer to the TRAIN images, for a list of one kind of images; "
-            "identities are not used.",
-        ),
-    ] = False,
-    whiten: Annotated[
-        bool,
-        typer.Option(
-            "--whiten",
-            help="Fit the last layer to the TRAIN images: whitened principal components, in which "
-            "edits, and differences between images of one identity, count less.",
-        ),
-    ] = False,
-    bands: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            max=16,
-            help="With --whiten, for a network with network.inner_stride: also read so many "
-            "horizontal bands.",
-            show_default="as the checkpoint",
-        ),
-    ] = None,
-    seed: SeedOption = 0,
-    max_unreadable: AnyUnreadableOption = None,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-) -> None:
-    """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer."""
+class CalibrateOptions(ListOptions, DecodeOptions):
+    """What a fit is asked for."""
+
+    checkpoint: str = argument("An lcmem checkpoint.")
+    half: bool = option(JUDGING, "Store the network in float16, before fitting.", False)
+    size: int | None = option(
+        JUDGING,
+        "Side in pixels to use images at from now on, e.g. a fifth more than in training "
+        "(default: the trained one).",
+        None,
+        min=1,
+    )
+    adapted: bool = option(
+        JUDGING,
+        "Adapt the last layer to the TRAIN images, for a list of one kind of images; identities "
+        "are not used.",
+        False,
+        flags="--adapt",
+    )
+    whitened: bool = option(
+        JUDGING,
+        "Fit the last layer to the TRAIN images: whitened principal components, in which edits, "
+        "and differences between images of one identity, count less.",
+        False,
+        flags="--whiten",
+    )
+    inner_bands: int | None = option(
+        JUDGING,
+        "With --whiten, for a network with network.inner_stride: also read so many horizontal "
+        "bands (default: as the checkpoint).",
+        None,
+        flags="--bands",
+        min=2,
+        max=16,
+    )
+    seed: int = seed_option()
+    max_unreadable: int | None = ANY_UNREADABLE
+    output: Path = option(OUTPUT, ".safetensors file to write.", flags="--output -o")
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Fit a checkpoint to your data: thresholds on VAL pairs; if asked, size and last layer.
+
+    Examples:
+        lcmem calibrate model.safetensors --filelist list.csv -o my.safetensors
+        lcmem calibrate embedded --filelist list.csv --adapt -o my.safetensors
+    """
     from lcmem_cli.engine.evaluation.recalibrate import recalibrate
     from lcmem_cli.engine.results import named_thresholds
 
-    result = recalibrate(
-        checkpoint,
-        filelist,
-        basedir=basedir,
-        output=output,
-        half=half,
-        size=size,
-        adapted=adapt,
-        whitened=whiten,
-        inner_bands=bands,
-        seed=seed,
-        max_unreadable=max_unreadable,
-        workers=workers,
-        device=device.value,
-        reporter=render.reporter(),
-    )
+    result = recalibrate(**options.arguments())
 
     def human() -> None:
         named = named_thresholds(result.thresholds, result.adapted_thresholds)
@@ -167,6 +156,6 @@ def calibrate(
         for name, values in result.test_auc.items():
             render.line(f"TEST AUC {name:<18} {values['auc']:.4f}")
         render.unreadable(result.unreadable)
-        render.line(f"wrote {output} ({result.num_bytes / 1e6:.1f} MB)")
+        render.line(f"wrote {options.output} ({result.num_bytes / 1e6:.1f} MB)")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JsonOption, SetOption, complete_config
+from lcmem_cli.cli.options import OVERRIDES, JsonOptions, Options, argument, complete_config
 
-config_app = typer.Typer(
-    no_args_is_help=True, help="List, show, copy and check the TOML configs of the trainings."
-)
+if TYPE_CHECKING:
+    from lcmem_cli.engine.config import AnyConfig
+
+_NAME = argument("Shipped name or TOML file.", autocompletion=complete_config)
 
 
-@config_app.command("ls")
-def list_configs(as_json: JsonOption = False) -> None:
-    """List the shipped configs."""
+class ConfigOptions(Options):
+    """Which config is to be resolved."""
+
+    name: str = _NAME
+    overrides: list[str] | None = OVERRIDES
+
+
+class CopyOptions(Options):
+    """Which config is to be copied."""
+
+    name: str = _NAME
+    target: Path = argument("File to write; must not exist.")
+
+
+def list_configs(options: JsonOptions) -> None:
+    """List the shipped configs.
+
+    Examples:
+        lcmem config ls
+    """
     from lcmem_cli.engine.config import describe_config, shipped_configs
 
     described = {name: describe_config(path) for name, path in shipped_configs().items()}
@@ -28,34 +44,31 @@ def list_configs(as_json: JsonOption = False) -> None:
         render.table(["config", "kind", "purpose"], rows, align_left=True)
 
     names = [{"name": name, "kind": kind, "purpose": text} for name, kind, text in rows]
-    render.emit({"configs": names}, as_json=as_json, human=human)
+    render.emit({"configs": names}, as_json=options.as_json, human=human)
 
 
-@config_app.command("show")
-def show_config(
-    name: Annotated[
-        str, typer.Argument(help="Shipped name or path.", autocompletion=complete_config)
-    ],
-    overrides: SetOption = None,
-) -> None:
-    """Print a config as it resolves: every key, defaults and overrides included."""
-    from lcmem_cli.engine.config import apply_overrides, find_config, read_toml, to_toml, validate
+def show_config(options: ConfigOptions) -> None:
+    """Print a config as it resolves: every key, defaults and overrides included.
 
-    path = find_config(name)
-    config = validate(apply_overrides(read_toml(path), overrides or []), source=str(path))
+    Examples:
+        lcmem config show stage1 --set schedule.epochs=20
+    """
+    from lcmem_cli.engine.config import to_toml
+
+    _, config = _resolve(options)
     render.line(to_toml(config).rstrip())
 
 
-@config_app.command("cp")
-def copy_config(
-    name: Annotated[str, typer.Argument(help="Shipped name.", autocompletion=complete_config)],
-    target: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
-) -> None:
-    """Copy a shipped config to a file, comments included, to be edited."""
+def copy_config(options: CopyOptions) -> None:
+    """Copy a shipped config to a file, comments included, to be edited.
+
+    Examples:
+        lcmem config cp stage1 mine.toml
+    """
     from lcmem_cli.engine.config import find_config
     from lcmem_cli.engine.errors import InputError
 
-    source = find_config(name)
+    source, target = find_config(options.name), options.target
     if target.exists():
         raise InputError(f"{target}: exists already; choose another name or remove it first")
     if not target.parent.is_dir():
@@ -64,16 +77,20 @@ def copy_config(
     render.note(f"wrote {target}")
 
 
-@config_app.command("check")
-def check_config(
-    path: Annotated[
-        str, typer.Argument(help="TOML file or shipped name.", autocompletion=complete_config)
-    ],
-    overrides: SetOption = None,
-) -> None:
-    """Validate a config and report every problem at once (exit 2 if there is one)."""
+def check_config(options: ConfigOptions) -> None:
+    """Validate a config and report every problem at once (exit 2 if there is one).
+
+    Examples:
+        lcmem config check mine.toml
+    """
+    path, config = _resolve(options)
+    render.line(f"{path}: valid {config.kind} config")
+
+
+def _resolve(options: ConfigOptions) -> tuple[Path, AnyConfig]:
     from lcmem_cli.engine.config import apply_overrides, find_config, read_toml, validate
 
-    found = find_config(path)
-    config = validate(apply_overrides(read_toml(found), overrides or []), source=str(found))
-    render.line(f"{found}: valid {config.kind} config")
+    path = find_config(options.name)
+    return path, validate(
+        apply_overrides(read_toml(path), options.overrides or []), source=str(path)
+    )

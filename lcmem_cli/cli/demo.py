@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import Device, DeviceOption, JsonOption
+from lcmem_cli.cli.options import OUTPUT, DeviceOptions, option
 
 
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
-        "lcmem-demo"
-    ),
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-) -> None:
-    """Plant altered copies in a small drawn set, find them, and write the report page."""
+class DemoOptions(DeviceOptions):
+    """What the demo is asked for."""
+
+    output: Path = option(OUTPUT, "Folder to write to.", Path("lcmem-demo"), flags="--output -o")
+
+
+def demo(options: DemoOptions) -> None:
+    """Plant altered copies in a small drawn set, find them, and write the report page.
+
+    Examples:
+        lcmem demo
+        lcmem demo -o try --json
+    """
     from lcmem_cli.engine.evaluation.demo import run_demo
     from lcmem_cli.engine.evaluation.inference import verdict_text
 
-    result = run_demo(output, device=device.value, reporter=render.reporter())
+    result = run_demo(**options.arguments())
 
     def human() -> None:
         render.line("Two pairs, scored (lcmem infer A B):")
@@ -41,4 +43,4 @@ def demo(
         render.line(f"Look at   {result.report}")
         render.line("Next      lcmem audit GENERATED --against TRAINING --held-out REAL -o audit")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JsonOption
+from lcmem_cli.cli.options import JsonOptions
 
 
-def detectors(as_json: JsonOption = False) -> None:
-    """List the detectors: what they measure, where their weights come from, what can run here."""
+def detectors(options: JsonOptions) -> None:
+    """List the detectors: what they measure, where their weights come from, what can run here.
+
+    Examples:
+        lcmem detectors
+        lcmem detectors --json
+    """
     from lcmem_cli.engine.detectors.registry import describe_detectors
 
     infos = describe_detectors()
@@ -32,11 +37,13 @@ def detectors(as_json: JsonOption = False) -> None:
                 for column, cell in zip(columns[1:], cells, strict=True):
                     render.line(f"    {column + ':':<10}{cell}")
         render.line("options, as in NAME?key=value&key=value:")
-        for options in dict.fromkeys(info.options for info in infos if info.options):
-            names = [_short(info.name) for info in infos if info.options == options]
-            render.line(f"  {', '.join(options)}: {', '.join(names)}")
+        for known in dict.fromkeys(info.options for info in infos if info.options):
+            names = [_short(info.name) for info in infos if info.options == known]
+            render.line(f"  {', '.join(known)}: {', '.join(names)}")
 
-    render.emit({"detectors": [info.to_dict() for info in infos]}, as_json=as_json, human=human)
+    render.emit(
+        {"detectors": [info.to_dict() for info in infos]}, as_json=options.as_json, human=human
+    )
 
 
 def _short(pattern: str) -> str:

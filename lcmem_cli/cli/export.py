@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import CodecOption, JsonOption
+from lcmem_cli.cli.options import CODEC, JsonOptions, argument
 
 
-def export(
-    checkpoint: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(
-            help="A .safetensors file, hf:REPO_ID@REVISION, or embedded. May be left out: embedded."
-        ),
-    ] = None,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(metavar="[OUT]", help="File to write: .onnx or .pt2 (torch.export)."),
-    ] = None,
-    codec: CodecOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Export codec and network as one ONNX or torch.export file, compared with the checkpoint."""
+class ExportOptions(JsonOptions):
+    """What an export is asked for."""
+
+    checkpoint: str | None = argument(
+        "A .safetensors file, hf:REPO_ID@REVISION, or embedded. May be left out: embedded.", None
+    )
+    output: Path | None = argument(
+        "File to write: .onnx or .pt2 (torch.export).", None, metavar="OUT"
+    )
+    codec: str | None = CODEC
+
+
+def export(options: ExportOptions) -> None:
+    """Export codec and network as one ONNX or torch.export file, compared with the checkpoint.
+
+    Examples:
+        lcmem export lcmem.onnx
+        lcmem export run/checkpoint.safetensors mine.pt2
+    """
+    checkpoint, output = options.checkpoint, options.output
     if checkpoint is None:
         raise typer.BadParameter("give the file to write, after the checkpoint if there is one")
     name, target = (None, Path(checkpoint)) if output is None else (checkpoint, output)
 
     from lcmem_cli.engine.detectors.export import export_checkpoint
 
-    result = export_checkpoint(name, target, codec=codec, reporter=render.reporter())
+    result = export_checkpoint(name, target, codec=options.codec, reporter=render.reporter())
 
     def human() -> None:
         size, features = result.image_size, result.num_features
@@ -49,4 +53,4 @@ def export(
             )
         render.line(f"checkpoint {result.fingerprint}")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import JsonOption, OutputOption
+from lcmem_cli.cli.options import FOLDER, JUDGING, OUTPUT, JsonOptions, argument, option
 
 
-def filter_command(
-    audit_folder: Annotated[Path, typer.Argument(help="Output folder of lcmem audit.")],
-    output: OutputOption,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the kept images to OUTPUT/kept.")
-    ] = False,
-    link: Annotated[
-        bool, typer.Option("--link", help="Link to the kept images from OUTPUT/kept.")
-    ] = False,
-    reject_over: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--reject-over", help="Reject scores above this, not what is flagged."),
-    ] = None,
-    reject_p: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--reject-p", help="Reject p-values of at most this, not what is flagged."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write keep.csv, reject.csv and unreadable.csv from an audit; originals are only read."""
-    if copy and link:
+class FilterOptions(JsonOptions):
+    """What a filter is asked for."""
+
+    audit_folder: Path = argument("Output folder of lcmem audit.")
+    output: Path = FOLDER
+    copy: bool = option(OUTPUT, "Copy the kept images to OUTPUT/kept.", False)
+    link: bool = option(OUTPUT, "Link to the kept images from OUTPUT/kept.", False)
+    reject_over: float | None = option(
+        JUDGING, "Reject scores above this, not what is flagged.", None
+    )
+    reject_p: float | None = option(
+        JUDGING, "Reject p-values of at most this, not what is flagged.", None
+    )
+
+
+def filter_command(options: FilterOptions) -> None:
+    """Write keep.csv, reject.csv and unreadable.csv from an audit; originals are only read.
+
+    Examples:
+        lcmem filter audit -o filtered
+        lcmem filter audit -o filtered --copy --reject-p 0.05
+    """
+    if options.copy and options.link:
         raise typer.BadParameter("--copy and --link exclude each other: give one of them")
 
     from lcmem_cli.engine.evaluation.audit.filter import Transfer, filter_audit
 
-    transfer: Transfer = "copy" if copy else "link" if link else "none"
+    transfer: Transfer = "copy" if options.copy else "link" if options.link else "none"
+    output = options.output
     result = filter_audit(
-        audit_folder,
+        options.audit_folder,
         output,
         transfer=transfer,
-        reject_over=reject_over,
-        reject_p=reject_p,
+        reject_over=options.reject_over,
+        reject_p=options.reject_p,
         reporter=render.reporter(),
     )
 
@@ -59,4 +61,4 @@ def filter_command(
         render.line(f"See {output / 'keep.csv'} and {output / 'reject.csv'}")
         render.line(f"As a filelist: {output / 'keep.csv'} with --basedir {result.basedir}")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

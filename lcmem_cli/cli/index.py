@@ -3,102 +3,105 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    AnyUnreadableOption,
-    ApproximateOption,
-    BasedirOption,
-    BatchSizeOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    MaxUnreadableOption,
-    WorkersOption,
+    ANY_UNREADABLE,
+    APPROXIMATE,
+    BASEDIR,
+    FRAMES,
+    JUDGING,
+    MAX_UNREADABLE,
+    OUTPUT,
+    ComputeOptions,
+    Frames,
+    JsonOptions,
+    argument,
+    option,
 )
 from lcmem_cli.cli.processes import require_one_process
 
-if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.indexing import IndexingResult
-
-index_app = typer.Typer(
-    no_args_is_help=True, help="Keep the features of a training set on disk, and search them."
-)
-IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.")]
-SourceArgument = Annotated[Path, typer.Argument(help="Folder or filelist of images.")]
-DetectorOption = Annotated[
-    str, typer.Option("--detector", help="What embeds the images; audits by themselves take joint.")
-]
+_INDEX = argument("Folder of the index.")
+_SOURCE = argument("Folder or filelist of images.")
 
 
-@index_app.command("build")
-def build(
-    source: SourceArgument,
-    index: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new index.")],
-    detector: DetectorOption = "lcmem",
-    basedir: BasedirOption = None,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Make an index, or continue one of the same images that was interrupted."""
-    _add(
-        index,
-        source,
-        detector=detector,
-        basedir=basedir,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        max_unreadable=max_unreadable,
-        as_json=as_json,
-        only_listed=True,
+class FillOptions(ComputeOptions):
+    """What new images of an index are asked for."""
+
+    index: Path
+    source: Path
+    basedir: Path | None = BASEDIR
+    frames: Frames = FRAMES
+    max_unreadable: int = MAX_UNREADABLE
+
+
+class BuildOptions(FillOptions):
+    """What a new index is asked for."""
+
+    source: Path = _SOURCE
+    index: Path = option(OUTPUT, "Folder of the new index.", flags="--output -o")
+    detector: str = option(
+        JUDGING, "What embeds the images; audits by themselves take joint.", "lcmem"
     )
 
 
-@index_app.command("add")
-def add(
-    index: IndexArgument,
-    source: SourceArgument,
-    basedir: BasedirOption = None,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Add images to an index with the detector that it was made with."""
+class AddOptions(FillOptions):
+    """What is added to an index."""
+
+    index: Path = _INDEX
+    source: Path = _SOURCE
+
+
+class IndexInfoOptions(JsonOptions):
+    """What the description of an index is asked for."""
+
+    index: Path = _INDEX
+
+
+class QueryOptions(ComputeOptions):
+    """What an index is asked for."""
+
+    index: Path = _INDEX
+    image: Path = argument("Image, folder or filelist to ask about.")
+    top_k: int = option(OUTPUT, "Matches per image.", 5, min=1)
+    approximate: bool = APPROXIMATE
+    basedir: Path | None = BASEDIR
+    max_unreadable: int | None = ANY_UNREADABLE
+
+
+def build_index(options: BuildOptions) -> None:
+    """Make an index, or continue one of the same images that was interrupted.
+
+    Examples:
+        lcmem index build training -o index
+        lcmem index build list.csv --detector joint -o index
+    """
+    _fill(options, options.detector, only_listed=True)
+
+
+def add_to_index(options: AddOptions) -> None:
+    """Add images to an index with the detector that it was made with.
+
+    Examples:
+        lcmem index add index more-images
+    """
     from lcmem_cli.engine.store.index import Index
 
-    detector = Index.open(index).detector
-    _add(
-        index,
-        source,
-        detector=detector,
-        basedir=basedir,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        max_unreadable=max_unreadable,
-        as_json=as_json,
-        only_listed=False,
-    )
+    _fill(options, Index.open(options.index).detector, only_listed=False)
 
 
-@index_app.command("info")
-def info(index: IndexArgument, as_json: JsonOption = False) -> None:
-    """Print what an index holds, after comparing it with its checksums."""
+def index_info(options: IndexInfoOptions) -> None:
+    """Print what an index holds, after comparing it with its checksums.
+
+    Examples:
+        lcmem index info index
+    """
     from lcmem_cli.engine.store.index import Index
 
     require_one_process("index info")
-    opened = Index.open(index)
+    opened = Index.open(options.index)
     values = {
-        "folder": str(index),
+        "folder": str(options.index),
         "detector": opened.detector,
         "fingerprint": opened.fingerprint,
         "num_images": len(opened),
@@ -109,43 +112,30 @@ def info(index: IndexArgument, as_json: JsonOption = False) -> None:
         for key, value in values.items():
             render.line(f"{key:<13} {value}")
 
-    render.emit(values, as_json=as_json, human=human)
+    render.emit(values, as_json=options.as_json, human=human)
 
 
-@index_app.command("query")
-def query(
-    index: IndexArgument,
-    image: Annotated[Path, typer.Argument(help="Image, folder or filelist to ask about.")],
-    top_k: Annotated[int, typer.Option(min=1, help="Matches per image.")] = 5,
-    approximate: ApproximateOption = False,
-    basedir: BasedirOption = None,
-    max_unreadable: AnyUnreadableOption = None,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the indexed images most like one image, or like each image of a folder."""
-    from lcmem_cli.engine.compute import Compute
+def query_index(options: QueryOptions) -> None:
+    """Find the indexed images most like one image, or like each image of a folder.
+
+    Examples:
+        lcmem index query index image.png
+        lcmem index query index generated --top-k 1 --json
+    """
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import query_index
     from lcmem_cli.engine.store.index import Index
 
     require_one_process("index query")
     result = query_index(
-        index,
-        image,
-        load_detector(Index.open(index).detector, device=device.value),
-        top_k=top_k,
-        approximate=approximate,
-        basedir=basedir,
-        max_unreadable=max_unreadable,
-        compute=Compute(
-            device=device.value,
-            batch_size=batch_size,
-            workers=workers,
-            reporter=render.reporter(),
-        ),
+        options.index,
+        options.image,
+        load_detector(Index.open(options.index).detector, device=options.device),
+        top_k=options.top_k,
+        approximate=options.approximate,
+        basedir=options.basedir,
+        max_unreadable=options.max_unreadable,
+        compute=options.compute(),
     )
 
     def human() -> None:
@@ -156,47 +146,33 @@ def query(
         ]
         render.table(["query", "score", "id", "match"], rows, align_left=True)
         render.unreadable(result.unreadable)
-        if approximate:
+        if options.approximate:
             render.line(f"approximate search, best match found for {result.search_recall:.1%}")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)
 
 
-def _add(
-    index: Path,
-    source: Path,
-    *,
-    detector: str,
-    basedir: Path | None,
-    batch_size: int,
-    workers: int,
-    device: Device,
-    max_unreadable: int,
-    as_json: bool,
-    only_listed: bool,
-) -> None:
-    from lcmem_cli.engine.compute import Compute
+def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import add_to_index
 
-    compute = Compute.start(
-        device=device.value, batch_size=batch_size, workers=workers, reporter=render.reporter()
-    )
-    ranks = compute.ranks
-    result: IndexingResult = add_to_index(
-        source,
-        index,
-        load_detector(detector, device=device.value),
-        basedir=basedir,
-        max_unreadable=max_unreadable,
+    compute = options.compute()
+    result = add_to_index(
+        options.source,
+        options.index,
+        load_detector(detector, device=options.device),
+        basedir=options.basedir,
+        frames=options.frames,
+        max_unreadable=options.max_unreadable,
         only_listed=only_listed,
         compute=compute,
     )
 
     def human() -> None:
-        render.line(f"{result.num_images:,} images ({result.num_distinct:,} distinct) in {index}")
+        render.line(
+            f"{result.num_images:,} images ({result.num_distinct:,} distinct) in {options.index}"
+        )
         render.line(f"added {result.num_added:,}, known already {result.num_known:,}")
         render.unreadable(result.unreadable)
 
-    if ranks.is_main:
-        render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

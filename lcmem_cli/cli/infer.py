@@ -3,154 +3,141 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING
 
 import typer
 
-from lcmem_cli.cli import render, startup
+from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BatchSizeOption,
-    CheckpointOption,
-    CodecOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    MaxUnreadableOption,
-    WorkersOption,
+    CODEC,
+    INPUT,
+    JUDGING,
+    MAX_UNREADABLE,
+    OUTPUT,
+    ComputeOptions,
+    argument,
+    option,
 )
+from lcmem_cli.engine.data.frames import split_frame
+
+if TYPE_CHECKING:
+    from lcmem_cli.engine.evaluation.inference import InferenceResult
 
 
-def infer(
-    image_a: Annotated[Optional[Path], typer.Argument(help="First image.")] = None,  # noqa: UP045
-    image_b: Annotated[Optional[Path], typer.Argument(help="Second image.")] = None,  # noqa: UP045
-    pairs: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--pairs", help="CSV with path_a,path_b, instead of two images."),
-    ] = None,
-    checkpoint: CheckpointOption = None,
-    detector: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--detector", help="Another detector than a checkpoint's, such as joint."),
-    ] = None,
-    codec: CodecOption = None,
-    audit: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--audit", help="Folder of an audit: judge by its detector, as adapted, and threshold."
+class InferOptions(ComputeOptions):
+    """What the scoring of pairs is asked for."""
+
+    image_a: Path | None = argument("First image.", None)
+    image_b: Path | None = argument("Second image.", None)
+    pairs: Path | None = option(
+        INPUT, "CSV or Parquet with path_a,path_b, instead of two images.", None
+    )
+    checkpoint: str | None = option(
+        INPUT,
+        "An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
+        None,
+    )
+    codec: str | None = CODEC
+    max_unreadable: int = MAX_UNREADABLE
+    detector: str | None = option(
+        JUDGING, "Another detector than a checkpoint's, such as joint.", None
+    )
+    audit: Path | None = option(
+        JUDGING, "Folder of an audit: judge by its detector, as adapted, and threshold.", None
+    )
+    threshold: str | None = option(
+        JUDGING, "One of the checkpoint's, such as fpr0.01, fpr0.001.", None
+    )
+    save: Path | None = option(OUTPUT, "Write a side-by-side picture (.png) of two images.", None)
+
+
+def infer(options: InferOptions) -> None:
+    """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?
+
+    Examples:
+        lcmem infer a.png b.png
+        lcmem infer a.png b.png --audit audit --save pair.png
+        lcmem infer --pairs pairs.csv --detector joint --json
+    """
+    wanted = _check(options)
+
+    from lcmem_cli.engine.evaluation.inference import Judge
+    from lcmem_cli.engine.evaluation.inference import infer as score
+
+    result = score(
+        wanted,
+        Judge(
+            audit=options.audit,
+            detector=options.detector,
+            checkpoint=options.checkpoint,
+            codec=options.codec,
         ),
-    ] = None,
-    threshold: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--threshold", help="One of the checkpoint's, such as fpr0.01, fpr0.001."),
-    ] = None,
-    save: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--save", help="Write a side-by-side picture (.png) of two images."),
-    ] = None,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Score two images, or a CSV of pairs: same person, patient, object, or an altered copy?"""
-    images = [image for image in (image_a, image_b) if image is not None]
-    if len(images) != (2 if pairs is None else 0):
+        threshold=options.threshold,
+        save=options.save,
+        max_unreadable=options.max_unreadable,
+        compute=options.compute(),
+    )
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result, options))
+
+
+def _check(options: InferOptions) -> tuple[Path, Path] | Path:
+    """Return the two images or the list of pairs, or refuse what does not go together."""
+    images = [image for image in (options.image_a, options.image_b) if image is not None]
+    if len(images) != (2 if options.pairs is None else 0):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
-    for image in images:
+    for image in (split_frame(named)[0] for named in images):
         if image.is_dir() or not image.exists():
             raise typer.BadParameter(
                 f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
             )
-    if save is not None and pairs is not None:
+    by_file = options.checkpoint or options.codec
+    if options.save is not None and options.pairs is not None:
         raise typer.BadParameter("--save draws two images; it does not go with --pairs")
-
-    if detector is not None and (checkpoint or codec):
+    if options.detector is not None and by_file:
         raise typer.BadParameter("--detector does not go with --checkpoint or --codec")
-    if audit is not None and (checkpoint or codec or detector or threshold):
+    if options.audit is not None and (by_file or options.detector or options.threshold):
         raise typer.BadParameter(
             "--audit brings detector and threshold; it does not go with --checkpoint, --codec, "
             "--detector or --threshold"
         )
+    return options.pairs or (images[0], images[1])
 
-    from lcmem_cli.engine.detectors.base import Detector
-    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-    from lcmem_cli.engine.evaluation.inference import (
-        read_pairs,
-        save_picture,
-        score_pairs,
-        verdict_text,
-    )
-    from lcmem_cli.engine.models.codec import PIXELS
 
-    wanted = [(image_a, image_b)] if image_a and image_b else read_pairs(pairs or Path())
-    chosen: Detector
-    if audit is not None:
-        from lcmem_cli.engine.compute import Compute
-        from lcmem_cli.engine.evaluation.audit.detector import detector_of
+def _show(result: InferenceResult, options: InferOptions) -> None:
+    from lcmem_cli.engine.evaluation.inference import verdict_text
 
-        chosen = detector_of(
-            audit,
-            Compute(
-                device=device.value,
-                batch_size=batch_size,
-                workers=workers,
-                reporter=render.reporter(),
-            ),
-        )
-    elif detector is None:
-        chosen = Detector.load(checkpoint, codec=codec, device=device.value)
+    if len(result.pairs) == 1 and result.pairs[0].score is not None:
+        render.line(f"score      {result.pairs[0].score:.6f}")
+        render.line(f"verdict    {verdict_text(result.pairs[0])}")
+        if result.pairs[0].form is not None:
+            render.line(f"           compared {result.pairs[0].form}")
+        if result.pairs[0].identical:
+            render.line("           both files are the same, byte for byte")
     else:
-        from lcmem_cli.engine.detectors.registry import load_detector
-
-        chosen = load_detector(detector, device=device.value)
-    if isinstance(chosen, LCMemDetector) and chosen.checkpoint.codec.name != PIXELS:
-        startup.lighten_diffusers()  # pixels need nothing of it
-    result = score_pairs(
-        chosen,
-        wanted,
-        threshold=threshold,
-        batch_size=batch_size,
-        workers=workers,
-        max_unreadable=max_unreadable,
-        reporter=render.reporter(),
-    )
-    picture = None if result.pairs[0].score is None else save
-    if picture is not None:
-        save_picture(result.pairs[0], picture, threshold=result.threshold)
-
-    def human() -> None:
-        if len(result.pairs) == 1 and result.pairs[0].score is not None:
-            render.line(f"score      {result.pairs[0].score:.6f}")
-            render.line(f"verdict    {verdict_text(result.pairs[0])}")
-            if result.pairs[0].identical:
-                render.line("           both files are the same, byte for byte")
-        else:
-            rows = [
-                (p.path_a, p.path_b, "-" if p.score is None else f"{p.score:.6f}", verdict_text(p))
-                for p in result.pairs
-            ]
-            render.table(["image a", "image b", "score", "verdict"], rows)
-        if result.threshold is None:
-            render.line(f"threshold  none: {result.detector} brings none")
-            ways = "lcmem audit and lcmem benchmark fit one to their own images"
-            if detector is None:
-                ways = "lcmem calibrate fits some"
-            render.line(f"           {ways}")
-        else:
-            t = result.threshold
-            render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")
-            if audit is None:
-                render.line(
-                    f"           {t.num_positives:,} positive and {t.num_negatives:,} negative "
-                    f"pairs; there it accepts {_percent(t.achieved_recall)} of the positives and "
-                    f"{_percent(t.achieved_fpr)} of the negatives"
-                )
-        render.unreadable(result.unreadable)
-        if save is not None:
-            render.line(f"picture    {picture or 'none: an image cannot be read'}")
-
-    render.emit(result, as_json=as_json, human=human)
+        rows = [
+            (p.path_a, p.path_b, "-" if p.score is None else f"{p.score:.6f}", verdict_text(p))
+            for p in result.pairs
+        ]
+        render.table(["image a", "image b", "score", "verdict"], rows)
+    if result.threshold is None:
+        render.line(f"threshold  none: {result.detector} brings none")
+        ways = "lcmem audit and lcmem benchmark fit one to their own images"
+        if options.detector is None:
+            ways = "lcmem calibrate fits some"
+        render.line(f"           {ways}")
+    else:
+        t = result.threshold
+        render.line(f"threshold  {t.value:.6f} ({t.name}), fitted on {t.fitted_on}")
+        if options.audit is None:
+            render.line(
+                f"           {t.num_positives:,} positive and {t.num_negatives:,} negative "
+                f"pairs; there it accepts {_percent(t.achieved_recall)} of the positives and "
+                f"{_percent(t.achieved_fpr)} of the negatives"
+            )
+    render.unreadable(result.unreadable)
+    if options.save is not None:
+        drawn = result.pairs[0].score is not None
+        render.line(f"picture    {options.save if drawn else 'none: an image cannot be read'}")
 
 
 def _percent(share: float | None) -> str:

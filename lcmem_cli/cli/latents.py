@@ -2,93 +2,85 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Annotated, Optional
-
-import typer
+from pathlib import Path
+from typing import Literal
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BasedirOption,
-    BatchSizeOption,
-    Device,
-    DeviceOption,
-    FilelistOption,
+    FOLDER,
+    FRAMES,
+    INPUT,
+    JUDGING,
+    MAX_UNREADABLE,
+    OUTPUT,
+    ComputeOptions,
+    Frames,
     InputRange,
-    JsonOption,
-    MaxUnreadableOption,
-    OutputOption,
-    SeedOption,
-    WorkersOption,
+    ListOptions,
+    batch_option,
+    option,
+    seed_option,
 )
 
 
-class Posterior(str, enum.Enum):
-    """What is taken of the codec's posterior."""
+class LatentsOptions(ListOptions, ComputeOptions):
+    """What an encoding is asked for."""
 
-    MEAN = "mean"
-    SAMPLE = "sample"
+    frames: Frames = FRAMES
+    codec: str = option(
+        INPUT, "'embedded', a diffusers folder, or a hub id (AutoencoderKL or Tiny).", "embedded"
+    )
+    revision: str | None = option(INPUT, "Branch, tag or commit of a hub id.", None)
+    size: int = option(JUDGING, "Side in pixels that images are resized to.", 512, min=16)
+    input_range: InputRange = option(JUDGING, "Feed the codec [-1, 1] or [0, 1].", "symmetric")
+    posterior: Literal["mean", "sample"] = option(
+        JUDGING, "Mean of the posterior (repeatable) or a seeded sample.", "mean"
+    )
+    seed: int = seed_option()
+    max_unreadable: int = MAX_UNREADABLE
+    batch_size: int = batch_option(16)
+    output: Path = FOLDER
+    package: bool = option(OUTPUT, "Also write OUTPUT.tar.gz of this store's files.", False)
 
 
-def latents(
-    filelist: FilelistOption,
-    output: OutputOption,
-    basedir: BasedirOption = None,
-    codec: Annotated[
-        str,
-        typer.Option(help="'embedded', a diffusers folder, or a hub id (AutoencoderKL or Tiny)."),
-    ] = "embedded",
-    revision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Branch, tag or commit of a hub id."),
-    ] = None,
-    size: Annotated[
-        int, typer.Option(min=16, help="Side in pixels that images are resized to.")
-    ] = 512,
-    input_range: Annotated[
-        InputRange, typer.Option(help="Feed the codec [-1, 1] or [0, 1].")
-    ] = InputRange.SYMMETRIC,
-    posterior: Annotated[
-        Posterior, typer.Option(help="Mean of the posterior (repeatable) or a seeded sample.")
-    ] = Posterior.MEAN,
-    package: Annotated[
-        bool, typer.Option("--package", help="Also write OUTPUT.tar.gz of this store's files.")
-    ] = False,
-    batch_size: BatchSizeOption = 16,
-    workers: WorkersOption = -1,
-    device: DeviceOption = Device.AUTO,
-    seed: SeedOption = 0,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Encode every image of a list to VAE latents; continues where it stopped."""
+def latents(options: LatentsOptions) -> None:
+    """Encode every image of a list to VAE latents; continues where it stopped.
+
+    Examples:
+        lcmem latents --filelist list.csv -o latents
+        lcmem latents --filelist list.csv --codec codec --size 256 -o latents
+    """
     from lcmem_cli.engine.data.manifest import load_manifest
-    from lcmem_cli.engine.distributed import current_ranks, resolve_device
-    from lcmem_cli.engine.models.codec import load_codec
+    from lcmem_cli.engine.distributed import resolve_device
+    from lcmem_cli.engine.models.codec_loading import load_codec
     from lcmem_cli.engine.store.latents import encode_latents
 
-    ranks = current_ranks(device.value)
+    compute = options.compute()
     result = encode_latents(
-        load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
-        load_codec(
-            codec,
-            revision=revision,
-            input_range=input_range.value,
-            posterior=posterior.value,
-            device=resolve_device(device.value),
+        load_manifest(
+            options.filelist,
+            basedir=options.basedir,
+            max_missing=options.max_unreadable,
+            frames=options.frames,
+            reporter=compute.reporter,
         ),
-        output,
-        image_size=size,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        max_unreadable=max_unreadable,
-        package=package,
-        ranks=ranks,
-        reporter=render.reporter(),
+        load_codec(
+            options.codec,
+            revision=options.revision,
+            input_range=options.input_range,
+            posterior=options.posterior,
+            device=resolve_device(options.device),
+        ),
+        options.output,
+        image_size=options.size,
+        batch_size=compute.batch_size,
+        workers=compute.workers,
+        seed=options.seed,
+        max_unreadable=options.max_unreadable,
+        package=options.package,
+        ranks=compute.ranks,
+        reporter=compute.reporter,
     )
-    if not ranks.is_main:
-        return
 
     def human() -> None:
         render.line(f"{result.num_images:,} latents in {result.folder}")
@@ -100,4 +92,4 @@ def latents(
         if result.package:
             render.line(f"package     {result.package}")
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)

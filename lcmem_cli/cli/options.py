@@ -1,28 +1,54 @@
-"""Options that several commands share, each defined once."""
+"""What commands are asked for: arguments and options, each declared once.
+
+A command takes one ``Options`` object. The fields of its class are the command's arguments and
+options: type, default, help text and panel stand there. Options that several commands share are
+fields of a common base class or, where only one is shared, constants of this module.
+"""
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from lcmem_cli.cli import render
 
-class Device(str, enum.Enum):
-    """Where to compute."""
+if TYPE_CHECKING:
+    from lcmem_cli.engine.compute import Compute
 
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    MPS = "mps"
+INPUT, JUDGING, COMPUTE, OUTPUT = "What", "How it is judged", "Compute", "Output"
+PANELS = (INPUT, JUDGING, COMPUTE, OUTPUT)
+"""Panels of options in the order in which help shows them."""
 
 
-class InputRange(str, enum.Enum):
-    """What a codec is fed."""
+class Options:
+    """What one command is asked for."""
 
-    SYMMETRIC = "symmetric"
-    UNIT = "unit"
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the values under the names of the engine's parameters."""
+        return {name: value for name, value in vars(self).items() if name != "as_json"}
+
+
+def argument(help: str, default: Any = ..., **more: Any) -> Any:
+    """Declare an argument; one without a default is required."""
+    return typer.Argument(default, help=help, **more)
+
+
+def option(panel: str, help: str, default: Any = ..., *, flags: str = "", **more: Any) -> Any:
+    """Declare an option; one without a default is required.
+
+    Args:
+        panel: one of ``PANELS``.
+        help: what it does.
+        default: its value where it is not given.
+        flags: separated by spaces, if the field's name does not say them.
+        **more: see ``typer.Option``.
+    """
+    return typer.Option(default, *flags.split(), help=help, rich_help_panel=panel, **more)
 
 
 def complete_config(incomplete: str) -> list[str]:
@@ -45,108 +71,136 @@ def batch_size(text: str) -> int:
     return number
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
-FilelistOption = Annotated[
-    Path,
-    typer.Option(
-        "--filelist",
-        help="CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id).",
-    ),
-]
-BasedirOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--basedir", help="Folder that paths are relative to (default: the filelist's)."),
-]
-BatchSizeOption = Annotated[
-    int,
-    typer.Option(
-        "--batch-size",
-        parser=batch_size,
-        metavar="N|auto",
-        help="Images per network call; auto: halved whenever a GPU's memory is exceeded.",
-    ),
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option("--workers", min=-1, help="Decoding threads (-1: from the CPUs one may use)."),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-ApproximateOption = Annotated[
-    bool,
-    typer.Option(
-        "--approximate",
-        help="Find candidates with faiss and score them exactly: faster on millions of images, "
-        "but a match can be missed. Needs the extra search.",
-    ),
-]
-MaxUnreadableOption = Annotated[
-    int,
-    typer.Option(
-        "--max-unreadable",
-        min=0,
-        help="Unreadable images to tolerate; they are always listed. More: exit 1.",
-    ),
-]
-CheckpointOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--checkpoint",
-        help="An lcmem .safetensors file or hf:REPO_ID@REVISION (default: the embedded model).",
-    ),
-]
-CodecOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--codec", help="Where the codec is, if the checkpoint does not hold it."),
-]
-_CONFIG = typer.Option(
-    "--config",
-    "-c",
-    help="Shipped config name (lcmem config ls) or a TOML file.",
-    autocompletion=complete_config,
+def config_option(default: str | None) -> Any:
+    """Declare ``--config``."""
+    text = "Shipped config name (lcmem config ls) or a TOML file."
+    flags = "--config -c"
+    return option(INPUT, text, default, flags=flags, autocompletion=complete_config)
+
+
+def seed_option(default: int = 0) -> Any:
+    """Declare ``--seed``."""
+    return option(JUDGING, "Seed of everything random.", default, min=0)
+
+
+def batch_option(default: int = 32) -> Any:
+    """Declare ``--batch-size``."""
+    text = "Images per network call; auto: halved whenever a GPU's memory is exceeded."
+    return option(COMPUTE, text, default, parser=batch_size, metavar="N|auto")
+
+
+InputRange = Literal["symmetric", "unit"]
+Frames = Literal["first", "all"]
+BASEDIR = option(INPUT, "Folder that paths start from (default: the filelist's).", None)
+FRAMES = option(
+    INPUT, "Of a file of several images (pages, frames): the first, or each as file#3.", "first"
 )
-ConfigOption = Annotated[str, _CONFIG]
-OptionalConfigOption = Annotated[Optional[str], _CONFIG]  # noqa: UP045
-SetOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", help="Override one config value: section.key=value. Repeatable."),
-]
-AnyUnreadableOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(
-        "--max-unreadable",
-        min=0,
-        help="Unreadable images to tolerate (default: any number); they are always listed. "
-        "More: exit 1.",
-    ),
-]
-DetectorsOption = Annotated[
-    str, typer.Option("--detectors", help="Names separated by commas (lcmem detectors lists them).")
-]
-DatasetsOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--ds-name", help="Data sets to use, separated by commas (default: all)."),
-]
-SplitOption = Annotated[str, typer.Option("--split", help="Split to judge.")]
-FitSplitOption = Annotated[
-    str, typer.Option("--fit-split", help="Split that thresholds are fitted on.")
-]
-InputSizeOption = Annotated[
-    int,
-    typer.Option(
-        "--input-size", min=8, max=4096, help="Side in pixels that images are resized to."
-    ),
-]
-StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Fail where a detector's weights cannot be had.")
-]
-CacheOption = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep features for other runs.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace other results in the folder.")
-]
+CODEC = option(INPUT, "Where the codec is, if the checkpoint does not hold it.", None)
+OVERRIDES = option(
+    INPUT,
+    "Override one config value: section.key=value. Repeatable.",
+    None,
+    flags="--set",
+    metavar="KEY=VALUE",
+)
+MAX_UNREADABLE = option(
+    INPUT, "Unreadable images to tolerate; they are always listed. More: exit 1.", 0, min=0
+)
+ANY_UNREADABLE = option(
+    INPUT,
+    "Unreadable images to tolerate (default: any number); they are always listed. More: exit 1.",
+    None,
+    min=0,
+)
+APPROXIMATE = option(
+    JUDGING,
+    "Find candidates with faiss and score them exactly: faster on millions of images, but a match "
+    "can be missed. Needs the extra search.",
+    False,
+)
+CACHE = option(COMPUTE, "Keep features for other runs.", True, flags="--cache/--no-cache")
+FOLDER = option(OUTPUT, "Folder to write to.", flags="--output -o")
+OVERWRITE = option(OUTPUT, "Replace other results in the folder.", False)
+
+
+class JsonOptions(Options):
+    """What every command with a result is asked for."""
+
+    as_json: bool = option(OUTPUT, "Print one JSON document to stdout.", False, flags="--json")
+
+
+class ListOptions(JsonOptions):
+    """A set of images with identities."""
+
+    filelist: Path = option(
+        INPUT, "CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id)."
+    )
+    basedir: Path | None = BASEDIR
+
+
+class DeviceOptions(JsonOptions):
+    """Where to compute, and who is told of the progress."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(COMPUTE, "Where to compute.", "auto")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the values, and the reporter that the global options call for."""
+        return {**super().arguments(), "reporter": render.reporter()}
+
+
+class DecodeOptions(DeviceOptions):
+    """How to compute, where the number of images per network call is not chosen."""
+
+    workers: int = option(COMPUTE, "Decoding threads (-1: from the CPUs one may use).", -1, min=-1)
+
+
+class ComputeOptions(DecodeOptions):
+    """How to compute."""
+
+    batch_size: int = batch_option()
+
+    def compute(self) -> Compute:
+        """Return how the engine is to compute, as one value."""
+        from lcmem_cli.engine.compute import Compute
+
+        return Compute.start(
+            device=self.device,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            reporter=render.reporter(),
+        )
+
+
+class StudyOptions(ListOptions, ComputeOptions):
+    """What the studies of detectors share: their pairs, their splits and their folder."""
+
+    detectors: str = option(
+        INPUT,
+        "Names separated by commas (lcmem detectors lists them).",
+        "lcmem,mse,ssim,ncc,phash,random",
+    )
+    ds_name: str | None = option(
+        INPUT, "Data sets to use, separated by commas (default: all).", None
+    )
+    split: str = option(JUDGING, "Split to judge.", "TEST")
+    seed: int = seed_option(42)
+    input_size: int = option(
+        JUDGING, "Side in pixels that images are resized to.", 512, min=8, max=4096
+    )
+    strict: bool = option(INPUT, "Fail where a detector's weights cannot be had.", False)
+    max_unreadable: int | None = ANY_UNREADABLE
+    cache: bool = CACHE
+    output: Path = FOLDER
+    overwrite: bool = OVERWRITE
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the values with their lists split."""
+        from lcmem_cli.engine.detectors.options import split_names
+
+        values = super().arguments()
+        chosen = values.pop("ds_name")
+        values["ds_names"] = split_commas(chosen) if chosen else None
+        return {**values, "detectors": split_names(self.detectors)}
 
 
 def split_commas(text: str) -> list[str]:

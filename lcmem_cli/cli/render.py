@@ -7,22 +7,24 @@ Results go to stdout, everything else (progress, warnings, errors, log lines) to
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import enum
 import io
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
 
+from lcmem_cli.engine.distributed import launched
 from lcmem_cli.engine.files import dump_json, jsonable
 from lcmem_cli.engine.reporter import Reporter, Task
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.results import Result, Unreadable, install_hints
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -31,11 +33,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-class LogFormat(str, enum.Enum):
-    """How progress and events are written."""
-
-    TEXT = "text"
-    JSON = "json"
+LogFormat = Literal["text", "json"]
 
 
 @dataclasses.dataclass
@@ -44,44 +42,66 @@ class Settings:
 
     quiet: bool = False
     debug: bool = False
-    log_format: LogFormat = LogFormat.TEXT
+    log_format: LogFormat = "text"
 
 
 settings = Settings()
 _NAME_WIDTH = 9
 """Columns that a table's first one keeps, whatever the others need."""
 _WIDE = 100
+_STDERR = 2
+_SECONDS_FOR_THE_REST = 2.0
 _SHOWN_UNREADABLE = 10
 
 
 def configure(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
     """Apply the global options."""
     settings.quiet, settings.debug, settings.log_format = quiet, debug, log_format
-    if log_format is LogFormat.JSON and not isinstance(sys.stderr, _JsonStream):
-        sys.stderr = _JsonStream(sys.stderr)
+    if log_format == "json" and not isinstance(sys.stderr, _JsonStream):
+        sys.stderr = _JsonStream(_take_over_descriptor(sys.stderr))
         warnings.showwarning = _log_python_warning
+
+
+def extend(*, quiet: bool, debug: bool, log_format: LogFormat) -> None:
+    """Apply global options that stand behind the command, besides those before it."""
+    configure(
+        quiet=settings.quiet or quiet,
+        debug=settings.debug or debug,
+        log_format="json" if log_format == "json" else settings.log_format,
+    )
 
 
 def error(message: str) -> None:
     """Show an error on stderr."""
-    if settings.log_format is LogFormat.JSON:
+    if settings.log_format == "json":
         _log_line("error", "error", message=message)
     else:
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
-        typer.echo(_printable(message), err=True)
+        _say("error: ", message, fg=typer.colors.RED, bold=True)
+
+
+def _say(label: str, message: str, **style: Any) -> None:
+    """Write a message to stderr behind a coloured label."""
+    typer.secho(label, nl=False, err=True, color=None if may_color() else False, **style)
+    typer.echo(_printable(message), err=True)
 
 
 def note(message: str) -> None:
     """Show a remark on stderr."""
     if not settings.quiet:
-        if settings.log_format is LogFormat.JSON:
+        if settings.log_format == "json":
             _log_line("info", "note", message=message)
         else:
             typer.echo(_printable(message), err=True)
 
 
 def emit(result: Result | Mapping[str, Any], *, as_json: bool, human: Callable[[], None]) -> None:
-    """Print a result to stdout: one JSON document, or what ``human`` prints."""
+    """Print a result to stdout: one JSON document, or what ``human`` prints.
+
+    Of several processes that share a command, the first prints.
+    """
+    rank, _ = launched()
+    if rank > 0:
+        return
     if as_json:
         values = result.to_dict() if isinstance(result, Result) else result
         sys.stdout.write(dump_json(values))
@@ -106,6 +126,8 @@ def unreadable(items: Sequence[Unreadable], *, listed_in: str | None = None) -> 
         line(f"unreadable {item.path}: {item.reason}")
     if len(items) > len(shown):
         line(f"unreadable {len(items) - len(shown):,} more, listed in {listed_in}")
+    for hint in install_hints(items):
+        note(hint)
 
 
 BEST_NOTE = "* the best of its column"
@@ -159,16 +181,16 @@ def is_wide() -> bool:
 
 def reporter() -> Reporter:
     """Return the reporter that the global options and the terminal call for."""
-    if settings.log_format is LogFormat.JSON:
+    if settings.log_format == "json":
         return _QuietJsonReporter() if settings.quiet else _JsonReporter()
     if settings.quiet:
         return _WarningsOnly()
     return _RichReporter() if sys.stderr.isatty() else _PlainReporter()
 
 
-def _color() -> bool | None:
-    """Return False where the user wants none (no-color.org), else leave it to the stream."""
-    return False if os.environ.get("NO_COLOR") else None
+def may_color() -> bool:
+    """Return whether a terminal may be sent colours; some users want none (no-color.org)."""
+    return not os.environ.get("NO_COLOR")
 
 
 def _printable(text: str) -> str:
@@ -187,11 +209,55 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=None if terminal else 120, highlight=False, soft_wrap=False)
 
 
+_LOG_LOCK = threading.Lock()
+
+
 def _log_line(level: str, event: str, /, **fields: object) -> None:
     record = {"time": round(time.time(), 3), "level": level, "event": event, **fields}
     stream = sys.stderr.stream if isinstance(sys.stderr, _JsonStream) else sys.stderr
-    stream.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
-    stream.flush()
+    text = json.dumps(jsonable(record), allow_nan=False) + "\n"
+    with _LOG_LOCK:
+        stream.write(text)
+        stream.flush()
+
+
+def _take_over_descriptor(stderr: TextIO) -> TextIO:
+    """Turn what C libraries write to the process's stderr into events, too.
+
+    They know only the number of the descriptor, which is led into a pipe; a thread reads it.
+
+    Args:
+        stderr: where it is not the process's own, as in a test, nothing is done.
+
+    Returns:
+        What writes to where the descriptor led.
+    """
+    try:
+        if stderr.fileno() != _STDERR:
+            return stderr
+    except (OSError, ValueError):  # no file
+        return stderr
+    stderr.flush()
+    real = os.dup(_STDERR)
+    reading, writing = os.pipe()
+    os.dup2(writing, _STDERR)
+    os.close(writing)
+
+    def log() -> None:
+        with open(reading, encoding="utf-8", errors="backslashreplace") as pipe:
+            for text in pipe:
+                if text.strip():
+                    _log_line("info", "output", message=text.rstrip("\n"))
+
+    reader = threading.Thread(target=log, daemon=True, name="lcmem-stderr")
+    reader.start()
+
+    def give_back() -> None:
+        os.dup2(real, _STDERR)  # which ends the pipe, unless a child process still holds it
+        reader.join(timeout=_SECONDS_FOR_THE_REST)
+
+    atexit.register(give_back)
+    return open(real, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _log_python_warning(
@@ -250,16 +316,14 @@ class _WarningsOnly(Reporter):
     """Warnings are part of the truth of a result, so ``--quiet`` keeps them."""
 
     def warn(self, message: str) -> None:
-        typer.secho("warning: ", fg=typer.colors.YELLOW, nl=False, err=True, color=_color())
-        typer.echo(_printable(message), err=True)
+        _say("warning: ", message, fg=typer.colors.YELLOW)
 
 
 class _PlainReporter(_WarningsOnly):
     """No bars: stderr is a file or a pipe."""
 
     def event(self, name: str, **fields: object) -> None:
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
-        typer.echo(_printable(f"{name}  {shown}"), err=True)
+        typer.echo(_printable(_event_text(name, fields)), err=True)
 
 
 class _QuietJsonReporter(Reporter):
@@ -335,8 +399,7 @@ class _RichReporter(_PlainReporter):
     def event(self, name: str, **fields: object) -> None:
         from rich.text import Text
 
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
-        self.console.print(Text(_printable(f"{name}  {shown}")))
+        self.console.print(Text(_printable(_event_text(name, fields))))
 
     def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
         if total == 0:  # all of it was there already
@@ -383,9 +446,11 @@ class _RichTask(Task):
         assert self.owner.progress is not None
         self.done += steps
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
         self.owner.progress.update(
-            self.id, advance=steps, rate=f"{rate:,.1f} {self.unit or 'it'}/s", shown=shown
+            self.id,
+            advance=steps,
+            rate=f"{rate:,.1f} {self.unit or 'it'}/s",
+            shown=_fields_text(fields),
         )
 
     def __exit__(
@@ -400,6 +465,14 @@ class _RichTask(Task):
         if self.owner.open_tasks == 0:
             self.owner.progress.stop()
             self.owner.progress = None
+
+
+def _event_text(name: str, fields: Mapping[str, object]) -> str:
+    return f"{name}  {_fields_text(fields)}"
+
+
+def _fields_text(fields: Mapping[str, object]) -> str:
+    return "  ".join(f"{key} {_short(value)}" for key, value in fields.items())
 
 
 def _short(value: object) -> str:

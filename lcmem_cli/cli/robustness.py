@@ -2,133 +2,53 @@
 
 from __future__ import annotations
 
-import enum
-from typing import TYPE_CHECKING, Annotated, Optional
-
-import typer
+from typing import TYPE_CHECKING, Literal
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import (
-    AnyUnreadableOption,
-    BasedirOption,
-    BatchSizeOption,
-    CacheOption,
-    DatasetsOption,
-    DetectorsOption,
-    Device,
-    DeviceOption,
-    FilelistOption,
-    FitSplitOption,
-    InputSizeOption,
-    JsonOption,
-    OutputOption,
-    OverwriteOption,
-    SeedOption,
-    SplitOption,
-    StrictOption,
-    WorkersOption,
-    split_commas,
-)
+from lcmem_cli.cli.options import INPUT, JUDGING, StudyOptions, option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lcmem_cli.engine.evaluation.study.robustness import RobustnessOfDetector, RobustnessResult
+    from lcmem_cli.engine.evaluation.study.results import RobustnessOfDetector, RobustnessResult
 
 
-class SuiteChoice(str, enum.Enum):
-    """Which edits are made."""
+class RobustnessOptions(StudyOptions):
+    """What a robustness study is asked for."""
 
-    REFERENCE = "reference"
-    EXTENDED = "extended"
+    suite: Literal["reference", "extended"] = option(
+        INPUT, "The published 24 settings, or harder ones too.", "reference"
+    )
+    same_image: bool = option(INPUT, "Pair each image with its own edited copy.", False)
+    only_positives: bool = option(INPUT, "Judge positive pairs only: no FPR, no F1.", False)
+    fit: Literal["fpr", "recall"] = option(
+        JUDGING, "Hold a false-positive rate, or a recall on unedited pairs.", "fpr"
+    )
+    fit_rate: float | None = option(
+        JUDGING, "That rate (default: 0.01 for fpr, 0.95 for recall).", None
+    )
+    fit_split: str = option(JUDGING, "Split that thresholds are fitted on.", "VAL")
+    round_trip: str | None = option(
+        INPUT,
+        "Autoencoder (diffusers folder or hub id) that the extended suite encodes and decodes "
+        "images with.",
+        None,
+    )
 
 
-class FitChoice(str, enum.Enum):
-    """What the thresholds hold."""
-
-    FPR = "fpr"
-    RECALL = "recall"
-
-
-def robustness_command(
-    filelist: FilelistOption,
-    output: OutputOption,
-    basedir: BasedirOption = None,
-    detectors: DetectorsOption = "lcmem,mse,ssim,ncc,phash,random",
-    ds_name: DatasetsOption = None,
-    suite: Annotated[
-        SuiteChoice, typer.Option("--suite", help="The published 24 settings, or harder ones too.")
-    ] = SuiteChoice.REFERENCE,
-    same_image: Annotated[
-        bool, typer.Option("--same-image", help="Pair each image with its own edited copy.")
-    ] = False,
-    only_positives: Annotated[
-        bool, typer.Option("--only-positives", help="Judge positive pairs only: no FPR, no F1.")
-    ] = False,
-    fit: Annotated[
-        FitChoice,
-        typer.Option("--fit", help="Hold a false-positive rate, or a recall on unedited pairs."),
-    ] = FitChoice.FPR,
-    fit_rate: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--fit-rate", help="That rate (default: 0.01 for fpr, 0.95 for recall)."),
-    ] = None,
-    split: SplitOption = "TEST",
-    fit_split: FitSplitOption = "VAL",
-    seed: SeedOption = 42,
-    input_size: InputSizeOption = 512,
-    round_trip: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--round-trip",
-            help="Autoencoder (diffusers folder or hub id) that the extended suite encodes and "
-            "decodes images with.",
-        ),
-    ] = None,
-    strict: StrictOption = False,
-    cache: CacheOption = True,
-    overwrite: OverwriteOption = False,
-    max_unreadable: AnyUnreadableOption = None,
-    device: DeviceOption = Device.AUTO,
-    batch_size: BatchSizeOption = 32,
-    workers: WorkersOption = -1,
-    as_json: JsonOption = False,
-) -> None:
+def robustness_command(options: RobustnessOptions) -> None:
     """Edit the second image of each pair and see which detectors still find the match.
 
     Writes robustness_results.csv and .json, thresholds.json and plots. A killed run continues.
+
+    Examples:
+        lcmem robustness --filelist list.csv -o robustness
+        lcmem robustness --filelist list.csv --suite extended -o robustness
     """
-    from lcmem_cli.engine.detectors.options import split_names
-    from lcmem_cli.engine.distributed import current_ranks
     from lcmem_cli.engine.evaluation.study.robustness import robustness
 
-    result = robustness(
-        filelist,
-        output=output,
-        basedir=basedir,
-        detectors=split_names(detectors),
-        ds_names=split_commas(ds_name) if ds_name else None,
-        suite=suite.value,
-        same_image=same_image,
-        only_positives=only_positives,
-        fit=fit.value,
-        fit_rate=fit_rate,
-        split=split,
-        fit_split=fit_split,
-        seed=seed,
-        input_size=input_size,
-        round_trip=round_trip,
-        strict=strict,
-        cache=cache,
-        overwrite=overwrite,
-        max_unreadable=max_unreadable,
-        device=device.value,
-        batch_size=batch_size,
-        workers=workers,
-        reporter=render.reporter(),
-    )
-    if current_ranks(device.value).is_main:
-        render.emit(result, as_json=as_json, human=lambda: _show(result, output))
+    result = robustness(**options.arguments())
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result, options.output))
 
 
 def _show(result: RobustnessResult, output: Path) -> None:

@@ -3,59 +3,98 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BasedirOption,
-    CodecOption,
-    ConfigOption,
-    FilelistOption,
-    JsonOption,
-    MaxUnreadableOption,
-    OutputOption,
-    SetOption,
+    BASEDIR,
+    CODEC,
+    FOLDER,
+    INPUT,
+    MAX_UNREADABLE,
+    OUTPUT,
+    OVERRIDES,
+    JsonOptions,
+    ListOptions,
+    argument,
+    config_option,
+    option,
 )
 
 if TYPE_CHECKING:
+    from lcmem_cli.engine.config import ConfigT
+    from lcmem_cli.engine.data.manifest import Manifest
     from lcmem_cli.engine.training.stages import TrainingResult
 
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in the output folder, if there is one.")
-]
-OptionalFilelist = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--filelist", help="Images: for a config without codec, or to align pretrained weights."
-    ),
-]
+
+class TrainingOptions(JsonOptions):
+    """What every training is asked for."""
+
+    config: str
+    basedir: Path | None = BASEDIR
+    overrides: list[str] | None = OVERRIDES
+    max_unreadable: int = MAX_UNREADABLE
+    output: Path = FOLDER
+    resume: bool = option(OUTPUT, "Continue the run in the output folder, if there is one.", False)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every function of the engine that trains takes."""
+        return {
+            "output": self.output,
+            "resume": self.resume,
+            "max_unreadable": self.max_unreadable,
+            "reporter": render.reporter(),
+        }
+
+    def load_config(self, kind: type[ConfigT]) -> ConfigT:
+        """Return the config that is asked for."""
+        from lcmem_cli.engine.config import load_config
+
+        return load_config(self.config, kind, overrides=self.overrides or [])
+
+    def load_manifest(self, filelist: Path) -> Manifest:
+        """Return the images that are asked for."""
+        from lcmem_cli.engine.data.manifest import load_manifest
+
+        return load_manifest(filelist, basedir=self.basedir, max_missing=self.max_unreadable)
 
 
-def train_codec(
-    filelist: FilelistOption,
-    output: OutputOption,
-    config: ConfigOption = "mini/codec",
-    basedir: BasedirOption = None,
-    overrides: SetOption = None,
-    resume: ResumeOption = False,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a small AutoencoderKL on your own images; writes a diffusers folder."""
-    from lcmem_cli.engine.config import CodecConfig, load_config
+class TrainCodecOptions(ListOptions, TrainingOptions):
+    """What the training of a codec is asked for."""
+
+    config: str = config_option("mini/codec")
+
+
+class Stage1Options(TrainingOptions):
+    """What the first stage is asked for."""
+
+    latents: Path | None = option(INPUT, "Latent store made by lcmem latents.", None)
+    filelist: Path | None = option(
+        INPUT, "Images: for a config without codec, or to align pretrained weights.", None
+    )
+    config: str = config_option("stage1")
+
+
+class FinetuneOptions(ListOptions, TrainingOptions):
+    """What the second stage is asked for."""
+
+    checkpoint: str = argument("Stage-1 checkpoint.")
+    config: str = config_option("finetune")
+    codec: str | None = CODEC
+
+
+def train_codec(options: TrainCodecOptions) -> None:
+    """Train a small AutoencoderKL on your own images; writes a diffusers folder.
+
+    Examples:
+        lcmem train-codec --filelist list.csv -o codec
+    """
+    from lcmem_cli.engine.config import CodecConfig
     from lcmem_cli.engine.training.autoencoder import train_codec_on
 
-    resolved = load_config(config, CodecConfig, overrides=overrides or [])
+    resolved = options.load_config(CodecConfig)
     result = train_codec_on(
-        resolved,
-        filelist,
-        basedir=basedir,
-        output=output,
-        resume=resume,
-        max_unreadable=max_unreadable,
-        reporter=render.reporter(),
+        resolved, options.filelist, basedir=options.basedir, **options.arguments()
     )
 
     def human() -> None:
@@ -66,83 +105,51 @@ def train_codec(
             f"{result.val_psnr:.1f} dB PSNR"
         )
         render.line(
-            f"next       lcmem latents --codec {result.codec.name} --filelist {filelist} "
+            f"next       lcmem latents --codec {result.codec.name} --filelist {options.filelist} "
             f"--size {resolved.image.size} -o latents"
         )
 
-    render.emit(result, as_json=as_json, human=human)
+    render.emit(result, as_json=options.as_json, human=human)
 
 
-def train_stage1(
-    output: OutputOption,
-    latents: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--latents", help="Latent store made by lcmem latents."),
-    ] = None,
-    filelist: OptionalFilelist = None,
-    basedir: BasedirOption = None,
-    config: ConfigOption = "stage1",
-    overrides: SetOption = None,
-    resume: ResumeOption = False,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the Siamese network on latents (or on images, for the baselines)."""
-    from lcmem_cli.engine.config import Stage1Config, load_config
-    from lcmem_cli.engine.data.manifest import load_manifest
-    from lcmem_cli.engine.distributed import current_ranks
+def train_stage1(options: Stage1Options) -> None:
+    """Train the Siamese network on latents (or on images, for the baselines).
+
+    Examples:
+        lcmem train-stage1 --latents latents -o run
+        lcmem train-stage1 --latents latents --set schedule.epochs=20 -o run --resume
+    """
+    from lcmem_cli.engine.config import Stage1Config
     from lcmem_cli.engine.store.latents import LatentStore
     from lcmem_cli.engine.training.stages import train_stage1 as run
 
-    resolved = load_config(config, Stage1Config, overrides=overrides or [])
+    filelist = options.filelist
     result = run(
-        resolved,
-        output=output,
-        store=None if latents is None else LatentStore.open(latents),
-        manifest=(
-            None
-            if filelist is None
-            else load_manifest(filelist, basedir=basedir, max_missing=max_unreadable)
-        ),
-        resume=resume,
-        max_unreadable=max_unreadable,
-        reporter=render.reporter(),
+        options.load_config(Stage1Config),
+        store=None if options.latents is None else LatentStore.open(options.latents),
+        manifest=None if filelist is None else options.load_manifest(filelist),
+        **options.arguments(),
     )
-    if current_ranks(resolved.runtime.device).is_main:
-        render.emit(result, as_json=as_json, human=lambda: _show(result))
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result))
 
 
-def finetune(
-    checkpoint: Annotated[str, typer.Argument(help="Stage-1 checkpoint.")],
-    filelist: FilelistOption,
-    output: OutputOption,
-    basedir: BasedirOption = None,
-    config: ConfigOption = "finetune",
-    codec: CodecOption = None,
-    overrides: SetOption = None,
-    resume: ResumeOption = False,
-    max_unreadable: MaxUnreadableOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Fine-tune in image space under augmentation; the codec stays frozen."""
-    from lcmem_cli.engine.config import FinetuneConfig, load_config
-    from lcmem_cli.engine.data.manifest import load_manifest
-    from lcmem_cli.engine.distributed import current_ranks
+def finetune(options: FinetuneOptions) -> None:
+    """Fine-tune in image space under augmentation; the codec stays frozen.
+
+    Examples:
+        lcmem finetune run/checkpoint.safetensors --filelist list.csv -o finetuned
+    """
+    from lcmem_cli.engine.config import FinetuneConfig
     from lcmem_cli.engine.training.stages import finetune as run
 
-    resolved = load_config(config, FinetuneConfig, overrides=overrides or [])
     result = run(
-        resolved,
-        checkpoint=checkpoint,
-        manifest=load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
-        output=output,
-        codec=codec,
-        resume=resume,
-        max_unreadable=max_unreadable,
-        reporter=render.reporter(),
+        options.load_config(FinetuneConfig),
+        checkpoint=options.checkpoint,
+        manifest=options.load_manifest(options.filelist),
+        codec=options.codec,
+        **options.arguments(),
     )
-    if current_ranks(resolved.runtime.device).is_main:
-        render.emit(result, as_json=as_json, human=lambda: _show(result))
+    render.emit(result, as_json=options.as_json, human=lambda: _show(result))
 
 
 def _show(result: TrainingResult) -> None:

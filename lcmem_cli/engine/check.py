@@ -25,17 +25,18 @@ from lcmem_cli.engine.config import (
     validate,
 )
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
-from lcmem_cli.engine.detectors.backbones import cached_weights
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
-from lcmem_cli.engine.evaluation.study.benchmark import check_latents
+from lcmem_cli.engine.evaluation.study.scoring import check_latents
 from lcmem_cli.engine.files import LOCK_NAME, folder_lock
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
-from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec, load_codec, needs_download
+from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec, load_codec_of, needs_download
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import resolve_backbone
+from lcmem_cli.engine.models.weights import cached_weights
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class LcmemError(Exception):
@@ -96,9 +97,28 @@ class MissingExtraError(InputError):
     """An optional dependency is needed and not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(
-            f"{what} needs an optional dependency; install it with: pip install 'lcmem[{extra}]'"
-        )
+        super().__init__(f"{what} needs an optional dependency; {install_line(extra)}")
+
+
+class UnreadableImageError(LcmemError):
+    """A file could not be turned into an image.
+
+    Attributes:
+        path: the file.
+        reason: why, in a few words, without the path. Where an optional dependency is missing it
+            names the extra; how to install that is told once for all files, see
+            ``results.install_hints``.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+
+def install_line(extra: str) -> str:
+    """Return how to install an optional dependency."""
+    return f"install it with: pip install 'lcmem[{extra}]'"
 
 
 _MOST_NAMES = 30

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from lcmem_cli.engine.errors import FolderBusyError, InputError, LcmemError, Wri
 LOCK_NAME = ".lcmem.lock"
 CSV_OPTIONS: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 """How CSV files are opened: names that are not UTF-8 keep their bytes."""
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
 _TEMPORARY = ".lcmem-"
 _LITTLE_SPACE = 1 << 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -142,7 +145,23 @@ def _write_csv_rows(file: TextIO, rows: Iterable[Sequence[str]]) -> None:
     plain = csv.writer(file, lineterminator="\n")
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in rows:
-        (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+        writer = quoted if any("\r" in cell for cell in row) else plain
+        writer.writerow([guarded(cell) for cell in row])
+
+
+def guarded(cell: str) -> str:
+    """Return a cell of a CSV file that spreadsheets take for text, never for a formula.
+
+    What would be a formula gets an apostrophe in front, as a person would write it there; numbers
+    stay as they are. ``unguarded`` takes the apostrophe away.
+    """
+    is_formula = _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
+
+
+def unguarded(cell: str) -> str:
+    """Return what ``guarded`` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def jsonable(value: Any) -> Any:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
+from lcmem_cli.engine.errors import (
+    FingerprintMismatchError,
+    InputError,
+    UnreadableLimitError,
+    install_line,
+)
 from lcmem_cli.engine.files import jsonable
 
 SCHEMA_VERSION = 1
@@ -108,6 +115,15 @@ def named_thresholds(
     return [(t.name, t) for t in thresholds] + [(f"{t.name} (adapted)", t) for t in adapted]
 
 
+def install_hints(unreadable: Sequence[Unreadable]) -> list[str]:
+    """Return how to install what some images need, once for each extra that a reason names."""
+    found = re.findall(r"needs the extra \[(\w+)\]", "\n".join(item.reason for item in unreadable))
+    return [
+        f"{count:,} of them need the extra [{extra}]; {install_line(extra)}"
+        for extra, count in collections.Counter(found).items()
+    ]
+
+
 def check_unreadable(
     unreadable: Sequence[Unreadable], limit: int | None, *, remark: str = ""
 ) -> None:
@@ -129,5 +145,6 @@ def check_unreadable(
     raise UnreadableLimitError(
         f"{images} could not be read, --max-unreadable allows {limit}:{shown}"
         + (f"\n  and {more} more" if more > 0 else "")
+        + "".join(f"\n{hint}" for hint in install_hints(unreadable))
         + (f"\n{remark}" if remark else "")
     )

@@ -32,7 +32,8 @@ from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
 from lcmem_cli.engine.distributed import Ranks, available_cpus, resolve_device
-from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 from lcmem_cli.engine.training.loop import Trainer

@@ -20,10 +20,10 @@ from scipy.special import logit
 
 from lcmem_cli import load_detector
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.pairs import pairs_within
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, JointDetector, Scale
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.evaluation.judge import within_pairs
 from lcmem_cli.engine.evaluation.recalibrate import Whitening
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
@@ -38,7 +38,7 @@ def main():
     manifest = load_manifest(parser.parse_args().filelist)
     joint = load_detector("joint")
     validation = manifest.select("VAL")
-    pairs = within_pairs(validation.records)
+    pairs = pairs_within(validation.records)
     features = embed_all(joint, validation.paths())
     whitening = Whitening.of(joint.network.checkpoint, manifest.select("TRAIN"))
     as_it_is, adapted = {}, {}

@@ -1,4 +1,4 @@
-"""The figures of README and of the model card: detectors side by side on the same pairs.
+"""Figures of docs/results.md and of the model card: detectors side by side on the same pairs.
 
     python tests/benchmarks/model_table.py --filelist F --detectors lcmem,ncc --identities --copies
     python tests/benchmarks/model_table.py --speed
@@ -20,10 +20,10 @@ from lcmem_cli import load_detector
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.pairs import pairs_within
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, REFERENCE_SUITE, perturb, perturb_seed
 from lcmem_cli.engine.detectors.base import resize_batch
 from lcmem_cli.engine.detectors.options import split_names
-from lcmem_cli.engine.evaluation.judge import within_pairs
 from lcmem_cli.engine.evaluation.metrics import pair_metrics
 
 PIXEL_SIZE = 64
@@ -39,7 +39,7 @@ def identities(manifest, names, sets):
         for record in manifest.records
         if (record.ds_name in sets if sets else record.split == "TEST")
     ]
-    pairs = within_pairs(records)
+    pairs = pairs_within(records)
     table = {}
     for name in names:
         detector = load_detector(name, input_size=PIXEL_SIZE)

@@ -1,54 +1,55 @@
 """Decoding: every supported file becomes an upright 8-bit RGB image, or an error with a reason.
 
-Rules that change pixel values, in one place:
+What a file is, its content says; its name only where the content does not. The rules that change
+pixel values stand in ``pixels`` (depth, background of what is transparent) and ``dicom`` (windows).
+Beside them:
 
-- Transparency is composited over black.
-- Integer data of more than 8 bits are divided by the smallest of 255, 4095 and 65535 that their
-  maximum fits in, so that 8 or 12 bits kept in a 16-bit file are neither black nor clipped to
-  white; signed data and data of more than 16 bits are stretched from minimum to maximum.
-- Floating-point data within [0, 1] are taken as they are, others are stretched from minimum to
-  maximum.
-- DICOM: modality lookup table or rescale, then the file's first window (without one: minimum to
-  maximum), MONOCHROME1 inverted, first frame only.
-- Of an animation or a file of several pages the first image is used.
+- Of a file of several images one is read: the first, or the one that a name such as
+  ``scan.tif#3`` asks for, see ``frames``.
+- A colour profile does not change the stored values.
+- A JPEG of more than ``memory.LARGE_PIXELS`` of which a small copy is wanted is decoded at half, a
+  quarter or an eighth of its size; other large images are shrunk in blocks of rows.
 
-Where a rule had to guess a scale, ``image.info[DEPTH_NOTE]`` says so.
+``image.info`` says what a reader should be told: ``DEPTH_NOTE``, ``FRAMES_NOTE``, and
+``pixels.ON_WHITE_NOTE``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import os
 import stat
+import unicodedata
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError
 
-from lcmem_cli.engine.errors import LcmemError, MissingExtraError
+from lcmem_cli.engine.data import decoders, dicom
+from lcmem_cli.engine.data.decoders import ORIENTATION_TAG, Picture, Wanted
+from lcmem_cli.engine.data.formats import DICOM, HEAD_BYTES, format_of
+from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.memory import LARGE_PIXELS, room_for
+from lcmem_cli.engine.data.pixels import UnusableValuesError, from_image, from_values
+from lcmem_cli.engine.errors import UnreadableImageError
 from lcmem_cli.engine.files import sha256_file
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 # Pillow refuses more than this when it opens a file, before it decodes.
 MAX_PIXELS = 2 * 89_478_485
+DECODING_VERSION = 2
+"""Raised where a rule changes the pixels of files that could be read before."""
 DEPTH_NOTE = "lcmem_depth"
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
-IMAGE_SUFFIXES = DICOM_SUFFIXES | {
-    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
-    ".tiff", ".webp",
-}  # fmt: skip
-UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".j2k", ".jp2", ".jxl"})
-"""Images that no decoder here reads; in a folder they are listed, so that they are not missed."""
-_FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]  # MPO counts as JPEG
-if "avif" in features.modules and features.check_module("avif"):  # from Pillow 11.3 on
-    _FORMATS.append("AVIF")
-_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
-_DICOM_MARK = b"DICM"  # after 128 bytes of anything
-_ORIENTATION_TAG = 0x0112
+"""Key of ``image.info``: what had to be guessed of the depth."""
+FRAMES_NOTE = "lcmem_frames"
+"""Key of ``image.info``: how many images the file holds, where the first of several was read
+without being asked for."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,33 +59,33 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOMETRIC_TAG = 262
-_WHITE_IS_ZERO = 0
-_DEPTHS = ((255, 8), (4095, 12), (65535, 16))
+_PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG, _COLOUR_MAP_TAG = 262, 258, 339, 320
+_SUBFILE_TAG = 254
+_WHITE_IS_ZERO, _UNSIGNED, _REDUCED = 0, 1, 1
+_SEVERAL = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
+"""Of a JPEG the further images are previews, depth and gain maps of the same picture."""
+_DRAFT_SIDES = 2
+_DECODED_BYTES = 4
 
 # The limit below is stricter and raises; Pillow's warning at half its own limit adds nothing.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-class UnreadableImageError(LcmemError):
-    """A file could not be turned into an image.
-
-    Attributes:
-        path: the file.
-        reason: why, in a few words, without the path.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        self.path = path
-        self.reason = reason
-        super().__init__(f"{path}: {reason}")
-
-
-def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    path: Path,
+    *,
+    data: bytes | None = None,
+    size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Decode an image file; see the module's text for the rules.
 
     Args:
-        path: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PPM, or DICOM.
+        path: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, JPEG XL, JPEG 2000, and with their
+            extras DICOM and HEIC; perhaps with the number of one of its images, ``scan.tif#3``.
+        data: the file's bytes, where they have been read already.
+        size: side of the copy that is wanted of the image: a very large one may then be returned
+            smaller, and takes less memory.
         max_pixels: a file that declares more is refused before it is decoded. Values above the
             default have no effect, because Pillow refuses those files itself.
 
@@ -92,37 +93,54 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         A loaded RGB image, turned upright by its EXIF tag.
 
     Raises:
-        UnreadableImageError: missing, empty, truncated, too large, or no image.
-        MissingExtraError: a DICOM file, and pydicom is not installed.
+        UnreadableImageError: missing, empty, truncated, too large, no image, or an optional
+            dependency is missing.
     """
     path = Path(path)
     try:
-        if _is_dicom(path):
-            return _load_dicom(path, max_pixels)
-        with Image.open(path, formats=_FORMATS) as image:
-            _check_pixels(path, image.width, image.height, max_pixels)
-            image.load()
-            return upright_rgb(image, path)
-    except (UnreadableImageError, MissingExtraError):
+        picture = _read(path, data, size, max_pixels)
+        image = _upright(picture)
+    except UnreadableImageError:
         raise
-    except UnidentifiedImageError:
-        suffix = path.suffix.lower()
-        if suffix in UNREAD_SUFFIXES:
-            raise UnreadableImageError(path, f"{suffix} is not read; convert it to PNG") from None
-        raise UnreadableImageError(
-            path, f"not an image in a known format ({', '.join(_FORMATS)}, DICOM)"
-        ) from None
+    except UnusableValuesError as error:
+        raise UnreadableImageError(path, str(error)) from error
     except Exception as error:  # decoders raise anything at all on damaged files
-        raise UnreadableImageError(path, _reason(error)) from error
+        raise UnreadableImageError(path, _reason(error, path)) from error
+    if picture.note:
+        image.info[DEPTH_NOTE] = picture.note
+    if picture.frames > 1 and split_frame(path)[0] == path:
+        image.info[FRAMES_NOTE] = picture.frames
+    return image
 
 
 def is_readable(path: Path) -> bool:
     """Return whether ``load_image`` can decode a file here."""
     try:
         load_image(path)
-    except (UnreadableImageError, MissingExtraError):
+    except UnreadableImageError:
         return False
     return True
+
+
+def list_frames(path: Path) -> list[int]:
+    """Return the numbers, from 0, of the images that a file holds; ``[0]`` where it says none.
+
+    Copies of smaller size, which a TIFF may hold besides, are left out.
+    """
+    wanted = Wanted(path=path, frame=0, size=None, max_pixels=MAX_PIXELS)
+    try:
+        with _opened(path, None) as file:
+            format_name = _format(file, path)
+            if format_name == DICOM:
+                return list(range(dicom.count_frames(file, wanted)))
+            if format_name == "TIFF":
+                return decoders.tiff_frames(file)
+            if format_name not in _SEVERAL:
+                return [0]
+            with Image.open(file, formats=[format_name]) as image:
+                return list(range(_num_frames(image)))
+    except Exception:  # what is wrong with it is told when it is decoded
+        return [0]
 
 
 def upright_rgb(image: Image.Image, path: Path = Path("image")) -> Image.Image:
@@ -135,17 +153,11 @@ def upright_rgb(image: Image.Image, path: Path = Path("image")) -> Image.Image:
     Raises:
         UnreadableImageError: it holds values that are not finite.
     """
-    method = _UPRIGHT.get(_orientation(image))
-    rgb = _to_rgb(path, image)
-    return rgb if method is None else rgb.transpose(method)
-
-
-def guesses_text(count: int) -> str:
-    """Return what to tell about images of which ``DEPTH_NOTE`` says that a scale was guessed."""
-    return (
-        f"{count:,} image(s) of more than 8 bits without a stated range: their brightness was "
-        "guessed from their values"
-    )
+    try:
+        picture = _from_pillow(image, None)
+    except UnusableValuesError as error:
+        raise UnreadableImageError(path, str(error)) from error
+    return _upright(picture)
 
 
 def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
@@ -169,9 +181,8 @@ def load_pixels(path: Path, size: int) -> NDArray[np.uint8]:
 
     Raises:
         UnreadableImageError: see ``load_image``.
-        MissingExtraError: see ``load_image``.
     """
-    return resized_pixels(load_image(path), size)
+    return resized_pixels(load_image(path, size=size), size)
 
 
 def resized_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -187,21 +198,38 @@ def pixels_to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal.
+    """Return the SHA-256 of a file's bytes in hexadecimal; of a later frame, with its number.
 
     Raises:
         UnreadableImageError: the file cannot be read.
     """
+    file, frame = split_frame(path)
     try:
-        _check_regular(path)
-        return sha256_file(path)
+        _check_regular(file)
+        content = sha256_file(file)
     except OSError as error:
-        raise UnreadableImageError(path, _reason(error)) from error
+        raise UnreadableImageError(path, _reason(error, file)) from error
+    return hashlib.sha256(f"{content}#{frame + 1}".encode()).hexdigest() if frame else content
 
 
-def _reason(error: BaseException) -> str:
+def why_missing(path: Path) -> str:
+    """Return what is odd about the name of a file that is not there; empty where nothing is."""
+    if "\\" in str(path):
+        return "the name holds backslashes, as Windows writes paths; write '/'"
+    form = unicodedata.normalize("NFC", path.name)
+    try:
+        others = os.listdir(path.parent)
+    except OSError:
+        return ""
+    if any(unicodedata.normalize("NFC", other) == form for other in others):
+        return "the folder holds the same name in another Unicode normal form"
+    return ""
+
+
+def _reason(error: BaseException, path: Path) -> str:
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        odd = why_missing(path)
+        return f"no such file; {odd}" if odd else "no such file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     text = " ".join(str(error).split())
@@ -218,159 +246,147 @@ def _check_regular(path: Path) -> int:
     return status.st_size
 
 
-def _check_pixels(path: Path, width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise UnreadableImageError(path, f"has no pixels ({width} x {height})")
-    if width * height > max_pixels:
+@contextlib.contextmanager
+def _opened(file: Path, data: bytes | None) -> Iterator[BinaryIO]:
+    num_bytes = _check_regular(file) if data is None else len(data)
+    if num_bytes == 0:
+        raise UnreadableImageError(file, "empty file")
+    with io.BytesIO(data) if data is not None else file.open("rb") as opened:
+        yield opened
+
+
+def _format(file: BinaryIO, path: Path) -> str | None:
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    return format_of(head, path.suffix)
+
+
+def _read(path: Path, data: bytes | None, size: int | None, max_pixels: int) -> Picture:
+    """Decode a file with the library that reads all its bits."""
+    named, frame = split_frame(path)
+    wanted = Wanted(path=path, frame=frame, size=size, max_pixels=max_pixels)
+    with _opened(named, data) as file:
+        format_name = _format(file, named)
+        if format_name is None:
+            raise UnreadableImageError(
+                path,
+                "not an image in a known format (JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, "
+                "JPEG XL, JPEG 2000, HEIC, DICOM)",
+            )
+        if format_name == DICOM:
+            return dicom.read_dicom(file, wanted)
+        if format_name in decoders.READERS:
+            return decoders.READERS[format_name](file, wanted)
+        if format_name == "TIFF":
+            return _read_tiff(file, wanted)
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+        if format_name == "PNG" and decoders.is_deep_png(head):
+            return decoders.read_png(file, wanted)
+        if format_name == "PPM" and decoders.is_deep_ppm(head):
+            return decoders.read_ppm(file, wanted)
+        try:
+            return _read_with_pillow(file, format_name, wanted)
+        except ValueError:
+            if format_name != "PNG":
+                raise
+        # Pillow reads no PNG with more than a megabyte of text or colour profile.
+        file.seek(0)
+        lean = io.BytesIO(decoders.without_text(file.read()))
+        return _read_with_pillow(lean, format_name, wanted)
+
+
+def _read_tiff(file: BinaryIO, wanted: Wanted) -> Picture:
+    """Decode a TIFF with Pillow where it has 8 bits or less, all else with tifffile."""
+    try:
+        with Image.open(file, formats=["TIFF"]) as image:
+            if wanted.frame == 0 and _is_plain_tiff(image):
+                return _decoded(image, wanted)
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        pass  # Pillow does not know the kind, or its library not the compression
+    file.seek(0)
+    return decoders.read_tiff(file, wanted)
+
+
+def _is_plain_tiff(image: Image.Image) -> bool:
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    table = tags.get(_COLOUR_MAP_TAG, (0xFFFF,))
+    return (
+        all(bits <= 8 for bits in tags.get(_BITS_TAG, (1,)))
+        and all(kind == _UNSIGNED for kind in tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,)))
+        and max(table) > 0xFF  # a palette of 8-bit values, which Pillow shows black
+    )
+
+
+def _read_with_pillow(file: BinaryIO, format_name: str, wanted: Wanted) -> Picture:
+    try:
+        with Image.open(file, formats=[format_name]) as image:
+            return _decoded(image, wanted)
+    except UnidentifiedImageError:
         raise UnreadableImageError(
-            path, f"{width} x {height} pixels, more than the limit of {max_pixels:,}"
+            wanted.path, f"begins as {format_name} does, and cannot be decoded"
+        ) from None
+
+
+def _decoded(image: Image.Image, wanted: Wanted) -> Picture:
+    """Decode what Pillow has opened."""
+    wanted.check(*image.size)
+    frames = _num_frames(image)
+    if wanted.frame:
+        wanted.check_frame(frames)
+        image.seek(wanted.frame)
+    if wanted.size is not None and image.width * image.height > LARGE_PIXELS:
+        image.draft(image.mode, (_DRAFT_SIDES * wanted.size,) * 2)  # does nothing but for a JPEG
+    with room_for(_DECODED_BYTES * image.width * image.height):
+        image.load()
+        picture = _from_pillow(image, wanted.size)
+    return Picture(
+        image=picture.image, orientation=picture.orientation, note=picture.note, frames=frames
+    )
+
+
+def _from_pillow(image: Image.Image, size: int | None) -> Picture:
+    orientation = _orientation(image)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        tags: Any = getattr(image, "tag_v2", {})
+        rgb, note = from_values(
+            np.asarray(image),
+            white_is_zero=tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO,
+            size=size,
         )
+        return Picture(image=rgb, orientation=orientation, note=note)
+    return Picture(image=from_image(image, size=size), orientation=orientation)
 
 
-def _is_dicom(path: Path) -> bool:
-    if _check_regular(path) == 0:
-        raise UnreadableImageError(path, "empty file")
-    return path.suffix.lower() in DICOM_SUFFIXES or _head(path)[128:] == _DICOM_MARK
+def _upright(picture: Picture) -> Image.Image:
+    image = picture.image if picture.image.mode == "RGB" else picture.image.convert("RGB")
+    method = None if picture.orientation is None else _UPRIGHT.get(picture.orientation)
+    return image if method is None else image.transpose(method)
 
 
-def begins_as_image(path: Path) -> bool:
-    """Return whether a file begins as an image of a usual format does, whatever its name is.
+def _num_frames(image: Image.Image) -> int:
+    if image.format not in _SEVERAL:
+        return 1
+    try:
+        count = int(getattr(image, "n_frames", 1))
+        if image.format != "TIFF" or count == 1:
+            return count
+        whole = 0
+        for number in range(count):
+            image.seek(number)
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            whole += not tags.get(_SUBFILE_TAG, 0) & _REDUCED
+        image.seek(0)
+        return max(1, whole)
+    except Exception:  # damage in later images does not make the first one unusable
+        image.seek(0)
+        return 1
 
-    Raises:
-        OSError: it cannot be read.
-    """
-    head = _head(path)
-    return head.startswith(_MARKS) or head[8:12] == b"WEBP" or head[128:] == _DICOM_MARK
 
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(132)
-
-
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation of a loaded image (Pillow has turned a TIFF already)."""
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
+        value = image.getexif().get(ORIENTATION_TAG)
     except Exception:  # damaged metadata do not make the pixels unusable
         return None
-
-
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        pixels, note = _scale(path, np.asarray(image))
-        tags: Any = getattr(image, "tag_v2", {})
-        if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
-            pixels = 255 - pixels
-        return _noted(Image.fromarray(pixels).convert("RGB"), note)
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale(path: Path, values: NDArray[Any]) -> tuple[NDArray[np.uint8], str | None]:
-    """Bring grey values of any type to 8 bits; also return what was guessed, if anything."""
-    if not np.isfinite(values).all():
-        raise UnreadableImageError(path, "holds values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    if np.issubdtype(values.dtype, np.floating):
-        if low >= 0 and high <= 1:
-            return _to_bytes(values, 0, 1), None
-        return _to_bytes(values, low, high), "floating-point values stretched to their range"
-    for limit, bits in _DEPTHS:
-        if low >= 0 and high <= limit:
-            note = None if bits == 16 else f"{bits}-bit values in a 16-bit file"
-            return _to_bytes(values, 0, limit), note
-    return _to_bytes(values, low, high), "wide or signed integers stretched to their range"
-
-
-def _to_bytes(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    if high <= low:
-        return np.zeros(values.shape, dtype=np.uint8)
-    unit = (values.astype(np.float64) - low) / (high - low)
-    shades: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
-    return shades
-
-
-def _load_dicom(path: Path, max_pixels: int) -> Image.Image:
-    try:
-        import pydicom
-        from pydicom.pixels import pixel_array
-    except ImportError:
-        raise MissingExtraError(f"{path}: reading DICOM", "dicom") from None
-    data = pydicom.dcmread(path, force=True)
-    if "Rows" not in data or "Columns" not in data:
-        raise UnreadableImageError(path, "not a DICOM image (no rows and columns)")
-    _check_pixels(path, int(data.Columns), int(data.Rows), max_pixels)
-    values = pixel_array(data, index=0)
-    if data.PhotometricInterpretation == "PALETTE COLOR":
-        values = pydicom.pixels.apply_color_lut(values, data)
-        return Image.fromarray(_to_bytes(values, 0, np.iinfo(values.dtype).max))
-    if values.ndim == 3:
-        return Image.fromarray(_to_bytes(values, 0, 2 ** int(data.BitsStored) - 1))
-    grey, note = _dicom_grey(path, data, values)
-    return _noted(Image.fromarray(_to_bytes(grey, 0, 1)).convert("RGB"), note)
-
-
-def _noted(image: Image.Image, note: str | None) -> Image.Image:
-    if note:
-        image.info[DEPTH_NOTE] = note
-    return image
-
-
-def _dicom_grey(
-    path: Path, data: Dataset, stored: NDArray[Any]
-) -> tuple[NDArray[np.float64], str | None]:
-    """Return a grey DICOM image as it is meant to be shown, black 0 and white 1.
-
-    And what had to be guessed for that, if anything.
-    """
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    values = np.asarray(apply_modality_lut(stored, data))
-    if not np.isfinite(values).all():
-        raise UnreadableImageError(path, "holds values that are not finite")
-    note = None
-    if "VOILUTSequence" in data:
-        bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
-        unit = np.asarray(apply_voi(values, data), dtype=np.float64) / (2**bits - 1)
-    elif "WindowCenter" in data and "WindowWidth" in data:
-        unit = _window(
-            values.astype(np.float64),
-            _first(data.WindowCenter),
-            _first(data.WindowWidth),
-            str(data.get("VOILUTFunction") or "LINEAR"),
-        )
-    else:
-        shown = values
-        if "PixelPaddingValue" in data and (stored != data.PixelPaddingValue).any():
-            shown = values[stored != data.PixelPaddingValue]
-        low, high = float(shown.min()), float(shown.max())
-        note = "values of a DICOM without a window stretched to their range"
-        unit = (values.astype(np.float64) - low) / max(high - low, 1e-12)
-    shown_unit: NDArray[np.float64] = unit.clip(0, 1)
-    is_inverted = data.PhotometricInterpretation == "MONOCHROME1"
-    return 1 - shown_unit if is_inverted else shown_unit, note
-
-
-def _window(
-    values: NDArray[np.float64], centre: float, width: float, function: str
-) -> NDArray[np.float64]:
-    """Apply a window as DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3 define it, to the range [0, 1]."""
-    if function == "SIGMOID":
-        logistic: NDArray[np.float64] = 1 / (1 + np.exp(-4 * (values - centre) / max(width, 1e-12)))
-        return logistic
-    if function == "LINEAR_EXACT":
-        return (values - centre) / max(width, 1e-12) + 0.5
-    if width <= 1:  # a step
-        return np.asarray(values > centre - 0.5, dtype=np.float64)
-    return (values - (centre - 0.5)) / (width - 1) + 0.5
-
-
-def _first(value: Any) -> float:
-    """Return a DICOM number, or the first of several."""
-    try:
-        return float(value)
-    except TypeError:
-        return float(value[0])
+    return value if isinstance(value, int) else None

@@ -12,19 +12,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
-    UnreadableImageError,
+    FRAMES_NOTE,
     content_hash,
     load_image,
     pixels_to_tensor,
     resized_pixels,
 )
-from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.data.looks import look_at
+from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
+from lcmem_cli.engine.data.remarks import NOTHING_REMARKABLE, Remarks, no_remarks
+from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
+Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -37,13 +42,13 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        notes: position and remark of each image whose bit depth had to be guessed.
+        remarks: ``[len(indices), 7]``, see ``Remarks``; of no rows where they are no images.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
-    notes: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    remarks: Remarks = dataclasses.field(default_factory=lambda: no_remarks(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class _Loaded:
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
     reason: str | None = None
-    note: str | None = None
+    remark: tuple[int, ...] = NOTHING_REMARKABLE
 
 
 def iter_images(
@@ -63,6 +68,7 @@ def iter_images(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[LoadedBatch]:
     """Load images in order; the next batch is decoded while the caller works on this one.
 
@@ -77,6 +83,7 @@ def iter_images(
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
             returns what is to stand in its place. It runs in the decoding thread.
+        edit: gets a decoded image and its position, and returns what is to be resized.
 
     Yields:
         One ``LoadedBatch`` for every ``batch_size`` paths.
@@ -84,16 +91,26 @@ def iter_images(
 
     def load(index: int) -> _Loaded:
         try:
-            image = load_image(paths[index])
+            image = load_image(paths[index], size=size)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
-        except MissingExtraError as error:
-            return _Loaded(reason=str(error))
-        note = image.info.get(DEPTH_NOTE)
+        notes = image.info
+        if edit is not None:
+            image = edit(image, index)
         pixels = resized_pixels(image, size)
+        look = look_at(pixels)
+        remark = (
+            int(DEPTH_NOTE in notes),
+            look.blank,
+            notes.get(FRAMES_NOTE, 1),
+            int(ON_WHITE_NOTE in notes),
+            int(look.is_grey),
+            int(look.has_bars),
+            int(look.is_page),
+        )
         if transform is None:
-            return _Loaded(pixels=pixels, note=note)
-        return _Loaded(image=transform(pixels_to_tensor(pixels), index), note=note)
+            return _Loaded(pixels=pixels, remark=remark)
+        return _Loaded(image=transform(pixels_to_tensor(pixels), index), remark=remark)
 
     outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
     try:
@@ -168,7 +185,9 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
             for index, outcome in zip(part, outcomes, strict=True)
             if outcome.reason is not None
         ],
-        notes=[(index, outcome.note) for index, outcome in readable if outcome.note is not None],
+        remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(
+            -1, len(NOTHING_REMARKABLE)
+        ),
     )
 
 

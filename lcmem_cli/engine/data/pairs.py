@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -24,6 +25,11 @@ from lcmem_cli.engine.errors import InputError
 UNNAMED_DATASET = "test"
 MAX_PAIRS = 50_000_000
 MAX_LISTED_PAIRS = 5_000_000
+MAX_NEGATIVES = 20_000
+_MAX_ENUMERATED = 3_000
+"""Images of a data set up to which all of its pairs are listed and negatives chosen among them."""
+_MAX_POSITIVES = 2_000_000
+"""Of a larger data set; beyond that they are those of a draw of each identity's images."""
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*", re.ASCII)
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _INTEGER_RANGES = ((-(2**63), 2**63), (0, 2**64))
@@ -181,6 +187,26 @@ def all_pairs(records: Sequence[Record], *, max_pairs: int = MAX_PAIRS) -> PairS
     )
 
 
+def pairs_within(records: Sequence[Record], max_negatives: int = MAX_NEGATIVES) -> PairSet:
+    """Return every positive pair, and of the negatives a draw that is always the same.
+
+    Args:
+        records: images of one split.
+        max_negatives: of each data set.
+    """
+    groups = _rows_by_dataset(records)
+    identity, _ = identity_numbers(records)
+    rng = np.random.default_rng(0)  # one for all data sets, so their order matters
+    columns: list[tuple[NDArray[np.int64], ...]] = []
+    for number, rows in enumerate(groups.values()):
+        members = np.asarray(rows, dtype=np.int64)
+        draw = _listed_pairs if len(members) <= _MAX_ENUMERATED else _drawn_pairs
+        a, b, same = draw(identity[members], max_negatives, rng)
+        columns.append((members[a], members[b], same, np.full(len(a), number, dtype=np.int64)))
+    first, second, labels, dataset = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    return PairSet(first=first, second=second, labels=labels, dataset=dataset, names=tuple(groups))
+
+
 def identity_pairs(
     records: Sequence[Record],
     seed: int = 42,
@@ -294,6 +320,51 @@ def _with_negatives(
                     rows.append((first, other, 0, number))
             start += len(identity)
     return _pair_set(rows, groups)
+
+
+Drawn = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""First and second rows of pairs, and their labels."""
+
+
+def _listed_pairs(
+    identity: NDArray[np.int64], max_negatives: int, rng: np.random.Generator
+) -> Drawn:
+    """Choose among a list of all pairs."""
+    a, b = np.triu_indices(len(identity), 1)
+    same = identity[a] == identity[b]
+    negatives = np.flatnonzero(~same)
+    if len(negatives) > max_negatives:
+        negatives = np.sort(rng.choice(negatives, max_negatives, replace=False))
+    chosen = np.concatenate([np.flatnonzero(same), negatives])
+    return a[chosen], b[chosen], same[chosen].astype(np.int64)
+
+
+def _drawn_pairs(
+    identity: NDArray[np.int64], max_negatives: int, rng: np.random.Generator
+) -> Drawn:
+    """Draw pairs without a list of all of them, which would not fit into memory."""
+    order = np.argsort(identity, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(identity[order])) + 1)
+    same = sum(len(group) * (len(group) - 1) // 2 for group in groups)
+    possible = len(identity) * (len(identity) - 1) // 2 - same
+    if same > _MAX_POSITIVES:  # of each identity as large a part of its images
+        part = math.sqrt(_MAX_POSITIVES / same)
+        groups = [rng.permutation(group)[: max(2, int(part * len(group)))] for group in groups]
+    positives = [
+        np.stack([group[i] for i in np.triu_indices(len(group), 1)], axis=1) for group in groups
+    ]
+    negatives: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+    # Repetitions fall away, so draws go on until there are enough, or all that are possible.
+    while len(negatives) < min(possible, max_negatives):
+        drawn = np.sort(rng.integers(len(identity), size=(max_negatives, 2)), axis=1)
+        drawn = drawn[identity[drawn[:, 0]] != identity[drawn[:, 1]]]
+        negatives = np.unique(np.concatenate([negatives, drawn]), axis=0)
+    if len(negatives) > max_negatives:
+        kept = rng.choice(len(negatives), max_negatives, replace=False)
+        negatives = negatives[np.sort(kept)]
+    pairs = np.concatenate([*positives, negatives])
+    labels = (np.arange(len(pairs)) < len(pairs) - len(negatives)).astype(np.int64)
+    return pairs[:, 0], pairs[:, 1], labels
 
 
 def _pair_set(rows: list[tuple[int, int, int, int]], groups: dict[str, Any]) -> PairSet:

@@ -10,18 +10,15 @@ they differ most are made smaller, as second-order domain adaptation does (Sun e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.detectors.base import FloatArray
 from lcmem_cli.engine.errors import NotAdaptableError
 from lcmem_cli.engine.files import sha256_bytes
-from lcmem_cli.engine.store.search import TopK
 
 SHARE = 0.1
 """Of many images' covariance in what is whitened, beside that which the network was made with."""
@@ -48,20 +45,6 @@ Item = TypeVar("Item")
 def some_images(images: Sequence[Item]) -> Sequence[Item]:
     """Return images, or of many every second, third, ..., that are to be embedded to adapt to."""
     return images[:: -(-len(images) // ENOUGH_IMAGES) or 1]
-
-
-class Adapted(NamedTuple):
-    """An adapted detector, and what makes its features of the former one's.
-
-    Attributes:
-        detector: scores features that were converted, and embeds images to such.
-        convert: ``[n, d]`` of the detector that was adapted to ``[n, d]`` of this one.
-        num_images: that it was adapted to.
-    """
-
-    detector: Detector
-    convert: Callable[[FloatArray], FloatArray]
-    num_images: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,55 +117,6 @@ class Adaptation:
         return adapted.astype(np.float32)
 
 
-class AdaptedHead(HeadDetector):
-    """An LCMem network whose features are adapted.
-
-    Its scores belong to other thresholds than the network's: its ``adapted_thresholds``.
-
-    Args:
-        network: whose head scores, and whose search is used.
-        adaptation: of its features.
-    """
-
-    is_adaptable = False
-
-    def __init__(self, network: HeadDetector, adaptation: Adaptation) -> None:
-        self.network = network
-        self.adaptation = adaptation
-        self.name = network.name
-        self.device = network.device
-        self.fingerprint = sha256_bytes(
-            f"adapted/{network.fingerprint}/{adaptation.fingerprint}".encode()
-        )
-        self.input_size = network.input_size
-        self.num_features = network.num_features
-        self.weight, self.bias = network.weight, network.bias
-        self.thresholds = tuple(
-            dataclasses.replace(threshold, fingerprint=self.fingerprint)
-            for threshold in network.adapted_thresholds
-            if threshold.fingerprint == network.fingerprint
-        )
-        self.adapted_to = network.adapted_to | adaptation.contents
-
-    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
-        """Refuse; see ``Detector.adapted``.
-
-        Raises:
-            NotAdaptableError: always.
-        """
-        raise NotAdaptableError(f"{self.name} is adapted already")
-
-    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
-        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        return self.adaptation(self.network.embed_batch(batch))
-
-    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        """Find each query's ``k`` best rows of the bank, as the network's search does."""
-        found = self.network.top_k(queries, bank, k)
-        self.search_recall = self.network.search_recall
-        return found
-
-
 def picture_weights(units: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a weight for each image, so that each picture counts once: ``[n, d] -> [n]``.
 
@@ -197,6 +131,12 @@ def shrunk_whitening(
     rows: NDArray[np.float64], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return what centres features and makes their largest differences smaller.
+
+    The network was made so that features of all kinds of images are white: their covariance is the
+    identity. Of one kind it is another, ``C``. Whitening by ``C`` alone would blow up directions of
+    which few images tell nothing, so only a share ``s`` of the identity is replaced by it, and the
+    share grows with the number of images: ``(1 - s) I + s C``, whose inverse square root this is.
+    ``C`` is scaled to the identity's trace, so that a narrow kind is not shrunk as a whole.
 
     Args:
         rows: ``[n, d]`` features of images of one kind, by a network whose features of many kinds

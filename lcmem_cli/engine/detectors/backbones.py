@@ -8,20 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import FloatArray
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.detectors.vectors import (
-    Likeness,
-    NetworkDetector,
-    Preprocessing,
-    VectorDetector,
-)
+from lcmem_cli.engine.detectors.kinds import Request
+from lcmem_cli.engine.detectors.vectors import Likeness, NetworkDetector, Preprocessing
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import (
     CheckpointError,
@@ -30,14 +25,20 @@ from lcmem_cli.engine.errors import (
     WeightsUnavailableError,
     nearest,
 )
-from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.siamese import load_strictly
-from lcmem_cli.engine.models.weights import LEVELS, hub_answers, read_state_dict, rename_by_order
+from lcmem_cli.engine.models.weights import (
+    LEVELS,
+    cached_weights,
+    hub_answers,
+    read_state_dict,
+    rename_by_order,
+)
 
 RANDOM_BACKBONE = "resnet18"
 DATA2VEC_HUB_ID = "facebook/data2vec-vision-base"
 _DATA2VEC_FILE = "data2vec:FOLDER"
 _RANDOM_SEED = 0
+_COMPARED_BY_PROJECTION = ("clip",)  # whose last layer is what CLIP compares images by
 _AUXILIARY = ("AuxLogits.",)  # only used while training an Inception network
 
 
@@ -46,24 +47,22 @@ class TorchDetector(NetworkDetector):
 
     Args:
         model: takes a normalised batch, returns ``[n, d]``.
-        name: how the user named it.
+        request: brings name and device.
         identity: names the architecture; part of the fingerprint.
         preprocessing: of the input.
         likeness: how two outputs are compared.
-        device: torch device string.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
+        request: Request,
         *,
-        name: str,
         identity: str,
         preprocessing: Preprocessing,
         likeness: Likeness = "cosine",
-        device: str = "cpu",
     ) -> None:
-        self.device = torch.device(device)
+        self.device = torch.device(resolve_device(request.device))
         self.model = model.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cpu":
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -72,7 +71,7 @@ class TorchDetector(NetworkDetector):
         digest = hashlib.sha256(f"{identity}/{preprocessing}/{likeness}".encode())
         _hash_state(digest, self.model)
         super().__init__(
-            name=name,
+            name=request.name,
             fingerprint=digest.hexdigest(),
             preprocessing=preprocessing,
             num_features=int(self.forward(probe).shape[-1]),
@@ -88,7 +87,7 @@ class TorchDetector(NetworkDetector):
         return self.model(inputs)
 
 
-def random_backbone(*, device: str = "auto") -> TorchDetector:
+def build_random(request: Request) -> TorchDetector:
     """Return a ResNet-18 with random weights: the same ones in every run, whatever ran before."""
     import timm
 
@@ -99,33 +98,17 @@ def random_backbone(*, device: str = "auto") -> TorchDetector:
             RANDOM_BACKBONE, pretrained=False, num_classes=0, zero_init_last=False
         )
     return TorchDetector(
-        model,
-        name="random",
-        identity=f"random/{RANDOM_BACKBONE}",
-        preprocessing=_timm_preprocessing(model, {}),
-        device=resolve_device(device),
+        model, request, identity=f"random/{RANDOM_BACKBONE}", preprocessing=_preprocessing(model)
     )
 
 
-def timm_backbone(
-    model_name: str,
-    *,
-    name: str | None = None,
-    device: str = "auto",
-    weights: Path | None = None,
-    projection: bool = False,
-    **options: Any,
-) -> TorchDetector:
+def build_timm(request: Request) -> TorchDetector:
     """Return a timm model with trained weights.
 
-    Args:
-        model_name: timm's name, with or without the tag of the weights.
-        name: how the user named the detector.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        weights: a state dict of that model in timm's format, with or without classifier; needs no
-            hub. Without it: the hub's cache, or the hub.
-        projection: keep the last layer.
-        **options: ``size``, ``mean``, ``std`` instead of the model's own, and ``score``.
+    The target is timm's name, with or without the tag of the weights. The option ``weights`` names
+    a state dict of that model in timm's format, with or without classifier, which needs no hub;
+    without it the weights come from the hub's cache, or the hub. ``size``, ``mean`` and ``std``
+    replace the model's own.
 
     Raises:
         InputError: timm does not know the model, or it cannot be fed with this size.
@@ -134,61 +117,44 @@ def timm_backbone(
     """
     import timm
 
-    name = name or f"timm:{model_name}"
+    model_name, options = request.target, request.options
     base, _, tag = model_name.partition(".")
     if not timm.is_model(base):
         raise InputError(f"timm has no model '{base}'; {nearest(base, timm.list_models())}")
     tags = timm.list_pretrained(f"{base}.*")
     if tag and model_name not in tags:
         raise InputError(f"timm has no weights '{model_name}'; {nearest(model_name, tags)}")
-    if weights is None:
-        if not timm.get_pretrained_cfg(model_name, allow_unregistered=True):
-            raise InputError(f"{name}: timm has no weights of this model; add ?weights=FILE")
-        model = _from_hub(model_name, name=name, projection=projection)
+    projection = request.kind in _COMPARED_BY_PROJECTION
+    if "weights" in options:
+        model = _from_file(model_name, Path(options["weights"]), projection=projection)
+    elif timm.get_pretrained_cfg(model_name, allow_unregistered=True):
+        model = _from_hub(model_name, name=request.name, projection=projection)
     else:
-        model = _from_file(model_name, weights, projection=projection)
-    preprocessing = _timm_preprocessing(model, options)
-    device = resolve_device(device)
+        raise InputError(f"{request.name}: timm has no weights of this model; add ?weights=FILE")
+    preprocessing = _preprocessing(model, options)
     try:
         _set_size(model, preprocessing.size)
         return TorchDetector(
             model,
-            name=name,
+            request,
             identity=f"timm/{base}",
             preprocessing=preprocessing,
             likeness=options.get("score", "cosine"),
-            device=device,
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"detector '{name}': does not take {preprocessing.size} pixels: {error}"
+            f"detector '{request.name}': does not take {preprocessing.size} pixels: {error}"
         ) from error
 
 
-def cached_weights(hub_id: str) -> Path | None:
-    """Return the weights file of a hub model, if it is on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
-        found = try_to_load_from_cache(hub_id, file)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def resnet50_from_file(kind: str, path: Path, *, name: str, device: str = "auto") -> TorchDetector:
+def build_resnet50(request: Request) -> TorchDetector:
     """Return a ResNet-50 with weights that were published by a self-supervised method.
 
-    The trunk may have torchvision's names or the numbers of a ``Sequential`` of its parts, below
-    any prefix (``module.``, ``encoder.``, ``online_network.`` and so on). Where a file holds an
-    online and a target network, the online one is used. Projection and prediction heads are left
-    out; everything else must be there.
-
-    Args:
-        kind: ``swav`` or ``byol``.
-        path: SwAV: a file of its model zoo; BYOL: a PyTorch state dict.
-        name: how the user named the detector.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+    The target is a file: of SwAV's model zoo, or a PyTorch state dict of BYOL. The trunk may have
+    torchvision's names or the numbers of a ``Sequential`` of its parts, below any prefix
+    (``module.``, ``encoder.``, ``online_network.`` and so on). Where a file holds an online and a
+    target network, the online one is used. Projection and prediction heads are left out;
+    everything else must be there.
 
     Raises:
         InputError: no such file.
@@ -198,15 +164,12 @@ def resnet50_from_file(kind: str, path: Path, *, name: str, device: str = "auto"
 
     model = timm.create_model("resnet50", pretrained=False, num_classes=0)
     state = read_state_dict(
-        path, levels=(*LEVELS, "online_network_state_dict", "online_backbone", "online_network")
+        Path(request.target),
+        levels=(*LEVELS, "online_network_state_dict", "online_backbone", "online_network"),
     )
-    load_strictly(model, _trunk(state, source=str(path)), source=str(path))
+    load_strictly(model, _trunk(state, source=request.target), source=request.target)
     return TorchDetector(
-        model,
-        name=name,
-        identity=kind,
-        preprocessing=Preprocessing(size=224),
-        device=resolve_device(device),
+        model, request, identity=request.kind, preprocessing=Preprocessing(size=224)
     )
 
 
@@ -218,72 +181,40 @@ class Data2VecDetector(TorchDetector):
         return super().forward(batch).last_hidden_state[:, 1:].mean(dim=1)
 
 
-def data2vec_backbone(
-    folder: str | None = None, *, name: str = "data2vec", device: str = "auto"
-) -> Data2VecDetector:
+def build_data2vec(request: Request) -> Data2VecDetector:
     """Return data2vec's image network through transformers.
 
-    Args:
-        folder: a local copy of the hub's folder; by default the hub's cache, or the hub.
-        name: how the user named the detector.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+    The target is a local copy of the hub's folder; without it the hub's cache, or the hub, is used.
 
     Raises:
         MissingExtraError: transformers is not installed.
         InputError: the folder holds no such network.
         WeightsUnavailableError: not cached, and the hub cannot be reached.
     """
+    name, folder = request.name, request.target
     try:
         from transformers import Data2VecVisionModel
     except ImportError as error:
         raise MissingExtraError(f"detector '{name}'", "data2vec") from error
-    is_local = folder is not None or cached_weights(DATA2VEC_HUB_ID) is not None
-    if not is_local:
-        if not hub_answers(DATA2VEC_HUB_ID):
-            raise WeightsUnavailableError(_how_to_get(name, DATA2VEC_HUB_ID, file=_DATA2VEC_FILE))
+    is_local = bool(folder) or cached_weights(DATA2VEC_HUB_ID) is not None
+    if not is_local and not hub_answers(DATA2VEC_HUB_ID):
+        raise WeightsUnavailableError(_how_to_get(name, DATA2VEC_HUB_ID, file=_DATA2VEC_FILE))
     try:
         model = Data2VecVisionModel.from_pretrained(
             folder or DATA2VEC_HUB_ID, add_pooling_layer=False, local_files_only=is_local
         )
     except (OSError, ValueError, RuntimeError) as error:
-        if folder is not None:
+        if folder:
             raise InputError(f"{folder}: no data2vec image network: {error}") from error
         raise WeightsUnavailableError(
             _how_to_get(name, DATA2VEC_HUB_ID, file=_DATA2VEC_FILE)
         ) from error
     return Data2VecDetector(
         model,
-        name=name,
+        request,
         identity="data2vec",
         preprocessing=Preprocessing(size=224, mean=(0.5,) * 3, std=(0.5,) * 3),
-        device=resolve_device(device),
     )
-
-
-class SiameseCorrelation(VectorDetector):
-    """An lcmem network whose feature vectors are compared by correlation instead of its head.
-
-    This is how arXiv 2512.14421 scores the baselines trained with NT-Xent only, whose head has
-    learnt nothing. Thresholds of the checkpoint belong to its head and are left out.
-
-    Args:
-        detector: what embeds.
-        name: how the user named it.
-    """
-
-    likeness = "correlation"
-
-    def __init__(self, detector: LCMemDetector, *, name: str) -> None:
-        self.detector = detector
-        self.device, self.adapted_to = detector.device, detector.adapted_to
-        self.name = name
-        self.fingerprint = sha256_bytes(f"correlation/{detector.fingerprint}".encode())
-        self.input_size = detector.input_size
-        self.num_features = detector.num_features
-
-    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
-        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        return self.detector.embed_batch(batch)
 
 
 def _from_hub(model_name: str, *, name: str, projection: bool) -> Any:
@@ -334,7 +265,7 @@ def _from_file(model_name: str, path: Path, *, projection: bool) -> Any:
     return model
 
 
-def _timm_preprocessing(model: Any, options: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(model: Any, options: Mapping[str, Any] = MappingProxyType({})) -> Preprocessing:
     import timm.data
 
     config = timm.data.resolve_model_data_config(model)

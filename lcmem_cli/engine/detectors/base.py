@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lcmem_cli.engine.data.images import load_image, to_tensor, upright_rgb
-from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.detectors.options import join_name
+from lcmem_cli.engine.errors import InputError, NotAdaptableError, NotFiniteError
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.detectors.adapted import Adapted
-    from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-
     Images = Sequence[Image.Image | str | Path] | Image.Image | str | Path | torch.Tensor
 
 FloatArray = NDArray[np.floating[Any]]
@@ -47,8 +45,6 @@ class Detector(abc.ABC):
         device: where its network computes.
         is_adaptable: whether ``adapted`` may succeed.
         adapted_to: SHA-256 of the image files that it was adapted to.
-        search_recall: lowest share, over all searches so far, of the exact best matches that were
-            found on a sample of the queries; 1 where searches are exact.
         thresholds: decision thresholds that come with the detector, perhaps none.
     """
 
@@ -62,7 +58,6 @@ class Detector(abc.ABC):
     measures_distance: bool = True
     is_adaptable: bool = False
     adapted_to: frozenset[str] = frozenset()
-    search_recall: float = 1.0
     thresholds: tuple[Threshold, ...] = ()
 
     @abc.abstractmethod
@@ -145,8 +140,8 @@ class Detector(abc.ABC):
     @staticmethod
     def load(
         checkpoint: str | Path | None = None, *, codec: str | None = None, device: str = "auto"
-    ) -> LCMemDetector:
-        """Load an LCMem detector; other kinds are loaded by ``lcmem_cli.load_detector``.
+    ) -> Detector:
+        """Load an LCMem detector; ``lcmem_cli.load_detector`` loads any kind by its name.
 
         Args:
             checkpoint: an lcmem ``.safetensors`` file; the embedded model by default.
@@ -158,9 +153,10 @@ class Detector(abc.ABC):
             >>> detector = Detector.load()
             >>> detector.score("a.png", "b.png")
         """
-        from lcmem_cli.engine.detectors.lcmem import load_lcmem
+        from lcmem_cli import load_detector  # what knows all kinds is built on this file
 
-        return load_lcmem(checkpoint, codec=codec, device=device)
+        name = join_name("lcmem", str(checkpoint or ""), {"codec": codec} if codec else {})
+        return load_detector(name, device=device)
 
     def score(self, image_a: Image.Image | str | Path, image_b: Image.Image | str | Path) -> float:
         """Score two images; the order does not matter."""
@@ -176,6 +172,56 @@ class Detector(abc.ABC):
                 f"{type(image).__name__}"
             )
         return to_tensor(upright_rgb(image), self.input_size)
+
+
+class Adapted(NamedTuple):
+    """An adapted detector, and what makes its features of the former one's.
+
+    Attributes:
+        detector: scores features that were converted, and embeds images to such.
+        convert: ``[n, d]`` of the detector that was adapted to ``[n, d]`` of this one.
+        num_images: that it was adapted to.
+    """
+
+    detector: Detector
+    convert: Callable[[FloatArray], FloatArray]
+    num_images: int
+
+
+def check_features(
+    output: Any, num_images: int, num_features: int | None, *, source: str
+) -> NDArray[np.float32]:
+    """Bring a network's output to float32 ``[n, d]``.
+
+    Args:
+        output: tensor or array ``[n, d]``, perhaps with further axes of length 1.
+        num_images: expected rows.
+        num_features: expected columns, if known.
+        source: for messages.
+
+    Raises:
+        InputError: the shape is another.
+        NotFiniteError: values that are not finite.
+    """
+    if isinstance(output, torch.Tensor):
+        output = output.detach().to("cpu", torch.float32).numpy()
+    if not isinstance(output, np.ndarray):
+        raise InputError(
+            f"{source}: its output is a {type(output).__name__}, not a tensor; name the one to use "
+            "with ?output="
+        )
+    features = np.ascontiguousarray(output, dtype=np.float32)
+    while features.ndim > 2 and features.shape[-1] == 1:
+        features = features[..., 0]
+    wanted = (num_images, features.shape[-1] if num_features is None else num_features)
+    if features.ndim != 2 or features.shape != wanted:
+        raise InputError(
+            f"{source}: its output has the shape {list(output.shape)}; expected one row of "
+            f"features for each of {num_images} images"
+        )
+    if not np.isfinite(features).all():
+        raise NotFiniteError(f"{source}: its output holds values that are not finite")
+    return features
 
 
 def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:

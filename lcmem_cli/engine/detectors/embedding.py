@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import guesses_text
 from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
+from lcmem_cli.engine.data.remarks import BLANK, GUESSED, Remarks, no_remarks, remarks_texts
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.errors import LcmemError, WriteError
 from lcmem_cli.engine.results import Unreadable
@@ -42,7 +42,9 @@ class EmbeddedFiles:
         rows: ``[files]`` row of each file, or -1 where it is unreadable.
         content_hashes: SHA-256 of each file, ``None`` where it cannot be read at all.
         unreadable: files that were left out, with reasons.
-        guessed: ``[d]`` whether a bit depth was guessed, see the text of ``data.images``.
+        left_out: files that show nothing but one colour, with it (``0xRRGGBB``), where they were to
+            be left out; their rows are -1.
+        remarks: ``[d, 7]`` what to know of each content, see ``data.remarks``.
         encoder_passes: images that the detector embedded now, over all processes.
     """
 
@@ -50,14 +52,31 @@ class EmbeddedFiles:
     rows: NDArray[np.int64]
     content_hashes: list[str | None]
     unreadable: tuple[Unreadable, ...]
-    guessed: NDArray[np.bool_]
+    left_out: tuple[tuple[Path, int], ...]
+    remarks: Remarks
     encoder_passes: int
+
+    @property
+    def guessed(self) -> NDArray[np.bool_]:
+        """``[d]`` whether a bit depth was guessed, see the text of ``data.pixels``."""
+        guessed: NDArray[np.bool_] = self.remarks[:, GUESSED] > 0
+        return guessed
+
+    @property
+    def blank(self) -> NDArray[np.int32]:
+        """``[d]`` colour of a content that shows nothing else, otherwise -1; see ``data.looks``.
+
+        Two of them match where ``looks.same_blank`` says so, and match nothing besides.
+        """
+        return self.remarks[:, BLANK]
 
 
 def embed_files(
     detector: Detector,
     paths: Sequence[Path],
     compute: Compute = DEFAULT_COMPUTE,
+    *,
+    with_blank: bool = True,
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
@@ -71,6 +90,7 @@ def embed_files(
         compute: how it is done. Features change by rounding at most with the batch size. The cache
             is filled as the work goes on, so that a killed run continues; each process gets the
             whole result, and the first one's cache is used for all.
+        with_blank: keep images that show nothing but one colour; otherwise ``left_out`` lists them.
 
     Raises:
         LcmemError: no room for the features.
@@ -91,6 +111,8 @@ def embed_files(
         key=lambda content: content,
         batching=batching,
         description=f"embedding ({detector.name})",
+        tells=True,
+        with_blank=with_blank,
     )
 
 
@@ -106,8 +128,8 @@ def embed_perturbed(
 ) -> EmbeddedFiles:
     """Embed edited images: resized to the working size, edited, resized to the detector's size.
 
-    What is random in an edit depends on the seed, the image and the setting only, so every
-    detector sees the same picture whatever the order of work.
+    What is random in an edit depends on seed, image and setting only, so every detector sees the
+    same picture.
 
     Args:
         detector: what embeds.
@@ -115,8 +137,7 @@ def embed_perturbed(
         setting: the edit; ``None`` leaves the image as it is.
         working_size: side in pixels at which the edit is made.
         seed: of the edit's randomness.
-        round_trip: see ``perturb``; such features are not kept in the cache, because what they
-            depend on has no name.
+        round_trip: see ``perturb``; such features are not cached: what made them has no name.
         compute: see ``embed_files``.
 
     Raises:
@@ -154,6 +175,7 @@ def embed_perturbed(
         key=key,
         batching=batching,
         description=f"embedding ({detector.name}, {setting or 'unedited'})",
+        tells=setting is None,  # the same images are edited in many ways
     )
 
 
@@ -166,6 +188,8 @@ def _embed(
     key: Callable[[str], str],
     batching: Batching,
     description: str,
+    tells: bool,
+    with_blank: bool = True,
 ) -> EmbeddedFiles:
     hashes, failed_files = hash_files(paths, compute)
     first: dict[str, int] = {}
@@ -176,9 +200,13 @@ def _embed(
     files = [paths[index] for index in first.values()]
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
+    if tells:
+        used = [row for row in range(len(files)) if row not in work.failed]
+        for text in remarks_texts([files[row] for row in used], work.remarks[used]):
+            compute.reporter.warn(text)
+    blank = {} if with_blank else work.take_out_blank()
     row_of = dict(zip(first, work.close_gaps(), strict=True))
-    if work.guessed.any():
-        compute.reporter.warn(guesses_text(int(work.guessed.sum())))
+    colours = dict(zip(first, (blank.get(i) for i in range(len(first))), strict=True))
     reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
     return EmbeddedFiles(
         features=work.features,
@@ -189,7 +217,12 @@ def _embed(
             for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
             if (reason := failed_files[index] if content is None else reasons[content])
         ),
-        guessed=work.guessed,
+        left_out=tuple(
+            (path, colour)
+            for path, content in zip(paths, hashes, strict=True)
+            if content is not None and (colour := colours[content]) is not None
+        ),
+        remarks=work.remarks,
         encoder_passes=passes,
     )
 
@@ -213,7 +246,8 @@ class _Features:
         if compute.cache is not None and self.ranks.is_main:
             self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
         self.failed: dict[int, str] = {}
-        self.guessed = np.zeros(len(keys), dtype=bool)
+        self.taken_out: set[int] = set()
+        self.remarks = no_remarks(len(keys))
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
         self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
         self.features = allocate_features(
@@ -231,8 +265,8 @@ class _Features:
             found = None
             if self.cache is not None:
                 keys = [self.keys[row] for row in part]
-                found = self.cache.get_many(keys)[0], self.cache.guessed(keys)
-            self.features[part], self.guessed[part] = self.ranks.broadcast(found)
+                found = self.cache.get_many(keys)[0], self.cache.remarks(keys)
+            self.features[part], self.remarks[part] = self.ranks.broadcast(found)
         left_out = set(known)
         return [row for row in range(len(self.keys)) if row not in left_out]
 
@@ -260,18 +294,21 @@ class _Features:
             for _ in range(num_rounds):
                 rows: list[int] = []
                 values: list[NDArray[Any]] = []
-                guessed: set[int] = set()
+                remarks: dict[int, NDArray[np.int32]] = {}
                 bad: dict[int, str] = {}
                 for batch in itertools.islice(batches, per_round):
                     bad.update({mine[i]: reason for i, reason in batch.unreadable})
-                    guessed.update(mine[i] for i, _ in batch.notes)
+                    remarks.update(
+                        (mine[i], remark)
+                        for i, remark in zip(batch.indices, batch.remarks, strict=True)
+                    )
                     if batch.indices:
                         indices, features, failed = batching.embed(self.detector.embed_batch, batch)
                         bad.update({mine[i]: reason for i, reason in failed})
                         rows += [mine[i] for i in indices]
                         values += features
                     task.advance(len(batch.indices) + len(batch.unreadable))
-                made = (rows, np.concatenate(values) if values else None, guessed, bad)
+                made = (rows, np.concatenate(values) if values else None, remarks, bad)
                 for part in self.ranks.gather(made):
                     passes += self._take(*part)
         return passes
@@ -280,17 +317,17 @@ class _Features:
         self,
         rows: list[int],
         values: NDArray[Any] | None,
-        guessed: set[int],
+        remarks: dict[int, NDArray[np.int32]],
         bad: dict[int, str],
     ) -> int:
         self.failed.update(bad)
         if values is None:
             return 0
         self.features[rows] = values
-        self.guessed[rows] = [row in guessed for row in rows]
+        self.remarks[rows] = [remarks[row] for row in rows]
         if self.cache is not None and self.cache.is_kept:
             try:
-                self.cache.put_many([self.keys[row] for row in rows], values, self.guessed[rows])
+                self.cache.put_many([self.keys[row] for row in rows], values, self.remarks[rows])
             except OSError as error:
                 cause = error.__cause__ if isinstance(error, WriteError) else error
                 self.reporter.warn(
@@ -300,20 +337,29 @@ class _Features:
                 self.cache.is_kept = False
         return len(rows)
 
+    def take_out_blank(self) -> dict[int, int]:
+        """Leave out the contents that show nothing; return the colour of each, by its row."""
+        blank = {
+            int(row): int(self.remarks[row, BLANK])
+            for row in np.flatnonzero(self.remarks[:, BLANK] >= 0)
+        }
+        self.taken_out.update(blank)
+        return blank
+
     def close_gaps(self) -> list[int]:
-        """Move the rows up over those that failed; return each content's row, or -1."""
+        """Move the rows up over those that are not used; return each content's row, or -1."""
         numbers: list[int] = []
         used = 0
         for row in range(len(self.keys)):
-            if row in self.failed:
+            if row in self.failed or row in self.taken_out:
                 numbers.append(-1)
                 continue
             if used != row:
                 self.features[used] = self.features[row]
-                self.guessed[used] = self.guessed[row]
+                self.remarks[used] = self.remarks[row]
             numbers.append(used)
             used += 1
-        self.features, self.guessed = self.features[:used], self.guessed[:used]
+        self.features, self.remarks = self.features[:used], self.remarks[:used]
         return numbers
 
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lcmem_cli.engine.detectors.external import open_session
-from lcmem_cli.engine.detectors.head import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_lcmem
+from lcmem_cli.engine.detectors.onnx import open_session
 from lcmem_cli.engine.errors import InputError, LcmemError, MissingExtraError, first_line
 from lcmem_cli.engine.files import atomic_path, check_writable, sha256_bytes
 from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.export_header import EXPORT_KEY, ExportHeader
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
@@ -33,6 +33,10 @@ INPUT, OUTPUT = "images", "features"
 _BATCH = "N"
 _CHECK_BATCHES = [1, 3]
 _MAX_ONNX_BYTES = (2 << 30) - (1 << 20)  # a protobuf message ends at 2 GiB
+_NOT_COMPARED = (
+    "onnxruntime is not installed, so the export was not compared with the checkpoint "
+    "(pip install 'lcmem[onnx]')"
+)
 _SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}
 
 
@@ -90,65 +94,42 @@ def export_checkpoint(
 ) -> ExportResult:
     """Export codec and network as one file that needs no lcmem.
 
-    The network takes ``images [N, 3, S, S]`` (float32 in [0, 1], resized, any ``N``) and returns
-    ``features [N, n]``. The head and the thresholds are in the file as JSON, see ``ExportHeader``:
-    in the ONNX metadata under ``lcmem``, in a ``.pt2`` archive as the extra file ``lcmem.json``.
-    The file is written only if its features are those of the checkpoint.
+    The network takes ``images [N, 3, S, S]`` (float32 in [0, 1], resized) and returns ``features
+    [N, n]``. Head and thresholds are in the file as JSON, see ``ExportHeader``: in the metadata of
+    ONNX under ``lcmem``, in a ``.pt2`` archive as the extra file ``lcmem.json``. The file is
+    written only if its features are those of the checkpoint.
 
     Args:
         checkpoint: its name, see ``locate_checkpoint``.
         output: ``*.onnx`` or ``*.pt2``.
-        codec: folder or hub id of the codec where the checkpoint does not hold it.
+        codec: folder or hub id, where the checkpoint does not hold it.
         reporter: receives warnings.
 
     Raises:
-        InputError: another suffix, or a network that is too large for ONNX.
-        MissingExtraError: the ONNX exporter is not installed.
+        InputError: another suffix, a network too large for ONNX, or no exporter for it.
         WeightsUnavailableError: checkpoint or codec are not on this machine.
         LcmemError: the network cannot be traced, or the export computes something else.
     """
-    kind = _SUFFIXES.get(output.suffix.lower())
-    if kind is None:
-        raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
-    if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
-        raise MissingExtraError("export to ONNX", "onnx")
-    check_writable(output)
+    kind = _check_output(output)
     detector = load_lcmem(checkpoint, codec=codec, device="cpu")
-    header = ExportHeader(
-        fingerprint=detector.fingerprint,
-        image_size=detector.input_size,
-        head_weight=tuple(float(weight) for weight in detector.weight),
-        head_bias=detector.bias,
-        thresholds=detector.thresholds,
-        codec=detector.codec.spec.describe(),
-        adapted_to=tuple(sorted(detector.adapted_to)),
-    )
+    header = _header_of(detector)
     batches = _random_batches(detector.input_size)
     expected = [detector.embed_batch(batch) for batch in batches]  # before memory formats change
     program = _trace(detector, kind)
-    opset = None
-    run: Callable[[torch.Tensor], NDArray[np.float32]] | None
-    if kind == "onnx":
-        content, opset = _to_onnx(program, header)
-        run = _onnx_runner(content) if find_spec("onnxruntime") else None
-        if run is None:
-            reporter.warn(
-                "onnxruntime is not installed, so the export was not compared with the checkpoint "
-                "(pip install 'lcmem[onnx]')"
-            )
-    else:
+    opset, run = None, None
+    if kind == "pt2":
         content = _to_archive(program, header)
         run = _archive_runner(content)
+    else:
+        content, opset = _to_onnx(program, header)
+        if find_spec("onnxruntime"):
+            run = _onnx_runner(content)
+        else:
+            reporter.warn(_NOT_COMPARED)
     difference = None
     if run is not None:
-        found = [run(batch) for batch in batches]
-        difference = _difference(found, expected)
-        if not difference <= TOLERANCE:  # NaN too
-            raise LcmemError(
-                f"{output}: not written: the exported network's features differ from those of "
-                f"{detector.name} by up to {difference:.3g} (allowed: {TOLERANCE:g}); try the "
-                "other format, or another version of torch"
-            )
+        difference = _difference([run(batch) for batch in batches], expected)
+        _check_difference(difference, detector.name, output)
     with atomic_path(output) as temporary:
         temporary.write_bytes(content)
     return ExportResult(
@@ -163,6 +144,28 @@ def export_checkpoint(
         num_checked=0 if run is None else sum(len(batch) for batch in batches),
         max_difference=difference,
         tolerance=TOLERANCE,
+    )
+
+
+def _check_output(output: Path) -> Format:
+    kind = _SUFFIXES.get(output.suffix.lower())
+    if kind is None:
+        raise InputError(f"{output}: expected a file name that ends in {' or '.join(_SUFFIXES)}")
+    if kind == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise MissingExtraError("export to ONNX", "onnx")
+    check_writable(output)
+    return kind
+
+
+def _header_of(detector: LCMemDetector) -> ExportHeader:
+    return ExportHeader(
+        fingerprint=detector.fingerprint,
+        image_size=detector.input_size,
+        head_weight=tuple(float(weight) for weight in detector.weight),
+        head_bias=detector.bias,
+        thresholds=detector.thresholds,
+        codec=detector.codec.spec.describe(),
+        adapted_to=tuple(sorted(detector.adapted_to)),
     )
 
 
@@ -306,6 +309,15 @@ def _archive_runner(content: bytes) -> Callable[[torch.Tensor], NDArray[np.float
         return features
 
     return run
+
+
+def _check_difference(difference: float, name: str, output: Path) -> None:
+    if not difference <= TOLERANCE:  # NaN too
+        raise LcmemError(
+            f"{output}: not written: the exported network's features differ from those of {name} "
+            f"by up to {difference:.3g} (allowed: {TOLERANCE:g}); try the other format, or another "
+            "version of torch"
+        )
 
 
 def _difference(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:

@@ -1,31 +1,28 @@
-"""The head: scores from two rows of features, and how an exported file carries it."""
+"""The head: scores from two rows of features."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.errors import CheckpointError, InputError
+from lcmem_cli.engine.detectors.adapted import Adaptation
+from lcmem_cli.engine.detectors.base import Adapted, Detector, FloatArray
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import (
     TopK,
+    approximate_top_k,
     weighted_l1_matrix,
     weighted_l1_pairs,
     weighted_l1_top_k,
 )
-
-if TYPE_CHECKING:
-    from lcmem_cli.engine.detectors.adapted import Adapted
-
-EXPORT_FORMAT = 1
-EXPORT_KEY = "lcmem"
 
 
 class HeadDetector(Detector):
@@ -37,11 +34,13 @@ class HeadDetector(Detector):
     Attributes:
         weight: ``w``, one number per feature.
         bias: ``b``.
+        is_approximate: whether ``top_k`` may miss matches, see ``approximate_top_k``.
         adapted_thresholds: for the detector adapted to a kind of images that it does not know.
     """
 
     weight: NDArray[np.float32]
     bias: float
+    is_approximate: bool = False
     adapted_thresholds: tuple[Threshold, ...] = ()
     gives_probability = True
     is_adaptable = True
@@ -55,9 +54,14 @@ class HeadDetector(Detector):
         return self._probability(weighted_l1_matrix(a, b, self.weight))
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory."""
-        found = weighted_l1_top_k(queries, bank, self.weight, k)
-        return TopK(self._probability(found.scores), found.rows)
+        """Find each query's ``k`` best rows of the bank.
+
+        Raises:
+            MissingExtraError: the search is approximate and faiss is not installed.
+        """
+        search = approximate_top_k if self.is_approximate else weighted_l1_top_k
+        found = search(queries, bank, self.weight, k)
+        return found._replace(scores=self._probability(found.scores))
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector adapted to one kind of images, see ``Detector.adapted``.
@@ -65,8 +69,6 @@ class HeadDetector(Detector):
         Raises:
             NotAdaptableError: too few images, or the network's features differ in length.
         """
-        from lcmem_cli.engine.detectors.adapted import Adaptation, Adapted, AdaptedHead
-
         adaptation = Adaptation.fit(features, contents, name=self.name)
         detector = AdaptedHead(self, adaptation)
         return Adapted(detector, adaptation, len(adaptation.contents))
@@ -79,75 +81,60 @@ class HeadDetector(Detector):
         return result
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportHeader:
-    """What scoring with an exported network needs; a JSON document inside its file.
+class AdaptedHead(HeadDetector):
+    """An LCMem network whose features are adapted.
 
-    Attributes:
-        fingerprint: of the checkpoint that was exported.
-        image_size: side in pixels of the square images that the network takes.
-        head_weight: ``w``, one number per feature.
-        head_bias: ``b``.
-        thresholds: on the probability; they belong to the checkpoint.
-        codec: what encodes the images inside the network, for people.
-        adapted_to: SHA-256 of the image files that the checkpoint was adapted to.
+    Its scores belong to other thresholds than the network's: its ``adapted_thresholds``.
+
+    Args:
+        network: whose head scores.
+        adaptation: of its features.
     """
 
-    fingerprint: str
-    image_size: int
-    head_weight: tuple[float, ...]
-    head_bias: float
-    thresholds: tuple[Threshold, ...]
-    codec: str
-    adapted_to: tuple[str, ...] = ()
+    is_adaptable = False
 
-    def to_json(self) -> str:
-        """Return the document."""
-        explained = {
-            "format": EXPORT_FORMAT,
-            "input": f"images [N, 3, {self.image_size}, {self.image_size}] float32 RGB in [0, 1], "
-            "resized with antialiased bilinear interpolation, aspect ratio not kept",
-            "output": f"features [N, {len(self.head_weight)}] in [0, 1]",
-            "score": "sigmoid(sum(head_weight * abs(f1 - f2)) + head_bias)",
-        }
-        return json.dumps(explained | dataclasses.asdict(self), sort_keys=True)
+    def __init__(self, network: HeadDetector, adaptation: Adaptation) -> None:
+        self.network = network
+        self.adaptation = adaptation
+        self.name = network.name
+        self.device = network.device
+        self.fingerprint = sha256_bytes(
+            f"adapted/{network.fingerprint}/{adaptation.fingerprint}".encode()
+        )
+        self.input_size = network.input_size
+        self.num_features = network.num_features
+        self.weight, self.bias = network.weight, network.bias
+        self.thresholds = tuple(
+            dataclasses.replace(threshold, fingerprint=self.fingerprint)
+            for threshold in network.adapted_thresholds
+            if threshold.fingerprint == network.fingerprint
+        )
+        self.adapted_to = network.adapted_to | adaptation.contents
 
-    @classmethod
-    def from_json(cls, text: str, *, source: str) -> ExportHeader:
-        """Read the document.
-
-        Args:
-            text: see ``to_json``.
-            source: for messages.
+    def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
+        """Refuse; see ``Detector.adapted``.
 
         Raises:
-            CheckpointError: it is of another format, or a value is missing or not usable.
+            NotAdaptableError: always.
         """
-        try:
-            values = json.loads(text)
-            if values["format"] != EXPORT_FORMAT:
-                raise CheckpointError(
-                    f"{source}: exported in format {values['format']!r}; this version of lcmem "
-                    f"reads format {EXPORT_FORMAT}: export the checkpoint again"
-                )
-            header = cls(
-                fingerprint=str(values["fingerprint"]),
-                image_size=int(values["image_size"]),
-                head_weight=tuple(float(weight) for weight in values["head_weight"]),
-                head_bias=float(values["head_bias"]),
-                thresholds=tuple(Threshold.from_dict(t) for t in values["thresholds"]),
-                codec=str(values["codec"]),
-                adapted_to=tuple(str(digest) for digest in values.get("adapted_to", [])),
-            )
-        except (
-            ValueError, KeyError, TypeError, OverflowError, RecursionError, InputError
-        ) as error:  # fmt: skip
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{source}: its lcmem header cannot be used ({type(error).__name__}: {error}); "
-                "export the checkpoint again"
-            ) from error
-        if not all(math.isfinite(value) for value in (*header.head_weight, header.head_bias)):
-            raise CheckpointError(f"{source}: the head in its lcmem header is not finite")
-        return header
+        raise NotAdaptableError(f"{self.name} is adapted already")
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.adaptation(self.network.embed_batch(batch))
+
+
+def approximate_search(detector: Detector) -> HeadDetector:
+    """Return a copy of the detector that finds matches with an inverted file and scores them.
+
+    Raises:
+        InputError: the detector has no such search.
+    """
+    if not isinstance(detector, HeadDetector):
+        raise InputError(
+            f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
+            "approximate search; leave it out"
+        )
+    approximate = copy.copy(detector)
+    approximate.is_approximate = True
+    return approximate

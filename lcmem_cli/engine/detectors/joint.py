@@ -15,14 +15,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector, FloatArray, resize_batch, score_listed
+from lcmem_cli.engine.detectors.base import (
+    Adapted,
+    Detector,
+    FloatArray,
+    resize_batch,
+    score_listed,
+)
 from lcmem_cli.engine.detectors.head import HeadDetector
+from lcmem_cli.engine.detectors.kinds import Request
+from lcmem_cli.engine.detectors.lcmem import adapt_as_asked, load_lcmem
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import sha256_bytes
+from lcmem_cli.engine.models.checkpoint import load_checkpoint
+from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of R, G and B (ITU-R BT.601), by which programs make the grey copy of a picture: so it
+correlates fully with the picture in colour."""
 RISE = 0.01
 """Slope of the plateau between both lines: the better of two matches stays the better one."""
 
@@ -82,12 +95,13 @@ class JointDetector(Detector):
         self.device = network.device
         self.input_size = network.input_size
         self.num_features = network.num_features + PICTURE_SIZE**2
-        settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *scale, RISE)}"
+        settings = f"joint/{network.fingerprint}/{(PICTURE_SIZE, *LUMINANCE, *scale, RISE)}"
         self.fingerprint = sha256_bytes(settings.encode())
 
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
-        pictures = resize_batch(batch.cpu(), PICTURE_SIZE).mean(dim=1).flatten(1).double()
+        small = resize_batch(batch.cpu(), PICTURE_SIZE).double()
+        pictures = torch.einsum("nchw,c->nhw", small, small.new_tensor(LUMINANCE)).flatten(1)
         pictures = pictures - pictures.mean(dim=1, keepdim=True)
         length = pictures.norm(dim=1, keepdim=True)
         flat = length < 1e-6 * PICTURE_SIZE  # rounding of a single colour is no picture
@@ -160,6 +174,34 @@ class JointDetector(Detector):
     def _parts(self, features: FloatArray) -> tuple[FloatArray, FloatArray]:
         width = self.network.num_features
         return features[:, :width], features[:, width:]
+
+
+def build(request: Request) -> Detector:
+    """Build the detector that a name asks for, adapted if it says so.
+
+    Raises:
+        InputError: a network that the scale of correlation was not fitted to.
+    """
+    network = _exported_network(request) if request.target else load_lcmem(device=request.device)
+    return adapt_as_asked(JointDetector(network, name=request.name), request)
+
+
+def _exported_network(request: Request) -> HeadDetector:
+    if not request.target.lower().endswith(".onnx"):
+        raise InputError(
+            f"detector 'joint' takes nothing after a colon but an ONNX export of the embedded "
+            f"model, not '{request.target}': to another model's scores it was not fitted"
+        )
+    from lcmem_cli.engine.detectors.onnx import load_export
+
+    network = load_export(request)
+    if network.exported_from != load_checkpoint(locate_checkpoint(None)).fingerprint:
+        raise InputError(
+            f"detector '{request.name}': an export of another model than the embedded one, to "
+            "whose scores the correlation of pictures was fitted; make the file with: "
+            f"lcmem export {request.target}"
+        )
+    return network
 
 
 def correlation_scores(correlation: FloatArray, scale: Scale = SCALE) -> NDArray[np.float64]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.adapted import AdaptedHead
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
+from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.detectors.adapted import some_images
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_features
+from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.head import HeadDetector
-from lcmem_cli.engine.detectors.vectors import check_features
+from lcmem_cli.engine.detectors.kinds import Request
+from lcmem_cli.engine.detectors.vectors import VectorDetector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
-from lcmem_cli.engine.models.codec import Codec, load_codec
+from lcmem_cli.engine.models.codec import Codec
+from lcmem_cli.engine.models.codec_loading import load_codec_of
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import optimise_for_inference
-from lcmem_cli.engine.store.search import TopK, approximate_top_k
 
 _TOGETHER, _TOGETHER_PIXELS = 8, 8 * 256 * 256
 """Images, and their pixels, that the codec takes in one call on a CPU."""
@@ -102,80 +105,31 @@ class LCMemDetector(HeadDetector):
             self.network(latents), len(latents), self.num_features, source=self.name
         )
 
-    def approximate(self) -> ApproximateLCMem:
-        """Return this detector with a search that is approximate; its scores are the same."""
-        copy = ApproximateLCMem.__new__(ApproximateLCMem)
-        copy.__dict__.update(self.__dict__)
-        return copy
 
+class SiameseCorrelation(VectorDetector):
+    """An lcmem network whose feature vectors are compared by correlation instead of its head.
 
-class ApproximateLCMem(LCMemDetector):
-    """Finds candidates with an inverted file and scores them exactly; see ``approximate_top_k``."""
-
-    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        """Find each query's ``k`` best rows of the bank, perhaps missing some.
-
-        Raises:
-            MissingExtraError: faiss is not installed.
-        """
-        found, recall = approximate_top_k(queries, bank, self.weight, k)
-        self.search_recall = min(self.search_recall, recall)
-        return TopK(self._probability(found.scores), found.rows)
-
-
-def approximate_search(detector: Detector) -> HeadDetector:
-    """Return the detector with an approximate search.
-
-    Raises:
-        InputError: not an LCMem detector.
-    """
-    if isinstance(detector, LCMemDetector):
-        return detector.approximate()
-    if isinstance(detector, AdaptedHead) and isinstance(detector.network, LCMemDetector):
-        return AdaptedHead(detector.network.approximate(), detector.adaptation)
-    raise InputError(
-        f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
-        "approximate search; leave it out"
-    )
-
-
-def load_codec_of(
-    checkpoint: Checkpoint,
-    *,
-    source: str,
-    codec: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Codec:
-    """Load the codec that a checkpoint's network was trained with.
+    This is how arXiv 2512.14421 scores the baselines trained with NT-Xent only, whose head has
+    learnt nothing. Thresholds of the checkpoint belong to its head and are left out.
 
     Args:
-        checkpoint: what needs it.
-        source: its name in messages.
-        codec: folder or hub id that replaces the recorded codec's name.
-        device: torch device.
-
-    Raises:
-        InputError: the codec that was found is another one.
-        WeightsUnavailableError: its weights are not on this machine.
+        detector: what embeds.
+        name: how the user named it.
     """
-    spec = checkpoint.codec
-    options: dict[str, Any] = {"input_range": spec.input_range, "device": device}
-    model = checkpoint.codec_model()
-    if model is not None and codec is None:
-        return Codec(model, name=spec.name, revision=spec.revision, **options)
-    name = codec or spec.name
-    found = load_codec(name, revision=spec.revision if name == spec.name else None, **options)
-    if spec.weights_hash and found.spec.weights_hash != spec.weights_hash:
-        raise InputError(
-            f"{source} was trained on latents of another codec: it needs {spec.describe()}, "
-            f"this is {found.spec.describe()}; pass the right one with --codec"
-        )
-    if found.spec.latent_channels != checkpoint.network.in_channels:
-        raise InputError(
-            f"{source} takes latents of {checkpoint.network.in_channels} channels, "
-            f"codec {name} makes {found.spec.latent_channels}"
-        )
-    return found
+
+    likeness = "correlation"
+
+    def __init__(self, detector: LCMemDetector, *, name: str) -> None:
+        self.detector = detector
+        self.device, self.adapted_to = detector.device, detector.adapted_to
+        self.name = name
+        self.fingerprint = sha256_bytes(f"correlation/{detector.fingerprint}".encode())
+        self.input_size = detector.input_size
+        self.num_features = detector.num_features
+
+    def embed_batch(self, batch: torch.Tensor) -> FloatArray:
+        """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
+        return self.detector.embed_batch(batch)
 
 
 def load_lcmem(
@@ -198,3 +152,35 @@ def load_lcmem(
     return LCMemDetector(
         load_checkpoint(path), name=name, codec=codec, device=resolve_device(device)
     )
+
+
+def build(request: Request) -> Detector:
+    """Build the detector that a name asks for, adapted if it says so."""
+    detector = load_lcmem(
+        request.target or None, codec=request.options.get("codec"), device=request.device
+    )
+    return adapt_as_asked(detector, request)
+
+
+def build_correlation(request: Request) -> Detector:
+    """Build the detector that compares a checkpoint's features by correlation."""
+    inner = load_lcmem(request.target, codec=request.options.get("codec"), device=request.device)
+    return SiameseCorrelation(inner, name=request.name)
+
+
+def adapt_as_asked(detector: Detector, request: Request) -> Detector:
+    """Adapt a detector to the images of the option ``adapt`` (of a list with splits, to TRAIN)."""
+    source = request.options.get("adapt")
+    if source is None:
+        return detector
+    listed = load_manifest(Path(source), need_split=False)
+    if any(record.split == "TRAIN" for record in listed.records):
+        listed = listed.select("TRAIN")
+    found = embed_files(detector, some_images(listed.paths()))
+    for bad in found.unreadable:
+        raise InputError(f"detector '{request.name}': {bad.path}: {bad.reason}")
+    contents = {
+        int(row): str(content)
+        for row, content in zip(found.rows, found.content_hashes, strict=True)
+    }
+    return detector.adapted(found.features, [contents[row] for row in sorted(contents)]).detector

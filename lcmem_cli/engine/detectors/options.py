@@ -72,12 +72,17 @@ def absolute_name(name: str) -> str:
         key: _absolute(value) if key in _PATHS and _is_there(value) else value
         for key, value in options.items()
     }
-    text = "&".join(
-        f"{key}={quote(value, safe=_UNQUOTED, errors='surrogateescape')}"
-        for key, value in values.items()
-    )
     if Path(target).suffix and _is_file(target):
         target = _absolute(target)  # other targets are names, also where a folder is so called
+    return join_name(kind, target, values)
+
+
+def join_name(kind: str, target: str, options: Mapping[str, str]) -> str:
+    """Return the name of which ``parse_name`` makes these parts."""
+    text = "&".join(
+        f"{key}={quote(value, safe=_UNQUOTED, errors='surrogateescape')}"
+        for key, value in options.items()
+    )
     return kind + (f":{target}" if target else "") + (f"?{text}" if text else "")
 
 

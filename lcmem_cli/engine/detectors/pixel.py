@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_batch
+from lcmem_cli.engine.detectors.kinds import Request
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import sha256_bytes
 
@@ -31,6 +32,7 @@ _BLOCK_COLUMNS = 1 << 16
 _HASH_SIDE = 8
 _SSIM_BLOCK_ROWS = 8
 _SSIM_REACH = 5
+_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
 class PixelDetector(Detector):
@@ -193,7 +195,7 @@ class NCC(_SumsDetector):
 
 
 class _Window(NamedTuple):
-    """An image with reflected borders ``[3, H + 10, W + 10]``, its local mean and variance."""
+    """An image, its local mean and its local variance, each ``[3, H, W]``."""
 
     image: NDArray[np.float64]
     mean: NDArray[np.float64]
@@ -204,9 +206,9 @@ class SSIM(PixelDetector):
     """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004); in [-1, 1].
 
     Gaussian window of 11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03, data range 1,
-    borders reflected, averaged over channels and pixels: the numbers that torchmetrics 1.9 gives,
-    but in float64, with a separable window, and with what concerns one image computed once, which
-    takes a small part of its time.
+    borders mirrored, averaged over channels and pixels: the numbers that torchmetrics 1.9 gives,
+    but in float64, with scipy's separable filter, and with what concerns one image computed once:
+    a third to a tenth of its time.
     """
 
     kind = "ssim"
@@ -252,16 +254,10 @@ class SSIM(PixelDetector):
         return super()._embed_tensor(batch)
 
     def _window(self, row: NDArray[Any]) -> _Window:
-        from lcmem_cli.engine.detectors.ssim import smooth
-
         side = round((len(row) / 3) ** 0.5)
-        plain = (_levels(row) / _LEVELS).reshape(3, side, side)
-        border = (_SSIM_REACH, _SSIM_REACH)
-        image = np.pad(plain, ((0, 0), border, border), mode="reflect")
-        mean, square = np.empty_like(plain), np.empty_like(plain)
-        smooth(image, np.ones_like(image), _gaussian(), mean)
-        smooth(image, image, _gaussian(), square)
-        return _Window(image, mean, square - np.square(mean))
+        image = (_levels(row) / _LEVELS).reshape(3, side, side)
+        mean = _smooth(image)
+        return _Window(image, mean, _smooth(image * image) - mean * mean)
 
 
 class PHash(PixelDetector):
@@ -348,15 +344,33 @@ def _check_widths(a: FloatArray, b: FloatArray) -> None:
         )
 
 
-@functools.cache
-def _gaussian() -> NDArray[np.float64]:
+def _smooth(maps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average ``[C, H, W]`` with the window around each pixel, borders mirrored."""
+    from scipy.ndimage import correlate1d
+
     offsets = np.arange(-_SSIM_REACH, _SSIM_REACH + 1)
-    values = np.exp(-np.square(offsets / 1.5) / 2)
-    weights: NDArray[np.float64] = values / values.sum()
-    return weights
+    weights = np.exp(-np.square(offsets / 1.5) / 2)
+    for axis in (1, 2):  # the window is a product, so each axis can be averaged on its own
+        maps = correlate1d(maps, weights / weights.sum(), axis=axis, mode="mirror")
+    return maps
 
 
 def _ssim(x: _Window, y: _Window) -> float:
-    from lcmem_cli.engine.detectors.ssim import similarity
+    # Of an image with itself these are twice its variance and its variance twice, bit for bit, so
+    # that it scores 1.
+    product = x.mean * y.mean
+    covariance = _smooth(x.image * y.image) - product
+    similarity = ((2 * product + _SSIM_C1) * (2 * covariance + _SSIM_C2)) / (
+        (x.mean * x.mean + y.mean * y.mean + _SSIM_C1) * (x.variance + y.variance + _SSIM_C2)
+    )
+    return float(similarity.mean())
 
-    return float(similarity(*x, *y, _gaussian(), 0.01**2, 0.03**2))
+
+_MEASURES: Mapping[str, type[PixelDetector]] = {
+    measure.kind: measure for measure in (MSE, NCC, SSIM, PHash)
+}
+
+
+def build(request: Request) -> PixelDetector:
+    """Build the measure that a name asks for."""
+    return _MEASURES[request.kind](request.input_size)

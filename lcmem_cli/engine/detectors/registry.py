@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.kinds import DetectorKind, Request, Status
 from lcmem_cli.engine.detectors.options import parse_name, read_options, split_names
 from lcmem_cli.engine.errors import InputError, LcmemError, nearest
 from lcmem_cli.engine.results import Result
@@ -34,69 +35,6 @@ __all__ = [
 ENTRY_POINT_GROUP = "lcmem.detectors"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-
-Status = Literal["ready", "needs a file", "needs a download", "needs an extra", "broken"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a detector is built from.
-
-    Attributes:
-        name: as the user wrote it.
-        target: what stands after the colon, perhaps empty.
-        options: from the name, checked and typed; see ``read_options``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        input_size: side in pixels for detectors that have none of their own.
-    """
-
-    name: str
-    target: str
-    options: Mapping[str, Any]
-    device: str
-    input_size: int
-
-
-def _always() -> tuple[Status, str]:
-    return "ready", ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectorKind:
-    """A kind of detector.
-
-    Attributes:
-        name: lower-case letters, digits and hyphens.
-        summary: what it measures, in a few words.
-        weights: where its weights come from.
-        licence: of the weights, as far as it is known.
-        build: makes one.
-        target: what stands after the colon, such as ``FILE``; empty if nothing may.
-        target_needed: whether it must be there.
-        options: keys that the name may carry; see ``read_options``.
-        config_file: whether the options may also come from a TOML file (``config=``).
-        status: whether it can run here, and why not.
-    """
-
-    name: str
-    summary: str
-    weights: str
-    licence: str
-    build: Callable[[Request], Detector]
-    target: str = ""
-    target_needed: bool = False
-    options: Sequence[str] = ()
-    config_file: bool = False
-    status: Callable[[], tuple[Status, str]] = _always
-
-    @property
-    def pattern(self) -> str:
-        """How its name is written."""
-        if not self.target:
-            return self.name
-        return (
-            f"{self.name}:{self.target}" if self.target_needed else f"{self.name}[:{self.target}]"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +78,15 @@ def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> 
         >>> detector.score("a.png", "b.png")
     """
     kind, target, options = check_name(name)
-    detector = kind.build(
-        Request(name=name, target=target, options=options, device=device, input_size=input_size)
+    detector = kind.builder(
+        Request(
+            kind=kind.name,
+            name=name,
+            target=target or kind.stands_for,
+            options=options,
+            device=device,
+            input_size=input_size,
+        )
     )
     _check_built(detector, name)
     detector.name = name
@@ -259,168 +204,6 @@ def _broken(point: metadata.EntryPoint, reason: str) -> DetectorKind:
     )
 
 
-def _lcmem(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.lcmem import load_lcmem
-
-    detector = load_lcmem(
-        request.target or None, codec=request.options.get("codec"), device=request.device
-    )
-    return _adapted(detector, request)
-
-
-def _adapted(detector: Detector, request: Request) -> Detector:
-    """Adapt a detector to the images of the option ``adapt`` (of a list with splits, to TRAIN)."""
-    source = request.options.get("adapt")
-    if source is None:
-        return detector
-    from lcmem_cli.engine.data.manifest import load_manifest
-    from lcmem_cli.engine.detectors.adapted import some_images
-    from lcmem_cli.engine.detectors.embedding import embed_files
-
-    listed = load_manifest(Path(source), need_split=False)
-    if any(record.split == "TRAIN" for record in listed.records):
-        listed = listed.select("TRAIN")
-    found = embed_files(detector, some_images(listed.paths()))
-    for bad in found.unreadable:
-        raise InputError(f"detector '{request.name}': {bad.path}: {bad.reason}")
-    contents = {
-        int(row): str(content)
-        for row, content in zip(found.rows, found.content_hashes, strict=True)
-        if row >= 0
-    }
-    return detector.adapted(found.features, [contents[row] for row in sorted(contents)]).detector
-
-
-def _joint(request: Request) -> Detector:
-    return _adapted(_unadapted_joint(request), request)
-
-
-def _unadapted_joint(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.joint import JointDetector
-    from lcmem_cli.engine.detectors.lcmem import load_lcmem
-
-    if not request.target:
-        return JointDetector(load_lcmem(device=request.device), name=request.name)
-    if not request.target.lower().endswith(".onnx"):
-        raise InputError(
-            f"detector 'joint' takes nothing after a colon but an ONNX export of the embedded "
-            f"model, not '{request.target}': to another model's scores it was not fitted"
-        )
-    from lcmem_cli.engine.detectors.external import load_onnx_export
-    from lcmem_cli.engine.models.checkpoint import load_checkpoint
-    from lcmem_cli.engine.models.hub import locate_checkpoint
-
-    network = load_onnx_export(Path(request.target), name=request.name, device=request.device)
-    if network.exported_from != load_checkpoint(locate_checkpoint(None)).fingerprint:
-        raise InputError(
-            f"detector '{request.name}': an export of another model than the embedded one, to "
-            "whose scores the correlation of pictures was fitted; make the file with: "
-            f"lcmem export {request.target}"
-        )
-    return JointDetector(network, name=request.name)
-
-
-def _correlation(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.backbones import SiameseCorrelation
-    from lcmem_cli.engine.detectors.lcmem import load_lcmem
-
-    inner = load_lcmem(request.target, codec=request.options.get("codec"), device=request.device)
-    return SiameseCorrelation(inner, name=request.name)
-
-
-def _mse(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.pixel import MSE
-
-    return MSE(request.input_size)
-
-
-def _ncc(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.pixel import NCC
-
-    return NCC(request.input_size)
-
-
-def _ssim(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.pixel import SSIM
-
-    return SSIM(request.input_size)
-
-
-def _phash(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.pixel import PHash
-
-    return PHash(request.input_size)
-
-
-def _random(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.backbones import random_backbone
-
-    return random_backbone(device=request.device)
-
-
-def _timm(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.backbones import timm_backbone
-
-    return timm_backbone(
-        request.target, name=request.name, device=request.device, **_with_path(request.options)
-    )
-
-
-def _with_path(options: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(options)
-    if "weights" in values:
-        values["weights"] = Path(values["weights"])
-    return values
-
-
-def _pretrained(published: Pretrained) -> Callable[[Request], Detector]:
-    def build(request: Request) -> Detector:
-        from lcmem_cli.engine.detectors.backbones import timm_backbone
-
-        return timm_backbone(
-            published.model,
-            name=request.name,
-            device=request.device,
-            projection=published.projection,
-            **_with_path(request.options),
-        )
-
-    return build
-
-
-def _resnet50(kind: str) -> Callable[[Request], Detector]:
-    def build(request: Request) -> Detector:
-        from lcmem_cli.engine.detectors.backbones import resnet50_from_file
-
-        return resnet50_from_file(
-            kind, Path(request.target), name=request.name, device=request.device
-        )
-
-    return build
-
-
-def _data2vec(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.backbones import data2vec_backbone
-
-    return data2vec_backbone(request.target or None, name=request.name, device=request.device)
-
-
-def _torchscript(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.external import TorchScriptDetector
-
-    return TorchScriptDetector(
-        Path(request.target), name=request.name, device=request.device, options=request.options
-    )
-
-
-def _onnx(request: Request) -> Detector:
-    from lcmem_cli.engine.detectors.external import load_onnx
-
-    return load_onnx(
-        Path(request.target), name=request.name, device=request.device, options=request.options
-    )
-
-
 def _embedded_status() -> tuple[Status, str]:
     from lcmem_cli.engine.models.checkpoint import embedded_checkpoint
 
@@ -429,110 +212,63 @@ def _embedded_status() -> tuple[Status, str]:
     return "needs a file", "this copy of the package holds no model"
 
 
-def _file_status() -> tuple[Status, str]:
+def _file_status(extra: str = "", package: str = "") -> tuple[Status, str]:
+    if extra and find_spec(package) is None:
+        return "needs an extra", f"pip install 'lcmem[{extra}]'"
     return "needs a file", ""
 
 
-def _hub_status(hub_id: str) -> Callable[[], tuple[Status, str]]:
-    def status() -> tuple[Status, str]:
-        from lcmem_cli.engine.detectors.backbones import cached_weights
+def _hub_status(hub_id: str, extra: str = "", package: str = "") -> tuple[Status, str]:
+    from lcmem_cli.engine.models.weights import cached_weights
 
-        if cached_weights(hub_id) is not None:
-            return "ready", ""
-        return "needs a download", "not in the local cache"
-
-    return status
-
-
-def _data2vec_status() -> tuple[Status, str]:
-    from lcmem_cli.engine.detectors.backbones import DATA2VEC_HUB_ID
-
-    if find_spec("transformers") is None:
-        return "needs an extra", "pip install 'lcmem[data2vec]'"
-    return _hub_status(DATA2VEC_HUB_ID)()
+    if extra and find_spec(package) is None:
+        return "needs an extra", f"pip install 'lcmem[{extra}]'"
+    if cached_weights(hub_id) is not None:
+        return "ready", ""
+    return "needs a download", "not in the local cache"
 
 
-def _onnx_status() -> tuple[Status, str]:
-    if find_spec("onnxruntime") is None:
-        return "needs an extra", "pip install 'lcmem[onnx]'"
-    return _file_status()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained:
-    """A published network that timm knows.
-
-    Attributes:
-        title: for people.
-        model: timm's name with the tag of the weights.
-        licence: of the weights, as timm states it.
-        projection: keep the network's last layer; CLIP compares images by its output.
-    """
-
-    title: str
-    model: str
-    licence: str
-    projection: bool = False
-
-
-PRETRAINED: Mapping[str, Pretrained] = {
-    "clip": Pretrained(
-        title="CLIP ViT-B/16",
-        model="vit_base_patch16_clip_224.openai",
-        licence="Apache-2.0",
-        projection=True,
-    ),
-    "convnext": Pretrained(
-        title="ConvNeXt-B, ImageNet-22k", model="convnext_base.fb_in22k", licence="Apache-2.0"
-    ),
-    "inception": Pretrained(
-        title="Inception v3", model="inception_v3.tv_in1k", licence="Apache-2.0"
-    ),
-    "mae": Pretrained(
-        title="MAE ViT-B/16", model="vit_base_patch16_224.mae", licence="CC-BY-NC-4.0"
-    ),
-    "dinov2": Pretrained(
-        title="DINOv2 ViT-B/14",
-        model="vit_base_patch14_dinov2.lvd142m",
-        licence="Apache-2.0",
-    ),
-    "dinov3": Pretrained(
-        title="DINOv3 ViT-B/16",
-        model="vit_base_patch16_dinov3.lvd1689m",
-        licence="DINOv3 licence",
-    ),
-}
-
-_NONE = "none"
-_YOURS = "your file"
-_INPUT_OPTIONS = ("size", "mean", "std", "score")
 _registered: dict[str, DetectorKind] = {}
+_HERE = "lcmem_cli.engine.detectors"
+_INPUT_OPTIONS = ("size", "mean", "std", "score")
+_FILE_OPTIONS = (*_INPUT_OPTIONS, "layout", "channels", "output")
 
 
-def _hub_kind(name: str, published: Pretrained) -> DetectorKind:
+def _pixel_kind(name: str, summary: str) -> DetectorKind:
     return DetectorKind(
-        name=name,
-        summary=f"{published.title}, cosine",
-        weights=f"hub: timm/{published.model}",
-        licence=published.licence,
-        build=_pretrained(published),
-        options=("weights", *_INPUT_OPTIONS),
-        status=_hub_status(f"timm/{published.model}"),
+        name=name, summary=summary, weights="none", licence="none", build=f"{_HERE}.pixel:build"
     )
 
 
-def _file_kind(
-    name: str, summary: str, build: Callable[[Request], Detector], **settings: Any
-) -> DetectorKind:
-    values = {
-        "target": "FILE",
-        "weights": _YOURS,
-        "licence": "the file's",
-        "status": _file_status,
-        **settings,
-    }
-    return DetectorKind(name=name, summary=summary, build=build, target_needed=True, **values)
+def _model_kind(name: str, title: str, model: str, licence: str) -> DetectorKind:
+    """Return the kind of a published network that timm knows; the licence is timm's word."""
+    return DetectorKind(
+        name=name,
+        summary=f"{title}, cosine",
+        weights=f"hub: timm/{model}",
+        licence=licence,
+        build=f"{_HERE}.backbones:build_timm",
+        stands_for=model,
+        options=("weights", *_INPUT_OPTIONS),
+        status=partial(_hub_status, f"timm/{model}"),
+    )
 
+
+def _file_kind(name: str, summary: str, build: str, **settings: Any) -> DetectorKind:
+    settings = {"target": "FILE", "status": _file_status, **settings}
+    return DetectorKind(
+        name=name,
+        summary=summary,
+        weights="your file",
+        licence="the file's",
+        build=f"{_HERE}.{build}",
+        target_needed=True,
+        **settings,
+    )
+
+
+_checkpoint_kind = partial(_file_kind, target="CHECKPOINT", options=("codec",))
+_network_kind = partial(_file_kind, options=_FILE_OPTIONS, config_file=True)
 
 _BUILT_IN: tuple[DetectorKind, ...] = (
     DetectorKind(
@@ -540,7 +276,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         summary="LCMem: probability that both show the same",
         weights="inside the package, or a checkpoint",
         licence="Apache-2.0, or the checkpoint's",
-        build=_lcmem,
+        build=f"{_HERE}.lcmem:build",
         target="CHECKPOINT",
         options=("codec", "adapt"),
         status=_embedded_status,
@@ -550,90 +286,62 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         summary="the embedded LCMem, or correlation of small pictures: the larger",
         weights="inside the package",
         licence="Apache-2.0",
-        build=_joint,
+        build=f"{_HERE}.joint:build",
         target="EXPORT.onnx",
         options=("adapt",),
         status=_embedded_status,
     ),
-    DetectorKind(
-        name="mse",
-        summary="negative mean squared difference of pixels",
-        weights=_NONE,
-        licence=_NONE,
-        build=_mse,
-    ),
-    DetectorKind(
-        name="ssim",
-        summary="structural similarity of pixels",
-        weights=_NONE,
-        licence=_NONE,
-        build=_ssim,
-    ),
-    DetectorKind(
-        name="ncc",
-        summary="normalised cross-correlation of pixels",
-        weights=_NONE,
-        licence=_NONE,
-        build=_ncc,
-    ),
-    DetectorKind(
-        name="phash",
-        summary="share of equal bits of the perceptual hash",
-        weights=_NONE,
-        licence=_NONE,
-        build=_phash,
-    ),
+    _pixel_kind("mse", "negative mean squared difference of pixels"),
+    _pixel_kind("ssim", "structural similarity of pixels"),
+    _pixel_kind("ncc", "normalised cross-correlation of pixels"),
+    _pixel_kind("phash", "share of equal bits of the perceptual hash"),
     DetectorKind(
         name="random",
         summary="ResNet-18 with random weights, cosine",
-        weights=_NONE,
-        licence=_NONE,
-        build=_random,
+        weights="none",
+        licence="none",
+        build=f"{_HERE}.backbones:build_random",
     ),
-    *(_hub_kind(name, published) for name, published in PRETRAINED.items()),
+    _model_kind("clip", "CLIP ViT-B/16", "vit_base_patch16_clip_224.openai", "Apache-2.0"),
+    _model_kind("convnext", "ConvNeXt-B, ImageNet-22k", "convnext_base.fb_in22k", "Apache-2.0"),
+    _model_kind("inception", "Inception v3", "inception_v3.tv_in1k", "Apache-2.0"),
+    _model_kind("mae", "MAE ViT-B/16", "vit_base_patch16_224.mae", "CC-BY-NC-4.0"),
+    _model_kind("dinov2", "DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", "Apache-2.0"),
+    _model_kind("dinov3", "DINOv3 ViT-B/16", "vit_base_patch16_dinov3.lvd1689m", "DINOv3 licence"),
     DetectorKind(
         name="data2vec",
         summary="data2vec vision base, cosine",
         weights="hub: facebook/data2vec-vision-base",
         licence="Apache-2.0",
-        build=_data2vec,
+        build=f"{_HERE}.backbones:build_data2vec",
         target="FOLDER",
-        status=_data2vec_status,
+        status=partial(_hub_status, "facebook/data2vec-vision-base", "data2vec", "transformers"),
     ),
-    _file_kind("swav", "SwAV ResNet-50, cosine", _resnet50("swav")),
-    _file_kind("byol", "BYOL ResNet-50, cosine", _resnet50("byol")),
+    _file_kind("swav", "SwAV ResNet-50, cosine", "backbones:build_resnet50"),
+    _file_kind("byol", "BYOL ResNet-50, cosine", "backbones:build_resnet50"),
     DetectorKind(
         name="timm",
         summary="any timm model, cosine",
         weights="hub: timm, or ?weights=FILE",
         licence="the model's",
-        build=_timm,
+        build=f"{_HERE}.backbones:build_timm",
         target="MODEL",
         target_needed=True,
         options=("weights", *_INPUT_OPTIONS),
         status=lambda: ("needs a download", "or ?weights=FILE"),
     ),
-    *(
-        _file_kind(name, summary, build, target="CHECKPOINT", options=("codec",))
-        for name, summary, build in (
-            ("siamese", "Siamese network, its head", _lcmem),
-            ("siamese-ntxent", "Siamese network, correlation of features", _correlation),
-            ("siamese-ntxent-u", "the same, trained without identities", _correlation),
-        )
+    _checkpoint_kind("siamese", "Siamese network, its head", "lcmem:build"),
+    _checkpoint_kind(
+        "siamese-ntxent", "Siamese network, correlation of features", "lcmem:build_correlation"
     ),
-    _file_kind(
-        "torchscript",
-        "any network, such as SSCD",
-        _torchscript,
-        options=("size", "mean", "std", "score", "layout", "channels", "output"),
-        config_file=True,
+    _checkpoint_kind(
+        "siamese-ntxent-u", "the same, trained without identities", "lcmem:build_correlation"
     ),
-    _file_kind(
+    _network_kind("torchscript", "any network, such as SSCD", "torchscript:TorchScriptDetector"),
+    _network_kind(
         "onnx",
         "any network, or a file of lcmem export",
-        _onnx,
-        options=("size", "mean", "std", "score", "layout", "channels", "output"),
-        config_file=True,
-        status=_onnx_status,
+        "onnx:build",
+        status=partial(_file_status, "onnx", "onnxruntime"),
     ),
 )

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.errors import InputError, NotFiniteError
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_features
 
 Likeness = Literal["cosine", "correlation", "euclidean"]
 
@@ -131,39 +130,3 @@ class NetworkDetector(VectorDetector):
         return check_features(
             self.forward(batch), len(batch), self.num_features, source=f"detector '{self.name}'"
         )
-
-
-def check_features(
-    output: Any, num_images: int, num_features: int | None, *, source: str
-) -> NDArray[np.float32]:
-    """Bring a network's output to float32 ``[n, d]``.
-
-    Args:
-        output: tensor or array ``[n, d]``, perhaps with further axes of length 1.
-        num_images: expected rows.
-        num_features: expected columns, if known.
-        source: for messages.
-
-    Raises:
-        InputError: the shape is another.
-        NotFiniteError: values that are not finite.
-    """
-    if isinstance(output, torch.Tensor):
-        output = output.detach().to("cpu", torch.float32).numpy()
-    if not isinstance(output, np.ndarray):
-        raise InputError(
-            f"{source}: its output is a {type(output).__name__}, not a tensor; name the one to use "
-            "with ?output="
-        )
-    features = np.ascontiguousarray(output, dtype=np.float32)
-    while features.ndim > 2 and features.shape[-1] == 1:
-        features = features[..., 0]
-    wanted = (num_images, features.shape[-1] if num_features is None else num_features)
-    if features.ndim != 2 or features.shape != wanted:
-        raise InputError(
-            f"{source}: its output has the shape {list(output.shape)}; expected one row of "
-            f"features for each of {num_images} images"
-        )
-    if not np.isfinite(features).all():
-        raise NotFiniteError(f"{source}: its output holds values that are not finite")
-    return features

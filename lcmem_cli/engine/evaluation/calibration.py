@@ -25,6 +25,7 @@ from lcmem_cli.engine.evaluation.metrics import (
 from lcmem_cli.engine.results import Threshold
 
 _SMALLEST_RATE = 1e-12
+_QUADRATURE = 2000
 
 
 def fit_threshold(
@@ -120,6 +121,8 @@ def conformal_threshold(null: ArrayLike, rate: float) -> float:
     """
     _check_rate(rate)
     values = np.sort(check_scores(null, what="null scores"))
+    # The query counts as one more draw of the null: of the m + 1 ranks that it may take, each as
+    # likely as the others where it is no copy, the highest `allowed` may be flagged.
     allowed = largest_count(rate, len(values) + 1)
     if allowed < 1:
         raise InputError(
@@ -196,6 +199,78 @@ def benjamini_hochberg(p_values: ArrayLike, rate: float) -> NDArray[np.bool_]:
     return flagged
 
 
+def chance_of(count: int, num_queries: int, *, num_null: float, allowed: float) -> float:
+    """Return the chance that so many queries are flagged where all are like the held-out ones.
+
+    The threshold is itself an order statistic of the null, so the number flagged is beta-binomial
+    (Wilks 1942, doi 10.1214/aoms/1177731537): wider than binomial where the null is small.
+
+    Args:
+        count: flagged queries or more.
+        num_queries: all queries.
+        num_null: scores of the null, independent of each other.
+        allowed: rank of the threshold from above.
+    """
+    from scipy.stats import betabinom
+
+    return float(betabinom.sf(count - 1, num_queries, allowed, num_null + 1 - allowed))
+
+
+def rank_from_above(
+    num_null: int, rate: float, *, in_pairs: bool = False, confidence: float | None = None
+) -> int:
+    """Return which null score, counted from the highest, is the threshold for a rate.
+
+    Args:
+        num_null: scores of the null.
+        rate: false positives per query, in (0, 1).
+        in_pairs: whether each score may occur twice, because two images are each other's best
+            match. Then an odd rank would split a pair, and flag (k + 1) / k times the rate.
+        confidence: that the rate holds, over draws of the null; ``None``: it holds on average.
+
+    Returns:
+        At least 1; 0 where there are fewer than ``required_scores``.
+    """
+    _check_rate(rate)
+    if confidence is not None:
+        return allowed_with_confidence(num_null, rate, confidence)
+    allowed = largest_count(rate, num_null + 1)
+    return allowed - allowed % 2 if in_pairs else allowed
+
+
+def required_scores(rate: float, *, in_pairs: bool = False, confidence: float | None = None) -> int:
+    """Return the smallest number of null scores with which any query can be flagged.
+
+    Args:
+        rate: see ``rank_from_above``.
+        in_pairs: see ``rank_from_above``.
+        confidence: see ``rank_from_above``.
+
+    Example:
+        >>> required_scores(0.01), required_scores(0.01, in_pairs=True)
+        (99, 199)
+    """
+    if confidence is not None:
+        return required_for_confidence(rate, confidence)
+    if not in_pairs:
+        return required_null_size(rate)
+    size = max(1, math.floor(2 / rate) - 2)
+    while largest_count(rate, size + 1) < 2:
+        size += 1
+    return size
+
+
+def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
+    """Return how many queries Benjamini-Hochberg flags at least, if any: no p-value is smaller.
+
+    Args:
+        rate: false-discovery rate.
+        num_queries: all queries.
+        num_null: scores of the null.
+    """
+    return math.ceil(num_queries / (rate * (num_null + 1)) - 1e-9)
+
+
 def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a proportion (Clopper and Pearson, 1934).
 
@@ -217,6 +292,123 @@ def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[f
         return 0.0, 1.0
     interval = binomtest(count, total).proportion_ci(confidence_level=confidence, method="exact")
     return float(interval.low), float(interval.high)
+
+
+def realised_rates(
+    num_null: float, allowed: float, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return between which rates a conformal threshold really flags images that copy nothing.
+
+    The threshold is an order statistic of the null, so the share of the population above it is
+    itself random, with a beta distribution (Wilks 1942, doi 10.1214/aoms/1177731537).
+
+    Args:
+        num_null: scores of the null, independent of each other.
+        allowed: rank of the threshold from above, at least 1: ``num_null + 1`` times the rate,
+            rounded down.
+        confidence: of the interval, in (0, 1).
+
+    Example:
+        >>> [round(rate, 4) for rate in realised_rates(99, 1)]
+        [0.0003, 0.0366]
+    """
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    low, high = beta.ppf([tail, 1 - tail], allowed, num_null + 1 - allowed)
+    return float(low), float(high)
+
+
+def allowed_with_confidence(num_null: int, rate: float, confidence: float) -> int:
+    """Return the rank from above of a threshold that holds a rate with a stated confidence.
+
+    Over draws of the null, the share of the population above that order statistic is at most
+    ``rate`` with a probability of at least ``confidence`` (a one-sided tolerance bound).
+
+    Args:
+        num_null: scores of the null, independent of each other.
+        rate: false positives per image, in (0, 1).
+        confidence: in (0, 1).
+
+    Returns:
+        At least 1; 0 where no threshold among so few scores holds the rate.
+
+    Example:
+        >>> allowed_with_confidence(298, 0.01, 0.95), allowed_with_confidence(299, 0.01, 0.95)
+        (0, 1)
+    """
+    from scipy.stats import beta
+
+    _check_rate(rate)
+    most = largest_count(rate, num_null + 1)  # more would not even hold on average
+    ranks = np.arange(1, most + 1)
+    holds = beta.cdf(rate, ranks, num_null + 1 - ranks) >= confidence
+    return int(np.count_nonzero(holds))  # the probability falls with the rank
+
+
+def required_for_confidence(rate: float, confidence: float) -> int:
+    """Return how many null scores a rate takes that is to hold with a stated confidence.
+
+    Example:
+        >>> required_for_confidence(0.01, 0.95)
+        299
+    """
+    _check_rate(rate)
+    return math.ceil(math.log1p(-confidence) / math.log1p(-rate) - 1e-12)
+
+
+def excess_interval(
+    count: int, total: int, *, num_null: float, allowed: float, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return an interval of the share of images that are flagged beyond chance.
+
+    Each image is flagged because of what it copies with probability c, or else by chance. The
+    chance is what lies above an order statistic of the null, so it has a beta distribution. The
+    interval holds every c that a two-sided test of the count does not reject. It therefore
+    includes the uncertainty of the threshold, which the interval of Clopper and Pearson does not.
+
+    Args:
+        count: flagged images.
+        total: images, independent of each other.
+        num_null: scores of the null, independent of each other.
+        allowed: rank of the threshold from above, at least 1.
+        confidence: in (0, 1).
+
+    Returns:
+        Within [0, 1]; (0, 1) without images.
+
+    Raises:
+        InputError: a count outside 0..total.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import beta, binom
+
+    if not 0 <= count <= total:
+        raise InputError(f"a count must lie between 0 and its total, not {count} of {total}")
+    if total == 0:
+        return 0.0, 1.0
+    # Equally likely values of the chance rate: a quadrature that needs no density.
+    middles = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
+    chance = beta.ppf(middles, allowed, num_null + 1 - allowed)
+    tail = (1 - confidence) / 2
+
+    def at_least(excess: float) -> float:
+        return float(binom.sf(count - 1, total, excess + (1 - excess) * chance).mean())
+
+    def at_most(excess: float) -> float:
+        return float(binom.cdf(count, total, excess + (1 - excess) * chance).mean())
+
+    low, high = 0.0, 1.0
+    if at_least(0.0) < tail:
+        low = float(brentq(lambda excess: at_least(excess) - tail, 0.0, 1.0))
+    if count < total:
+        # Fewer flags than chance gives: no excess explains them better than none.
+        high = (
+            0.0
+            if at_most(0.0) < tail
+            else float(brentq(lambda excess: at_most(excess) - tail, 0.0, 1.0))
+        )
+    return low, high
 
 
 def _check_rate(rate: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +13,8 @@ import torch
 from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
-from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.joint import JointDetector
+from lcmem_cli.engine.detectors.lcmem import load_lcmem
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.inference import InferenceResult, score_pairs
@@ -71,24 +73,8 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
     output.mkdir(parents=True)
     (output / MARKER).touch()
     folders = {name: output / name for name in ("training", "held-out", "generated")}
-    seed = FIRST_SEED
-    for name, count in (
-        ("training", NUM_TRAINING),
-        ("held-out", NUM_HELD_OUT),
-        ("generated", NUM_FRESH),
-    ):
-        folders[name].mkdir()
-        for number in range(count):
-            draw_scene(seed, side=SIDE).save(folders[name] / f"{name}-{number:03d}.png")
-            seed += 1
-    planted = []
-    for number, (transform, strength) in enumerate(PLANTED):
-        source = to_tensor(draw_scene(FIRST_SEED + number, side=SIDE), SIDE)
-        altered = perturb(source, transform, strength, seed=number)
-        name = f"copy-of-{number:03d}-{transform}.png"
-        _save(altered, folders["generated"] / name)
-        planted.append(name)
-    detector = Detector.load(device=device)
+    planted = _draw_sets(folders)
+    detector = load_lcmem(device=device)
     first = folders["training"] / "training-000.png"
     pairs = score_pairs(
         detector,
@@ -115,6 +101,23 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
         statement=result.statement,
         pairs=pairs,
     )
+
+
+def _draw_sets(folders: Mapping[str, Path]) -> list[str]:
+    """Draw the three sets; return the names of the altered copies among the generated pictures."""
+    counts = {"training": NUM_TRAINING, "held-out": NUM_HELD_OUT, "generated": NUM_FRESH}
+    seeds = itertools.count(FIRST_SEED)
+    for name, folder in folders.items():
+        folder.mkdir()
+        for number, seed in zip(range(counts[name]), seeds, strict=False):
+            draw_scene(seed, side=SIDE).save(folder / f"{name}-{number:03d}.png")
+    planted = []
+    for number, (transform, strength) in enumerate(PLANTED):
+        source = to_tensor(draw_scene(FIRST_SEED + number, side=SIDE), SIDE)
+        planted.append(f"copy-of-{number:03d}-{transform}.png")
+        altered = perturb(source, transform, strength, seed=number)
+        _save(altered, folders["generated"] / planted[-1])
+    return planted
 
 
 def _save(image: torch.Tensor, path: Path) -> None:

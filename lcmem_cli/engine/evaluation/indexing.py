@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.detectors.lcmem import approximate_search
+from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
@@ -71,6 +71,7 @@ def add_to_index(
     detector: Detector,
     *,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_unreadable: int = 0,
     only_listed: bool = False,
     compute: Compute = DEFAULT_COMPUTE,
@@ -86,6 +87,7 @@ def add_to_index(
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
         compute: how the images are embedded; its cache is not used, the index is one itself.
@@ -97,104 +99,134 @@ def add_to_index(
         FolderBusyError: another process adds to the index.
     """
     ranks = compute.ranks
-    manifest = load_manifest(source, basedir=basedir, need_split=False, max_missing=max_unreadable)
+    manifest = load_manifest(
+        source,
+        basedir=basedir,
+        need_split=False,
+        max_missing=max_unreadable,
+        frames=frames,
+        reporter=compute.reporter,
+    )
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
         if ranks.is_main:
-            Index.create(
-                folder, detector=absolute_name(detector.name), fingerprint=detector.fingerprint
-            )
+            name = absolute_name(detector.name)
+            Index.create(folder, detector=name, fingerprint=detector.fingerprint)
         ranks.barrier()
-        return _add(
-            manifest,
-            folder,
-            detector,
-            only_listed=only_listed,
-            max_unreadable=max_unreadable,
-            compute=compute,
-        )
-
-
-def _add(
-    manifest: Manifest,
-    folder: Path,
-    detector: Detector,
-    *,
-    only_listed: bool,
-    max_unreadable: int,
-    compute: Compute,
-) -> IndexingResult:
-    ranks, reporter = compute.ranks, compute.reporter
-    paths = [path.absolute() for path in manifest.paths()]
-    index = Index.open(folder)
-    index.check(detector.fingerprint)
-    contents, _ = hash_files(paths, compute)
-    known_paths = {entry.path for entry in index.entries}
-    others = known_paths.difference(map(str, paths)) if only_listed else set()
-    if others:
-        raise InputError(
-            f"{folder}: holds {len(others):,} image(s) that are not listed now, the first is "
-            f"{min(others)}; choose another folder, or add to this one with: lcmem index add"
-        )
-    known = {(entry.path, entry.content_hash) for entry in index.entries}
-    is_new = [
-        (str(path), content) not in known for path, content in zip(paths, contents, strict=True)
-    ]
-    num_changed = sum(
-        new and content is not None and str(path) in known_paths
-        for new, path, content in zip(is_new, paths, contents, strict=True)
+        addition = _Addition(manifest, folder, detector, compute)
+        if only_listed:
+            addition.refuse_others()
+        num_new, num_changed = addition.count_new()
+        for start in range(0, len(manifest.records), IMAGES_PER_SEGMENT):
+            addition.add_segment(range(start, start + IMAGES_PER_SEGMENT))
+    check_unreadable(
+        addition.unreadable, max_unreadable, remark="the readable ones are in the index"
     )
-    if num_changed:
-        reporter.warn(
-            f"{folder}: {num_changed} file(s) have another content than when they were added; "
-            "the index holds both contents"
-        )
-    unreadable: list[Unreadable] = []
-    added = passes = 0
-    for start in range(0, len(paths), IMAGES_PER_SEGMENT):
-        part = [
-            number
-            for number in range(start, min(start + IMAGES_PER_SEGMENT, len(paths)))
-            if is_new[number]
-        ]
-        missing = [number for number in part if contents[number] not in index]
-        embedded = embed_files(
-            detector,
-            [paths[number] for number in missing],
-            dataclasses.replace(compute, cache=None),
-        )
-        found = zip(embedded.rows, embedded.content_hashes, strict=True)
-        made = dict(zip(missing, found, strict=True))
-        images: list[tuple[str, str, str, str | None]] = []
-        fresh: dict[str, int] = {}
-        for number in part:
-            row, content = made.get(number, (-1, contents[number]))
-            if content is None or (row < 0 and content not in index):
-                continue
-            record = manifest.records[number]
-            images.append((str(paths[number]), record.id, content, record.ds_name))
-            if content not in index:
-                fresh.setdefault(content, int(row))
-        if ranks.is_main and images:
-            index.append(images, list(fresh), embedded.features[list(fresh.values())])
-        ranks.barrier()
-        unreadable.extend(embedded.unreadable)
-        added += len(images)
-        passes += embedded.encoder_passes
-        if not ranks.is_main:
-            index = Index.open(folder)
-    check_unreadable(unreadable, max_unreadable, remark="the readable ones are in the index")
     return IndexingResult(
         folder=str(folder),
         detector=detector.name,
-        num_images=len(index),
-        num_distinct=index.num_rows,
-        num_added=added,
-        num_known=len(paths) - sum(is_new),
+        num_images=len(addition.index),
+        num_distinct=addition.index.num_rows,
+        num_added=addition.num_added,
+        num_known=len(manifest.records) - num_new,
         num_changed=num_changed,
-        encoder_passes=passes,
-        unreadable=tuple(unreadable),
+        encoder_passes=addition.encoder_passes,
+        unreadable=tuple(addition.unreadable),
     )
+
+
+class _Addition:
+    """Adds the images of a list that an index does not hold, a segment at a time.
+
+    Args:
+        manifest: the list.
+        folder: the index, which exists.
+        detector: what embeds.
+        compute: how; the processes share the work, and the first one writes.
+
+    Attributes:
+        index: as it is now.
+        unreadable: images left out so far.
+        num_added: images added so far.
+        encoder_passes: images that the encoder saw so far.
+    """
+
+    def __init__(
+        self, manifest: Manifest, folder: Path, detector: Detector, compute: Compute
+    ) -> None:
+        self.index = Index.open(folder)
+        self.index.check(detector.fingerprint)
+        self.unreadable: list[Unreadable] = []
+        self.num_added = self.encoder_passes = 0
+        self._records = manifest.records
+        self._detector = detector
+        self._compute = dataclasses.replace(compute, cache=None)
+        self._paths = [path.absolute() for path in manifest.paths()]
+        self._contents, _ = hash_files(self._paths, compute)
+        known = {(entry.path, entry.content_hash) for entry in self.index.entries}
+        pairs = zip(map(str, self._paths), self._contents, strict=True)
+        self._is_new = [pair not in known for pair in pairs]
+
+    def refuse_others(self) -> None:
+        """Refuse an index that holds images which are not listed.
+
+        Raises:
+            InputError: it does.
+        """
+        others = {entry.path for entry in self.index.entries}.difference(map(str, self._paths))
+        if others:
+            raise InputError(
+                f"{self.index.folder}: holds {len(others):,} image(s) that are not listed now, the "
+                f"first is {min(others)}; choose another folder, or add to this one with: lcmem "
+                "index add"
+            )
+
+    def count_new(self) -> tuple[int, int]:
+        """Count the images to add, and those of them that the index holds with another content."""
+        paths = {entry.path for entry in self.index.entries}
+        num_changed = sum(
+            new and content is not None and str(path) in paths
+            for new, path, content in zip(self._is_new, self._paths, self._contents, strict=True)
+        )
+        if num_changed:
+            self._compute.reporter.warn(
+                f"{self.index.folder}: {num_changed} file(s) have another content than when they "
+                "were added; the index holds both contents"
+            )
+        return sum(self._is_new), num_changed
+
+    def add_segment(self, places: range) -> None:
+        """Add the new images among some places of the list."""
+        part = [place for place in places if place < len(self._paths) and self._is_new[place]]
+        missing = [place for place in part if self._contents[place] not in self.index]
+        embedded = embed_files(
+            self._detector,
+            [self._paths[place] for place in missing],
+            self._compute,
+            with_blank=False,
+        )
+        # A file that has changed since it was hashed is added with the content that was embedded.
+        content_of = dict(zip(missing, embedded.content_hashes, strict=True))
+        row_of = dict(zip(embedded.content_hashes, embedded.rows.tolist(), strict=True))
+        images = []
+        for place in part:
+            record, content = self._records[place], content_of.get(place, self._contents[place])
+            if content is not None and (content in self.index or row_of.get(content, -1) >= 0):
+                images.append((str(self._paths[place]), record.id, content, record.ds_name))
+        fresh = {
+            content: row
+            for content, row in row_of.items()
+            if content is not None and row >= 0 and content not in self.index
+        }
+        ranks = self._compute.ranks
+        if ranks.is_main and images:
+            self.index.append(images, list(fresh), embedded.features[list(fresh.values())])
+        ranks.barrier()
+        if not ranks.is_main:
+            self.index = Index.open(self.index.folder)
+        self.unreadable.extend(embedded.unreadable)
+        self.num_added += len(images)
+        self.encoder_passes += embedded.encoder_passes
 
 
 def query_index(
@@ -232,20 +264,22 @@ def query_index(
     if not is_image:
         listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
         paths = listed.paths()
-    embedded = embed_files(detector, paths, compute)
+    embedded = embed_files(detector, paths, compute, with_blank=False)
     check_unreadable(embedded.unreadable, max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
+        reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
-    found = index.search(searcher, embedded.features, top_k)
+    found = index.top_k(searcher, embedded.features, top_k)
+    matches = index.matches(found)
     return QueryResult(
         folder=str(folder),
         matches={
-            str(path): tuple(found[row])
+            str(path): tuple(matches[row])
             for path, row in zip(paths, embedded.rows, strict=True)
             if row >= 0
         },
         unreadable=embedded.unreadable,
-        search_recall=searcher.search_recall,
+        search_recall=found.recall,
     )

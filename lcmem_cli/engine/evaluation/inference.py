@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import IMAGE_SUFFIXES, content_hash, guesses_text, load_pixels
-from lcmem_cli.engine.data.loading import iter_images
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.data.images import load_pixels
+from lcmem_cli.engine.data.looks import same_blank
+from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
+from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
-from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.distributed import resolve_workers
+from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
-from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.evaluation.audit.detector import detector_of
+from lcmem_cli.engine.evaluation.forms import compare_other_forms
+from lcmem_cli.engine.files import atomic_path, check_writable
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
 
-MAX_PAIRS_BYTES = 1 << 30
-PAIR_COLUMNS = ("path_a", "path_b")
+PICTURE_SUFFIX = ".png"
 _PICTURE_SIDE, _GAP = 320, 12
 
 
@@ -35,8 +36,10 @@ class PairScore:
         path_a: first image.
         path_b: second image.
         score: of the detector; ``None`` where an image could not be read.
-        match: ``score >= threshold``; ``None`` without score or threshold.
+        match: ``score >= threshold``; ``None`` without score or threshold. An image of one colour
+            shows nothing: it matches only another of that colour.
         identical: whether both files are the same, byte for byte.
+        form: how they were altered for the score, see ``forms``; ``None``: not at all.
     """
 
     path_a: str
@@ -44,6 +47,7 @@ class PairScore:
     score: float | None
     match: bool | None
     identical: bool
+    form: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class InferenceResult(Result):
         threshold: what the verdicts were made with, and where it is from.
         num_images_embedded: distinct images.
         unreadable: images that could not be read.
+        blank: images of one colour.
     """
 
     detector: str
@@ -65,6 +70,64 @@ class InferenceResult(Result):
     threshold: Threshold | None
     num_images_embedded: int
     unreadable: tuple[Unreadable, ...]
+    blank: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Which detector judges pairs: an audit's, a named one, or else a checkpoint's.
+
+    Attributes:
+        audit: output folder of ``audit``, which brings its threshold too.
+        detector: name of any detector.
+        checkpoint: an lcmem ``.safetensors`` file or hub id; ``None``: the embedded model.
+        codec: where the checkpoint's codec is, if it does not hold it.
+    """
+
+    audit: Path | None = None
+    detector: str | None = None
+    checkpoint: str | None = None
+    codec: str | None = None
+
+    def load(self, compute: Compute) -> Detector:
+        """Load the detector."""
+        if self.audit is not None:
+            return detector_of(self.audit, compute)
+        if self.detector is not None:
+            return load_detector(self.detector, device=compute.device)
+        return Detector.load(self.checkpoint, codec=self.codec, device=compute.device)
+
+
+def infer(
+    pairs: tuple[Path, Path] | Path,
+    judge: Judge,
+    *,
+    threshold: str | None = None,
+    save: Path | None = None,
+    max_unreadable: int = 0,
+    compute: Compute = DEFAULT_COMPUTE,
+) -> InferenceResult:
+    """Score two images, or the pairs of a file.
+
+    Args:
+        pairs: two images, or a CSV or Parquet file as ``read_pairs`` reads it.
+        judge: what scores.
+        threshold: see ``score_pairs``.
+        save: ``.png`` file for a picture of the first pair, drawn where both images are readable.
+        max_unreadable: tolerated unreadable images.
+        compute: how the images are embedded.
+
+    Raises:
+        InputError: a file cannot be used, or unknown detector or threshold.
+        UnreadableLimitError: more unreadable images than tolerated.
+    """
+    if save is not None:
+        check_writable(save, suffix=PICTURE_SUFFIX)
+    listed = read_pairs(pairs) if isinstance(pairs, Path) else [pairs]
+    result = _score(judge.load(compute), listed, threshold, max_unreadable, compute)
+    if save is not None and result.pairs[0].score is not None:
+        save_picture(result.pairs[0], save, threshold=result.threshold)
+    return result
 
 
 def score_pairs(
@@ -79,6 +142,9 @@ def score_pairs(
 ) -> InferenceResult:
     """Score pairs of files; each distinct file is decoded and embedded once.
 
+    A grey copy of a picture in colour, and a copy in a frame of bars, are compared in a second form
+    as well, see ``forms``.
+
     Args:
         detector: what scores.
         pairs: files; the order within a pair does not matter.
@@ -92,69 +158,72 @@ def score_pairs(
         InputError: unknown threshold.
         UnreadableLimitError: more unreadable images than tolerated.
     """
+    compute = Compute(batch_size=batch_size, workers=workers, reporter=reporter)
+    return _score(detector, pairs, threshold, max_unreadable, compute)
+
+
+def _score(
+    detector: Detector,
+    pairs: Sequence[tuple[Path, Path]],
+    threshold: str | None,
+    max_unreadable: int,
+    compute: Compute,
+) -> InferenceResult:
     chosen = choose_threshold(detector, threshold)
     if threshold is None and chosen is not None and chosen.kind != "fpr":
-        reporter.warn(
+        compute.reporter.warn(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
             f"{chosen.name}, at which unlike images pass as often as it says below"
         )
-    batching = Batching(batch_size, detector.device, reporter=reporter)
     number: dict[Path, int] = {}
-    for pair in pairs:
-        for path in pair:
-            number.setdefault(path, len(number))
-    files = list(number)
-    features = np.zeros((len(files), 0), dtype=np.float32)
-    bad: dict[int, str] = {}
-    num_guessed = 0
-    with reporter.task("embedding", len(files), unit="image") as task:
-        for batch in iter_images(
-            files,
-            detector.input_size,
-            workers=min(len(files), resolve_workers(workers)),
-            batch_size=batching.loaded,
-        ):
-            bad.update(batch.unreadable)
-            num_guessed += len(batch.notes)
-            if batch.indices:
-                indices, pieces, failed = batching.embed(detector.embed_batch, batch)
-                bad.update(failed)
-                if pieces:
-                    made = np.concatenate(pieces)
-                    if not features.shape[1]:
-                        features = allocate_features((len(files), made.shape[1]), made.dtype.type)
-                    features[indices] = made
-            task.advance(len(batch.indices) + len(batch.unreadable))
-    if num_guessed:
-        reporter.warn(guesses_text(num_guessed))
-    unreadable = tuple(Unreadable(path=str(files[i]), reason=reason) for i, reason in bad.items())
-    check_unreadable(unreadable, max_unreadable)
-    rows = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
-    rows[np.isin(rows, list(bad))] = -1
-    scores = score_listed(detector, features, rows[:, 0], rows[:, 1]).tolist()
-
-    size_of = functools.cache(lambda path: path.stat().st_size)  # a file may be in many pairs
-    content_of = functools.cache(content_hash)
-
-    def scored(a: Path, b: Path, score: float) -> PairScore:
-        known = None if math.isnan(score) else score
+    for path in (path for pair in pairs for path in pair):
+        number.setdefault(path, len(number))
+    paths = list(number)
+    embedded = embed_files(detector, paths, compute)
+    check_unreadable(embedded.unreadable, max_unreadable)
+    files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+    rows = embedded.rows[files]
+    scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1])
+    remarks = no_remarks(len(paths))
+    remarks[embedded.rows >= 0] = embedded.remarks[embedded.rows[embedded.rows >= 0]]
+    forms = compare_other_forms(detector, paths, files, scores, remarks, compute)
+    scored = []
+    for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
+        known = None if math.isnan(scores[index]) else float(scores[index])
         match = None
         if known is not None and chosen is not None:
             match = chosen.decide(known, detector.fingerprint)
-        identical = known is not None and (
-            a == b or (size_of(a) == size_of(b) and content_of(a) == content_of(b))
+            colours = remarks[files[index], BLANK].tolist()
+            if max(colours) >= 0:
+                match = same_blank(*colours)
+        scored.append(
+            PairScore(
+                path_a=str(pair[0]),
+                path_b=str(pair[1]),
+                score=known,
+                match=match,
+                identical=known is not None and contents[0] == contents[1],
+                form=forms.get(index),
+            )
         )
-        return PairScore(
-            path_a=str(a), path_b=str(b), score=known, match=match, identical=identical
+    pages = sum(
+        pair.match is True and not pair.identical and bool(remarks[files[index], PAGE].all())
+        for index, pair in enumerate(scored)
+    )
+    if pages and chosen is not None and chosen.num_positives:  # not by an audit
+        compute.reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
         )
-
     return InferenceResult(
         detector=detector.name,
         fingerprint=detector.fingerprint,
-        pairs=tuple(scored(a, b, score) for (a, b), score in zip(pairs, scores, strict=True)),
+        pairs=tuple(scored),
         threshold=chosen,
-        num_images_embedded=len(files) - len(bad),
-        unreadable=unreadable,
+        num_images_embedded=int((embedded.rows >= 0).sum()),
+        unreadable=embedded.unreadable,
+        blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
 
 
@@ -173,55 +242,16 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
     return known[name]
 
 
-def read_pairs(path: Path) -> list[tuple[Path, Path]]:
-    """Read ``path_a,path_b`` rows; relative paths start from the file's folder.
-
-    Raises:
-        InputError: unreadable, too large, a missing column, or an incomplete row.
-    """
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: this is an image; expected a CSV file of pairs")
-    try:
-        if path.stat().st_size > MAX_PAIRS_BYTES:
-            raise InputError(f"{path}: larger than {MAX_PAIRS_BYTES} bytes")
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in PAIR_COLUMNS if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path}: no column {', '.join(missing)}; expected path_a,path_b, found "
-                    f"{','.join(reader.fieldnames or []) or 'nothing'}"
-                )
-            rows = []
-            for row in reader:
-                a, b = row["path_a"], row["path_b"]
-                if not a or not b:
-                    raise InputError(f"{path}, line {reader.line_num}: path_a or path_b is empty")
-                rows.append((path.parent / a, path.parent / b))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: not a CSV file: {error}") from error
-    if not rows:
-        raise InputError(f"{path}: no pairs")
-    return rows
-
-
 def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:
     """Draw both images and their absolute difference side by side.
 
     Args:
         pair: a scored pair of readable images.
-        target: ``.png`` file.
+        target: file of the kind that ``PICTURE_SUFFIX`` says.
         threshold: for the line of text.
-
-    Raises:
-        InputError: another kind of file.
     """
     from PIL import Image, ImageDraw
 
-    if target.suffix.lower() != ".png":
-        raise InputError(f"{target}: expected a file name that ends in .png")
     a, b = (load_pixels(Path(p), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
     width = 3 * _PICTURE_SIDE + 4 * _GAP

@@ -22,6 +22,7 @@ from lcmem_cli.engine.compiled import compiled
 from lcmem_cli.engine.errors import InputError
 
 DEFAULT_TARGET_RECALL = 0.99
+CONFIDENCE = 0.95
 METRIC_KEYS = (
     "auc",
     "precision_bestF1",
@@ -136,17 +137,15 @@ def rates_at(
 def bootstrap_intervals(
     scores: ArrayLike,
     labels: ArrayLike,
-    identities_a: ArrayLike,
-    identities_b: ArrayLike,
+    identities: ArrayLike,
     *,
     strata: ArrayLike | None = None,
     thresholds: Mapping[str, float] | None = None,
     target_recall: float = DEFAULT_TARGET_RECALL,
     replicates: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float] | None]:
-    """Return percentile intervals of the metrics by bootstrap over identities.
+    """Return 95 % percentile intervals of the metrics by bootstrap over identities.
 
     Pairs that share an identity are not independent, so identities are drawn with replacement
     (within their data set) and a pair counts as often as its identity was drawn; a pair of two
@@ -155,13 +154,11 @@ def bootstrap_intervals(
     Args:
         scores: ``[n]``.
         labels: ``[n]``.
-        identities_a: ``[n]`` integers from 0: identity of each pair's first image.
-        identities_b: the same for the second image.
+        identities: ``[n, 2]`` integers from 0: identity of both images of each pair.
         strata: data set number of each identity ``[max identity + 1]``; one set by default.
         thresholds: by name, thresholds fitted on other data; adds ``tpr_NAME`` and ``fpr_NAME``.
         target_recall: as in ``pair_metrics``.
         replicates: how many times identities are drawn.
-        confidence: coverage of the intervals, in (0, 1).
         seed: equal seeds draw equal identities, so detectors are compared on the same draws.
 
     Returns:
@@ -169,47 +166,40 @@ def bootstrap_intervals(
         half of the draws held a pair of each class.
 
     Raises:
-        InputError: as ``pair_metrics``, or a confidence outside (0, 1).
+        InputError: as ``pair_metrics``.
     """
     check_target_recall(target_recall)
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence must lie in (0, 1), not {confidence}")
     values, positive = check_labelled(scores, labels)
-    first, second = np.asarray(identities_a), np.asarray(identities_b)
-    if first.shape != values.shape or second.shape != values.shape:
+    ends = np.asarray(identities)
+    if ends.shape != (len(values), 2):
         raise InputError("each pair needs the identities of its two images")
-    present, numbers = np.unique(np.stack([first, second]), return_inverse=True)
-    first, second = numbers.reshape(2, -1)
+    present, numbers = np.unique(ends, return_inverse=True)
     groups = np.zeros(len(present), np.int64) if strata is None else np.asarray(strata)[present]
-
     order = np.argsort(-values, kind="stable")
-    values, positive = values[order], positive[order]
-    first, second = first[order], second[order]
-    ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
-    cuts = {
-        name: int(np.searchsorted(-values, -cut, side="right"))
-        for name, cut in (thresholds or {}).items()
-    }
+    values = values[order]
+    last = _last_of_equals(values)
+    thresholds = thresholds or {}
+    cuts = [np.searchsorted(-values[last], -cut, side="right") for cut in thresholds.values()]
     samples: NDArray[np.float64] = _compiled()(
         _draws(groups, replicates, np.random.default_rng(seed)),
-        first.astype(np.int64),
-        second.astype(np.int64),
-        positive,
-        ends,
-        np.asarray(list(cuts.values()), dtype=np.int64),
+        numbers.reshape(-1, 2)[order].astype(np.int64),
+        positive[order],
+        last,
+        np.asarray(cuts, dtype=np.int64),
         target_recall,
     )
-    keys = [*INTERVAL_KEYS, *(f"{rate}_{name}" for name in cuts for rate in ("tpr", "fpr"))]
-    tail = (1 - confidence) / 2
-    intervals: dict[str, tuple[float, float] | None] = {}
-    for key, column in zip(keys, samples.T, strict=True):
-        drawn = column[~np.isnan(column)]
-        if 2 * len(drawn) < replicates or not len(drawn):
-            intervals[key] = None
-        else:
-            low, high = np.quantile(drawn, [tail, 1 - tail])
-            intervals[key] = (float(low), float(high))
-    return intervals
+    keys = [*INTERVAL_KEYS, *(f"{rate}_{name}" for name in thresholds for rate in ("tpr", "fpr"))]
+    return {key: _interval(column) for key, column in zip(keys, samples.T, strict=True)}
+
+
+def _interval(samples: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Return what holds 95 % of the draws that have a value, or ``None`` for want of them."""
+    drawn = samples[~np.isnan(samples)]
+    if 2 * len(drawn) < len(samples) or not len(drawn):
+        return None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def smallest_count(rate: float, total: int) -> int:
@@ -293,17 +283,10 @@ def check_labelled(
     values, positive = check_pairs(scores, labels)
     num_positives = int(positive.sum())
     if num_positives in (0, len(values)):
-        present, missing = (
-            ("negative", "positive")
-            if num_positives == 0
-            else (
-                "positive",
-                "negative",
-            )
-        )
-        advice = (
-            "identities with at least two images" if missing == "positive" else "two identities"
-        )
+        present, missing, advice = "positive", "negative", "two identities"
+        if num_positives == 0:
+            present, missing = missing, present
+            advice = "identities with at least two images"
         raise InputError(
             f"all {len(values)} pairs are {present}: AUC, precision and recall need {missing} "
             f"pairs too; use data with {advice}"
@@ -362,9 +345,14 @@ class _Counts:
 def _count(values: NDArray[np.float64], positive: NDArray[np.bool_]) -> _Counts:
     order = np.argsort(-values, kind="stable")
     values, positive = values[order], positive[order]
-    ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
+    ends = _last_of_equals(values)
     true = np.cumsum(positive, dtype=np.int64)[ends]
     return _Counts(values[ends], true, ends + 1 - true)
+
+
+def _last_of_equals(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the position of the last of each run of equal values, which are sorted."""
+    return np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
 
 
 def _draws(groups: NDArray[Any], replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -385,66 +373,57 @@ def _compiled() -> Any:
 
 def _replicates(
     drawn: NDArray[np.int64],
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
+    identities: NDArray[np.int64],
     positive: NDArray[np.bool_],
-    ends: NDArray[np.int64],
+    last: NDArray[np.int64],
     cuts: NDArray[np.int64],
     target_recall: float,
 ) -> NDArray[np.float64]:
     """Compute ``INTERVAL_KEYS``, then both rates at each cut, for each draw of identities.
 
-    Pairs are sorted by falling score; ``ends`` are the last positions of equal scores, and a cut
-    is the number of pairs at or above a threshold.
+    Pairs are sorted by falling score; ``last`` are the last positions of equal scores, and a cut
+    is the number of different scores at or above a threshold.
     """
     result = np.full((len(drawn), 6 + 2 * len(cuts)), np.nan)
-    weights = np.zeros(len(first), dtype=np.int64)
+    # Positives and negatives at or above each different score; none at or above infinity.
+    true = np.zeros(len(last) + 1, dtype=np.int64)
+    false = np.zeros(len(last) + 1, dtype=np.int64)
     for row in range(len(drawn)):
-        num_true = num_false = 0
-        for i in range(len(first)):
-            weight = drawn[row, first[i]]
-            if first[i] != second[i]:
-                weight *= drawn[row, second[i]]
-            weights[i] = weight
-            if positive[i]:
-                num_true += weight
-            else:
-                num_false += weight
+        start = 0
+        for rank in range(1, len(true)):
+            true[rank], false[rank] = true[rank - 1], false[rank - 1]
+            for i in range(start, last[rank - 1] + 1):
+                weight = drawn[row, identities[i, 0]]
+                if identities[i, 0] != identities[i, 1]:
+                    weight *= drawn[row, identities[i, 1]]
+                if positive[i]:
+                    true[rank] += weight
+                else:
+                    false[rank] += weight
+            start = last[rank - 1] + 1
+        num_true, num_false = true[-1], false[-1]
         if num_true == 0 or num_false == 0:
             continue
-        true = false = doubled = start = 0
-        best, reached = -1.0, False
-        for end in ends:
-            new_true = new_false = 0
-            for i in range(start, end + 1):
-                if positive[i]:
-                    new_true += weights[i]
-                else:
-                    new_false += weights[i]
-            start = end + 1
-            true += new_true
-            false += new_false
-            doubled += new_true * (2 * (num_false - false) + new_false)
-            if true + false == 0:
+        doubled, best, reached = 0, -1.0, False
+        for rank in range(1, len(true)):
+            called = true[rank] + false[rank]
+            # Mann-Whitney, doubled: a negative below counts two, one of the same score counts one.
+            lower_or_tied = 2 * num_false - false[rank] - false[rank - 1]
+            doubled += (true[rank] - true[rank - 1]) * lower_or_tied
+            if called == 0:
                 continue
-            f1 = 2 * true / (num_true + true + false)
+            f1 = 2 * true[rank] / (num_true + called)
             if f1 >= best:
                 best = f1
-                result[row, 1] = true / (true + false)
-                result[row, 2] = true / num_true
-            if not reached and true / num_true >= target_recall:
+                result[row, 1] = true[rank] / called
+                result[row, 2] = true[rank] / num_true
+            if not reached and true[rank] / num_true >= target_recall:
                 reached = True
-                result[row, 3] = true / (true + false)
-                result[row, 4] = true / num_true
-                result[row, 5] = false / num_false
+                result[row, 3] = true[rank] / called
+                result[row, 4] = true[rank] / num_true
+                result[row, 5] = false[rank] / num_false
         result[row, 0] = doubled / (2 * num_true * num_false)
-        for number in range(len(cuts)):
-            hit_true = hit_false = 0
-            for i in range(cuts[number]):
-                if positive[i]:
-                    hit_true += weights[i]
-                else:
-                    hit_false += weights[i]
-            result[row, 6 + 2 * number] = hit_true / num_true
-            result[row, 7 + 2 * number] = hit_false / num_false
+        for number, cut in enumerate(cuts):
+            result[row, 6 + 2 * number] = true[cut] / num_true
+            result[row, 7 + 2 * number] = false[cut] / num_false
     return result

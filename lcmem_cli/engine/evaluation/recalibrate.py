@@ -20,16 +20,16 @@ from lcmem_cli.engine.detectors.adapted import (
     shrunk_whitening,
     some_images,
 )
-from lcmem_cli.engine.detectors.lcmem import LCMemDetector, load_codec_of
+from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
 from lcmem_cli.engine.evaluation.judge import (
     FITTED_RATES,
+    ScoredSplit,
     embed_split,
     fit_thresholds,
     judge,
-    score_within,
 )
 from lcmem_cli.engine.files import check_writable
 from lcmem_cli.engine.models.checkpoint import (
@@ -39,6 +39,7 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lcmem_cli.engine.models.codec_loading import load_codec_of
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.models.whitening import whitened_projection
@@ -146,21 +147,15 @@ def recalibrate(
         loaded = whitening.fitted()
     if half:
         loaded = halve(loaded)
-    judged = judge(
-        loaded,
-        manifest,
-        workers=workers,
-        device=device,
-        reporter=reporter,
-    )
+    compute = Compute(device=device, workers=workers, reporter=reporter)
+    judged = judge(loaded, manifest, compute)
     check_unreadable(judged.unreadable, max_unreadable)
     _check_thresholds(judged.thresholds, filelist, needed=not adapted, reporter=reporter)
     loaded = dataclasses.replace(loaded, thresholds=judged.thresholds)
     if whitening is not None and len({record.ds_name for record in train.records}) > 1:
         plain, adapted_to_each = _strangers_thresholds(
-            whitening, manifest, loaded.fingerprint, workers=workers, device=device,
-            reporter=reporter,
-        )  # fmt: skip
+            whitening, manifest, loaded.fingerprint, compute
+        )
         loaded = dataclasses.replace(loaded, thresholds=plain, adapted_thresholds=adapted_to_each)
     saved = save_checkpoint(output, loaded)
     return CalibrationResult(
@@ -393,13 +388,7 @@ def _own_part(manifest: Manifest, name: str | None) -> Manifest:
 
 
 def _strangers_thresholds(
-    whitening: Whitening,
-    manifest: Manifest,
-    fingerprint: str,
-    *,
-    workers: int,
-    device: str,
-    reporter: Reporter,
+    whitening: Whitening, manifest: Manifest, fingerprint: str, compute: Compute
 ) -> tuple[tuple[Threshold, ...], tuple[Threshold, ...]]:
     """Fit thresholds on VAL, each data set scored with a last layer that was fitted without it.
 
@@ -414,23 +403,22 @@ def _strangers_thresholds(
     names = dict.fromkeys(record.ds_name for record in manifest.select("VAL").records)
     for name in names:
         detector = LCMemDetector(
-            whitening.fitted(without=name), name="checkpoint", device=resolve_device(device)
+            whitening.fitted(without=name),
+            name="checkpoint",
+            device=resolve_device(compute.device),
         )
         own = _own_part(manifest, name)
-        rows, features, _ = embed_split(detector, own, "VAL", workers=workers, reporter=reporter)
-        if not rows:
+        records, features, _ = embed_split(detector, own, "VAL", compute)
+        if not records:
             continue
-        records = [own.records[row] for row in rows]
-        scored.append(score_within(detector, features, records))
-        bank, bank_features, _ = embed_split(
-            detector, own, "TRAIN", workers=workers, reporter=reporter
-        )
+        scored.append(ScoredSplit.of(detector, features, records))
+        bank, bank_features, _ = embed_split(detector, own, "TRAIN", compute)
         try:
-            kind = detector.adapted(bank_features, [own.records[row].path for row in bank])
+            kind = detector.adapted(bank_features, [record.path for record in bank])
         except NotAdaptableError as error:
-            reporter.event("not_adapted", data_set=name, reason=str(error))
+            compute.reporter.event("not_adapted", data_set=name, reason=str(error))
             continue
-        adapted.append(score_within(kind.detector, kind.convert(features), records))
+        adapted.append(ScoredSplit.of(kind.detector, kind.convert(features), records))
     by = ", each scored by a last layer that was fitted without it"
     return (
         fit_thresholds(scored, fingerprint, by=by),

@@ -19,6 +19,7 @@ Scores = NDArray[np.float64]
 SMALL_RATIO = 1 / 3
 MIN_CELL_SIZE = 20
 MAX_CELLS = 10
+_PERMUTATIONS = 999
 _LARGEST_LOGIT = 40.0  # beyond it float64 probabilities no longer differ from 0 and 1
 
 
@@ -58,10 +59,17 @@ class CopyingStatistic:
             (copying); above 0, farther away (underfitting). Each cell's part is in standard
             deviations, so values within about ±3 say nothing.
         num_cells: cells that entered it.
+        z: the value in standard deviations from the mean of shuffled sets. The value itself is a
+            mean over cells, so its own standard deviation is far below 1. ``None`` where all
+            shuffled sets give the same.
+        p_value: share of shuffled sets whose value is as low or lower: small where the generated
+            images lie nearer to the training set than held-out images do.
     """
 
     value: float
     num_cells: int
+    z: float | None
+    p_value: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +129,10 @@ def copying_statistic(
     held_out_scores: Scores,
     generated_cells: NDArray[np.integer],
     held_out_cells: NDArray[np.integer],
+    *,
+    seed: int = 0,
 ) -> CopyingStatistic | None:
-    """Return the data-copying statistic ``C_T``.
+    """Return the data-copying statistic ``C_T``, with its own null by permutation.
 
     In each cell of the image space, the Mann-Whitney U statistic counts the pairs (generated,
     held-out) whose generated image lies farther from the training set; ``Z`` is U minus its mean,
@@ -131,19 +141,24 @@ def copying_statistic(
     Ties count half. Source: Meehan, Chaudhuri and Dasgupta, "A non-parametric test to detect
     data-copying in generative models" (arXiv 2004.05675).
 
+    Its null: if nothing is copied, which images are the generated ones does not matter. So the
+    labels are shuffled within each cell, which keeps every cell's size.
+
     Args:
         generated_scores: ``[n]`` best-match scores with the training set, larger is nearer.
         held_out_scores: ``[m]`` the same of held-out real images.
         generated_cells: ``[n]`` cell numbers.
         held_out_cells: ``[m]`` cell numbers.
+        seed: of the permutations.
 
     Returns:
         ``None`` if no cell holds enough generated images and a held-out one.
     """
     from scipy.stats import rankdata
 
-    total = weights = 0.0
-    num_cells = 0
+    rng = np.random.default_rng(seed)
+    totals = np.zeros(1 + _PERMUTATIONS)  # of the true labels, then of shuffled ones
+    weights = num_cells = 0
     for cell in np.unique(held_out_cells):
         generated = generated_scores[generated_cells == cell]
         held_out = held_out_scores[held_out_cells == cell]
@@ -151,12 +166,21 @@ def copying_statistic(
         if n < MIN_CELL_SIZE:
             continue
         ranks = rankdata(-np.concatenate([generated, held_out]))
-        farther = ranks[:n].sum() - n * (n + 1) / 2
-        z = (farther - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
-        total += m * float(z)
+        sums = [ranks[:n].sum()] + [rng.permutation(ranks)[:n].sum() for _ in range(_PERMUTATIONS)]
+        farther = np.array(sums) - n * (n + 1) / 2
+        totals += m * (farther - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
         weights += m
         num_cells += 1
-    return CopyingStatistic(value=total / weights, num_cells=num_cells) if num_cells else None
+    if not num_cells:
+        return None
+    values = totals / weights
+    spread = float(values[1:].std())
+    return CopyingStatistic(
+        value=float(values[0]),
+        num_cells=num_cells,
+        z=float((values[0] - values[1:].mean()) / spread) if spread else None,
+        p_value=float(np.mean(values <= values[0] + 1e-12)),
+    )
 
 
 def num_cells(num_generated: int, num_held_out: int) -> int:

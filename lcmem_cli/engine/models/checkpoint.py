@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import struct
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
 from lcmem_cli.engine.errors import CheckpointError, CorruptFileError, InputError
 from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.models.codec import CodecSpec, build_model, hash_encoder
+from lcmem_cli.engine.models.header import (
+    HEADER_KEY,
+    Header,
+    Stage,
+    check_header,
+    check_sum,
+    read_header,
+)
 from lcmem_cli.engine.models.siamese import (
+    MAX_SIDE,
     NetworkSpec,
     SiameseNetwork,
     build_network,
@@ -26,24 +32,11 @@ from lcmem_cli.engine.models.siamese import (
 )
 from lcmem_cli.engine.results import Threshold
 
-FORMAT_VERSION = 1
-HEADER_KEY = "lcmem"
 SUFFIX = ".safetensors"
-MAX_HEADER_BYTES = 16 << 20
-MAX_HEADER_DEPTH = 64
-MAX_SIDE, MAX_CHANNELS, MAX_FEATURE_RMS = 65_536, 4096, 10
 MAX_EMBEDDED_CODEC_BYTES = 32 << 20
 _NETWORK, _CODEC, _ADAPTED_TO = "network.", "codec.", "adapted_to"
 _DIGEST_BYTES = 32
-Stage = Literal["stage1", "finetune", "converted"]
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "stage": str,
-    "codec_config": (dict, type(None)),
-    "image_size": int,
-    "thresholds": list,
-    "training": dict,
-    "fingerprint": str,
-}
+_FIELDS = tuple(name for name in Header.model_fields if name not in ("format", "checksum"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +114,7 @@ class Checkpoint:
         model = self._encoder()
         state = {key: value.to(torch.float32) for key, value in self.codec_state.items()}
         load_strictly(model, state, source=source)
-        if self.codec.weights_hash not in ("", hash_encoder(model)):
+        if self.codec.weights_hash != hash_encoder(model):
             raise CorruptFileError(
                 f"{source}: its weights do not match their recorded hash: the file is damaged or "
                 "was edited; get it again"
@@ -164,13 +157,8 @@ def compute_fingerprint(checkpoint: Checkpoint) -> str:
     codec = dataclasses.asdict(checkpoint.codec)
     for label in ("name", "revision"):  # what it is called does not change what it computes
         codec.pop(label)
-    network = dataclasses.asdict(checkpoint.network)
-    # Files made before there were these stay valid.
-    for field in ("inner_stride", "inner_bands", "feature_rms"):
-        if network[field] is None:
-            network.pop(field)
     header = {
-        "network": network,
+        "network": dataclasses.asdict(checkpoint.network),
         "codec": codec,
         "image_size": checkpoint.image_size,
     }
@@ -200,23 +188,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.adapted_to:  # too much for a header where there are many images
         raw = bytes.fromhex("".join(checkpoint.adapted_to))
         tensors[_ADAPTED_TO] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    header = {
-        "format": FORMAT_VERSION,
-        "stage": checkpoint.stage,
-        "network": dataclasses.asdict(checkpoint.network),
-        "codec": dataclasses.asdict(checkpoint.codec),
-        "codec_config": checkpoint.codec_config,
-        "image_size": checkpoint.image_size,
-        "thresholds": [dataclasses.asdict(t) for t in checkpoint.thresholds],
-        "adapted_thresholds": [dataclasses.asdict(t) for t in checkpoint.adapted_thresholds],
-        "training": checkpoint.training,
-        "fingerprint": checkpoint.fingerprint,
-    }
-    text = json.dumps(header, sort_keys=True)
     try:
-        _check_header(json.loads(text))
-        if _is_deeper_than(header, MAX_HEADER_DEPTH) or len(text) > MAX_HEADER_BYTES // 4:
-            raise ValueError("what it tells of its training is too long")
+        header = Header.model_validate({name: getattr(checkpoint, name) for name in _FIELDS})
+        text = header.to_json(checkpoint.adapted_to)
     except ValueError as error:  # before the work is lost in a file that cannot be read
         raise CheckpointError(f"{path}: not written: {error}") from error
     with atomic_path(path) as temporary:
@@ -228,147 +202,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint. Nothing in the file is ever executed.
 
     Raises:
-        InputError: no such file.
-        CheckpointError: not an lcmem checkpoint, or of a newer format.
-        CorruptFileError: the content does not match the fingerprint in its header.
+        InputError: no such file, or of another format.
+        CheckpointError: not an lcmem checkpoint.
+        CorruptFileError: a value in its header is missing or out of its bounds, or the content
+            does not match its fingerprint or its checksum.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    header = read_header(path)
+    values = read_header(path)
+    header = check_header(values, source=str(path))
     try:
-        if header["format"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: checkpoint format {header['format']!r}; this version of lcmem reads "
-                f"format {FORMAT_VERSION}: install a version that matches"
-            )
-        _check_header(header)
         tensors = load_file(path)
-        codec_state = {k[len(_CODEC) :]: v for k, v in tensors.items() if k.startswith(_CODEC)}
-        shape: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in header["network"].items()
-        }
-        checkpoint = Checkpoint(
-            stage=header["stage"],
-            network=NetworkSpec(**shape),
-            network_state={
-                k[len(_NETWORK) :]: v for k, v in tensors.items() if k.startswith(_NETWORK)
-            },
-            codec=CodecSpec(**header["codec"]),
-            codec_config=header["codec_config"],
-            codec_state=codec_state or None,
-            image_size=header["image_size"],
-            thresholds=tuple(Threshold.from_dict(t) for t in header["thresholds"]),
-            adapted_thresholds=tuple(
-                Threshold.from_dict(t) for t in header.get("adapted_thresholds", ())
-            ),
-            training=header["training"],
-            adapted_to=_digests(tensors.get(_ADAPTED_TO)),
-            fingerprint=header["fingerprint"],
-        )
-        found = compute_fingerprint(checkpoint)
-    except (
-        KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError
-    ) as error:  # fmt: skip
+        adapted_to = _digests(tensors.get(_ADAPTED_TO))
+    except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a complete lcmem checkpoint: {error}") from error
+    check_sum(values, adapted_to, source=str(path))
+    checkpoint = Checkpoint(
+        **{name: getattr(header, name) for name in _FIELDS},
+        network_state=_below(_NETWORK, tensors),
+        codec_state=_below(_CODEC, tensors) or None,
+        adapted_to=adapted_to,
+    )
+    found = compute_fingerprint(checkpoint)
     if found != checkpoint.fingerprint:
         raise CorruptFileError(
             f"{path}: content does not match its fingerprint ({found[:12]} instead of "
-            f"{str(checkpoint.fingerprint)[:12]}): the file is damaged or was edited; get it again"
+            f"{checkpoint.fingerprint[:12]}): the file is damaged or was edited; get it again"
         )
     return checkpoint
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read the lcmem header of a checkpoint without its weights.
-
-    Raises:
-        InputError: no such file.
-        CheckpointError: not an lcmem checkpoint.
-    """
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: not a safetensors file (header of {length} bytes); for the authors' "
-                    ".pth files see: lcmem convert"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(json.loads(raw)["__metadata__"][HEADER_KEY])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: a safetensors file, but not an lcmem checkpoint; convert it with: "
-            "lcmem convert"
-        ) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its lcmem header is not an object")
-    if _is_deeper_than(header, MAX_HEADER_DEPTH):
-        raise CheckpointError(f"{path}: its lcmem header is nested over {MAX_HEADER_DEPTH} deep")
-    return header
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    """Check types and ranges, so that whatever is built of the header is what it says.
-
-    Raises:
-        ValueError: naming the field (also as pydantic's ``ValidationError``).
-        KeyError: a field is missing.
-        TypeError: an entry is not an object.
-    """
-    for name, kind in (("network", NetworkSpec), ("codec", CodecSpec)):
-        # A file name need not be UTF-8, which pydantic insists on; its type is all that counts.
-        text = json.dumps(dict(header[name]), ensure_ascii=False).encode("utf-8", "replace")
-        TypeAdapter(kind).validate_json(text, strict=True)
-    for name, wanted in _FIELD_TYPES.items():
-        if not isinstance(header[name], wanted) or isinstance(header[name], bool):
-            raise ValueError(f"{name} is not of the type that it must have")
-    if header["stage"] not in get_args(Stage):
-        raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}")
-    for thresholds in (header["thresholds"], header.get("adapted_thresholds", [])):
-        text = json.dumps(thresholds).encode()
-        TypeAdapter(list[Threshold]).validate_json(text, strict=True)
-    network, codec = header["network"], header["codec"]
-    for name, value, highest in (
-        ("image_size", header["image_size"], MAX_SIDE),
-        ("network.input_size", network["input_size"], MAX_SIDE),
-        ("network.in_channels", network["in_channels"], MAX_CHANNELS),
-        ("network.num_features", network["num_features"], MAX_SIDE),
-        ("network.stem_stride", network.get("stem_stride") or 1, MAX_CHANNELS),
-        ("network.inner_stride", network.get("inner_stride") or 1, MAX_CHANNELS),
-        ("network.inner_bands", network.get("inner_bands") or 1, MAX_CHANNELS),
-        ("codec.latent_channels", codec["latent_channels"], MAX_CHANNELS),
-        ("codec.downsampling", codec["downsampling"], MAX_CHANNELS),
-    ):
-        if not 1 <= value <= highest:
-            raise ValueError(f"{name} must lie in 1 to {highest:,}")
-    feature_rms = network.get("feature_rms")
-    if feature_rms is not None and not 0 < feature_rms <= MAX_FEATURE_RMS:
-        raise ValueError(f"network.feature_rms must lie above 0, to {MAX_FEATURE_RMS}")
-    for name in ("mean", "std"):
-        values = network.get(name)
-        if values is None and network["normalisation"] != "dataset":
-            continue
-        if values is None or len(values) != network["in_channels"]:
-            raise ValueError(f"network.{name} must hold a number for each channel")
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"network.{name} holds values that are not finite")
-
-
-def _is_deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for node in level
-            if isinstance(node, (dict, list))
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return bool(level)
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key[len(prefix) :]: v for key, v in tensors.items() if key.startswith(prefix)}
 
 
 def embedded_checkpoint() -> Path:

@@ -7,8 +7,11 @@ prefixes; network under ``model.``, head ``fc_end.``, and in stage-2 files the c
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from lcmem_cli.engine.errors import CheckpointError, InputError
 from lcmem_cli.engine.files import check_writable
@@ -56,35 +59,8 @@ def convert_reference(
     check_writable(target, suffix=SUFFIX)
     if image_size % _CODEC_DOWNSAMPLING:
         raise InputError(f"--size {image_size} is not divisible by {_CODEC_DOWNSAMPLING}")
-    state = {
-        key: value
-        for key, value in read_state_dict(source).items()
-        if not key.startswith("vae.")  # frozen, and found by its name
-    }
-    renamed = {rename(key, source): value for key, value in state.items()}
-    for key, value in renamed.items():
-        if key.endswith(".gamma"):
-            renamed[key] = value.reshape(-1)
-    try:
-        width, channels = renamed["backbone.stem.0.weight"].shape[:2]
-        num_features = renamed["backbone.head.fc.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{source}: not a checkpoint of the published code: model.features.0.0.weight or "
-            "model.classifier.2.weight is missing"
-        ) from error
-    if width not in _WIDTHS:
-        raise CheckpointError(f"{source}: no ConvNeXt has a first layer of {width} channels")
-    depth = len({k for k in renamed if re.fullmatch(r"backbone\.stages\.2\.blocks\.\d+\.gamma", k)})
-    names = _WIDTHS[width]
-    backbone = names[-1] if depth == _DEEP else names[0]
-    spec = NetworkSpec(
-        backbone=backbone,
-        in_channels=channels,
-        num_features=num_features,
-        input_size=image_size // _CODEC_DOWNSAMPLING,
-        normalisation="sample",  # as the published code infers
-    )
+    renamed = _read_renamed(source)
+    spec = _spec_of(renamed, input_size=image_size // _CODEC_DOWNSAMPLING, source=source)
     network = SiameseNetwork(spec)
     load_strictly(network, renamed, source=str(source))
     checkpoint = Checkpoint(
@@ -97,7 +73,7 @@ def convert_reference(
             class_name="AutoencoderKL",
             input_range=input_range,
             posterior="mean",
-            latent_channels=channels,
+            latent_channels=spec.in_channels,
             downsampling=_CODEC_DOWNSAMPLING,
             weights_hash="",
         ),
@@ -107,6 +83,39 @@ def convert_reference(
         training={"converted_from": source.name},
     )
     return save_checkpoint(target, checkpoint)
+
+
+def _read_renamed(source: Path) -> dict[str, torch.Tensor]:
+    """Read the network's weights under our names."""
+    renamed = {
+        rename(key, source): value
+        for key, value in read_state_dict(source).items()
+        if not key.startswith("vae.")  # frozen, and found by its name
+    }
+    return {k: v.reshape(-1) if k.endswith(".gamma") else v for k, v in renamed.items()}
+
+
+def _spec_of(renamed: Mapping[str, torch.Tensor], *, input_size: int, source: Path) -> NetworkSpec:
+    """Tell from the shapes which ConvNeXt it is."""
+    try:
+        width, channels = renamed["backbone.stem.0.weight"].shape[:2]
+        num_features = renamed["backbone.head.fc.weight"].shape[0]
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"{source}: not a checkpoint of the published code: model.features.0.0.weight or "
+            "model.classifier.2.weight is missing"
+        ) from error
+    if width not in _WIDTHS:
+        raise CheckpointError(f"{source}: no ConvNeXt has a first layer of {width} channels")
+    depth = len({k for k in renamed if re.fullmatch(r"backbone\.stages\.2\.blocks\.\d+\.gamma", k)})
+    names = _WIDTHS[width]
+    return NetworkSpec(
+        backbone=names[-1] if depth == _DEEP else names[0],
+        in_channels=channels,
+        num_features=num_features,
+        input_size=input_size,
+        normalisation="sample",  # as the published code infers
+    )
 
 
 def rename(key: str, source: Path | str) -> str:

@@ -175,19 +175,18 @@ def push(
 ) -> PushResult:
     """Publish a checkpoint with a model card, as one commit.
 
-    The repository is made if it does not exist; files of the same names in it are replaced. The
-    whole header goes along: training config, names of the data sets, and thresholds.
+    The repository is made if need be; files of the same names are replaced. The whole header goes
+    along: training config, names of the data sets, and thresholds.
 
     Args:
-        checkpoint: its name, see ``locate_checkpoint``.
+        checkpoint: see ``locate_checkpoint``.
         repo_id: such as ``name/model``.
         revision: branch, made if it does not exist; the default branch if not given.
         private: whether a repository that is made is private; one that exists stays as it is.
         message: of the commit.
 
     Raises:
-        InputError: not a repository id, or no such file.
-        CheckpointError: not a checkpoint.
+        InputError: not a repository id, no such file, or not a checkpoint.
         HubError: not logged in, no write access, or no connection.
     """
     import huggingface_hub
@@ -195,12 +194,8 @@ def push(
     _check_repo_id(repo_id)
     path = locate_checkpoint(checkpoint)
     loaded = load_checkpoint(path)
-    operations = [
-        huggingface_hub.CommitOperationAdd(WEIGHTS_FILE, path_or_fileobj=str(path)),
-        huggingface_hub.CommitOperationAdd(
-            CARD_FILE, path_or_fileobj=model_card(loaded, repo_id).encode()
-        ),
-    ]
+    card = model_card(loaded, repo_id).encode()
+    contents: dict[str, Any] = {WEIGHTS_FILE: str(path), CARD_FILE: card}
     api = huggingface_hub.HfApi()
     try:
         with _no_progress_bars():
@@ -209,7 +204,10 @@ def push(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.create_commit(
                 repo_id,
-                operations=operations,
+                operations=[
+                    huggingface_hub.CommitOperationAdd(file, path_or_fileobj=content)
+                    for file, content in contents.items()
+                ],
                 commit_message=message or f"lcmem checkpoint {loaded.fingerprint[:12]}",
                 revision=revision,
             )
@@ -222,7 +220,7 @@ def push(
         revision=revision,
         commit=commit.oid,
         url=commit.commit_url,
-        files=(WEIGHTS_FILE, CARD_FILE),
+        files=tuple(contents),
         fingerprint=loaded.fingerprint,
         num_bytes=path.stat().st_size,
     )

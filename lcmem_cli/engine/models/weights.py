@@ -31,6 +31,17 @@ def hub_answers(repo_id: str) -> bool:
     return True
 
 
+def cached_weights(hub_id: str) -> Path | None:
+    """Return the weights file of a hub model, if it is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
+        found = try_to_load_from_cache(hub_id, file)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
 def rename_by_order(
     state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -7,57 +7,38 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli import __version__
-from lcmem_cli.engine.results import Result
 
 if TYPE_CHECKING:
     import jinja2
 
 TEMPLATE_NAME = "report.html.j2"
+MAX_PAIRS = 5000
+"""Flagged pairs that the page holds."""
 _NUM_BINS = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportPair:
-    """A flagged image beside its training image.
+class Pictures:
+    """The pictures of the page.
 
     Attributes:
-        query: name of the generated image.
-        match: name of the training image.
-        match_id: its identity.
-        score: of the detector.
-        p_value: in (0, 1].
-        exact: whether the contents are equal.
-        query_picture: index into the page's pictures.
-        match_picture: index into the page's pictures.
+        uris: data URIs, ``None`` where a picture cannot be shown.
+        generated: place among them of each generated image, by its name in the result.
+        training: place of each training image.
     """
 
-    query: str
-    match: str
-    match_id: str
-    score: float
-    p_value: float
-    exact: bool
-    query_picture: int
-    match_picture: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportCopied:
-    """One of the most-copied training images, with the index of its picture."""
-
-    path: str
-    id: str
-    count: int
-    picture: int
+    uris: Sequence[str | None]
+    generated: Mapping[str, int]
+    training: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +72,12 @@ class Bar:
 class Plot:
     """The geometry of the distribution plot, in the units of its view box."""
 
-    width: int
-    height: int
-    left: int
-    right: int
-    top: int
-    bottom: int
+    width: ClassVar[int] = 960
+    height: ClassVar[int] = 300
+    left: ClassVar[int] = 56
+    right: ClassVar[int] = 16
+    top: ClassVar[int] = 16
+    bottom: ClassVar[int] = 52
     bars: tuple[Bar, ...]
     generated_path: str
     null_path: str
@@ -107,51 +88,40 @@ class Plot:
 
 
 def render_report(
-    result: Result,
-    *,
-    pairs: Sequence[ReportPair],
-    most_copied: Sequence[ReportCopied],
-    pictures: Sequence[str | None],
-    distribution: Distribution,
-    max_lines: int = 200,
+    result: Any, pictures: Pictures, distribution: Distribution, *, max_lines: int = 200
 ) -> str:
     """Return the page as HTML.
 
     Names are escaped wherever they occur; scripts and styles are allowed by their hashes alone.
 
     Args:
-        result: an ``AuditResult`` (this package knows results only by their fields).
-        pairs: flagged pairs to show, best first; more than these may be flagged.
-        most_copied: training images to show.
-        pictures: data URIs, ``None`` where a picture cannot be shown.
+        result: an ``AuditResult`` (this package knows results only by their fields). Of its flagged
+            images the first ``MAX_PAIRS`` are shown.
+        pictures: of these, their matches, and the most-copied training images.
         distribution: scores to draw.
         max_lines: the most lines of a list (duplicates, unreadable images) to write out.
     """
-    data = {
-        "pairs": [
-            {
-                "q": printable(pair.query),
-                "m": printable(pair.match),
-                "id": printable(pair.match_id),
-                "s": pair.score,
-                "p": pair.p_value,
-                "x": pair.exact,
-                "a": pair.query_picture,
-                "b": pair.match_picture,
-            }
-            for pair in pairs
-        ],
-        "pictures": list(pictures),
-    }
-    environment = _environment()
+    pairs = [
+        {
+            "q": printable(match.query),
+            "m": printable(match.match),
+            "id": printable(match.match_id),
+            "s": match.score,
+            "p": match.p_value,
+            "x": match.exact,
+            "a": pictures.generated[match.query],
+            "b": pictures.training[match.match],
+        }
+        for match in result.flagged[:MAX_PAIRS]
+    ]
     assets = {name: _asset(name) for name in ("report.css", "report.js")}
-    return environment.get_template(TEMPLATE_NAME).render(
+    template = _environment().get_template(TEMPLATE_NAME)
+    return template.render(
         result=result,
-        pairs=pairs,
-        most_copied=most_copied,
+        num_pairs=len(pairs),
         pictures=pictures,
         plot=draw_distribution(distribution),
-        data=script_json(data),
+        data=script_json({"pairs": pairs, "pictures": list(pictures.uris)}),
         css=assets["report.css"],
         js=assets["report.js"],
         policy=content_policy(assets["report.js"], assets["report.css"]),
@@ -188,7 +158,6 @@ def draw_distribution(distribution: Distribution) -> Plot:
 
     The height of a bin is the share of its set, so that sets of different sizes compare.
     """
-    width, height, left, right, top, bottom = 960, 300, 56, 16, 16, 52
     values = np.concatenate([distribution.generated, distribution.null])
     if distribution.threshold is not None:
         values = np.append(values, distribution.threshold)
@@ -200,11 +169,14 @@ def draw_distribution(distribution: Distribution) -> Plot:
     shares = [_shares(part, edges) for part in (distribution.generated, distribution.null)]
     peak = max(0.01, *(float(share.max()) for share in shares))
 
+    inner_width = Plot.width - Plot.left - Plot.right
+    inner_height = Plot.height - Plot.top - Plot.bottom
+
     def x(value: float) -> float:
-        return round(left + (value - low) / (high - low) * (width - left - right), 2)
+        return round(Plot.left + (value - low) / (high - low) * inner_width, 2)
 
     def y(share: float) -> float:
-        return round(height - bottom - share / peak * (height - top - bottom), 2)
+        return round(Plot.height - Plot.bottom - share / peak * inner_height, 2)
 
     def outline(share: NDArray[np.float64]) -> str:
         steps = [f"M{x(low)},{y(0)}"]
@@ -222,24 +194,15 @@ def draw_distribution(distribution: Distribution) -> Plot:
         for a, b, g, n in zip(edges[:-1], edges[1:], *shares, strict=True)
         if g or n
     )
+    if distribution.as_logit:
+        ticks = _probability_ticks(low, high, 8)
+    else:
+        ticks = _labelled(_ticks(low, high, 8))
     return Plot(
-        width=width,
-        height=height,
-        left=left,
-        right=right,
-        top=top,
-        bottom=bottom,
         bars=bars,
         generated_path=outline(shares[0]),
         null_path=outline(shares[1]),
-        x_ticks=tuple(
-            (x(tick), label)
-            for tick, label in (
-                _probability_ticks(low, high, 8)
-                if distribution.as_logit
-                else _labelled(_ticks(low, high, 8))
-            )
-        ),
+        x_ticks=tuple((x(tick), label) for tick, label in ticks),
         y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
         threshold_x=None if distribution.threshold is None else x(distribution.threshold),
         label="best-match score" + (", on a logit scale" if distribution.as_logit else ""),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.images import DECODING_VERSION
+from lcmem_cli.engine.data.remarks import Remarks, no_remarks
 from lcmem_cli.engine.files import atomic_path
 
 MAX_CACHED_FEATURES = 16_384
@@ -21,7 +23,7 @@ _SUFFIX = ".safetensors"
 class _Shard(NamedTuple):
     features: Any
     checksums: NDArray[np.uint32]
-    guessed: NDArray[np.bool_]
+    remarks: Remarks
 
 
 class _Place(NamedTuple):
@@ -45,7 +47,8 @@ class FeatureCaches:
         """Return those in the user's cache folder, or where ``LCMEM_CACHE`` says."""
         from platformdirs import user_cache_dir
 
-        return cls(Path(os.environ.get("LCMEM_CACHE") or user_cache_dir("lcmem")) / "features")
+        folder = Path(os.environ.get("LCMEM_CACHE") or user_cache_dir("lcmem"))
+        return cls(folder / f"features-{DECODING_VERSION}")
 
     def open(self, fingerprint: str, num_features: int) -> FeatureCache | None:
         """Return the cache of a detector.
@@ -111,24 +114,26 @@ class FeatureCache:
         found = np.asarray([place is not None for place in places], dtype=bool)
         return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
 
-    def guessed(self, hashes: Sequence[str]) -> NDArray[np.bool_]:
-        """Return for which of some images a bit depth was guessed, ``[n]``; unknown ones: no."""
-        places = map(self._find, hashes)
-        noted = [p is not None and self._shards[p.shard].guessed[p.row] for p in places]
-        return np.asarray(noted, dtype=bool)
+    def remarks(self, hashes: Sequence[str]) -> Remarks:
+        """Return what is to be known of some images, ``[n, 7]``; of unknown ones nothing."""
+        result = no_remarks(len(hashes))
+        for row, place in enumerate(map(self._find, hashes)):
+            if place is not None:
+                result[row] = self._shards[place.shard].remarks[place.row]
+        return result
 
     def put_many(
         self,
         hashes: Sequence[str],
         features: NDArray[Any],
-        guessed: NDArray[np.bool_] | None = None,
+        remarks: Remarks | None = None,
     ) -> None:
         """Keep features of images.
 
         Args:
             hashes: SHA-256 of each image file, in hexadecimal.
             features: ``[n, d]``, float32 or uint8.
-            guessed: ``[n]`` whether the image's bit depth had to be guessed; ``None``: of none.
+            remarks: ``[n, 7]``, see ``data.remarks``; ``None``: nothing to be known.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -142,13 +147,13 @@ class FeatureCache:
         sums = np.asarray(
             [_checksum(key, row) for key, row in zip(keys, features, strict=True)], np.uint32
         )
-        if guessed is None:
-            guessed = np.zeros(len(keys), dtype=bool)
+        if remarks is None:
+            remarks = no_remarks(len(keys))
         name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}{_SUFFIX}"
         with atomic_path(path) as temporary:
             save_file(
-                {"keys": keys, "checksums": sums, "features": features, "guessed": guessed},
+                {"keys": keys, "checksums": sums, "features": features, "remarks": remarks},
                 temporary,
                 metadata={"fingerprint": self.fingerprint},
             )
@@ -163,12 +168,11 @@ class FeatureCache:
                 return
             keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
             rows = shard.get_slice("features")
-            is_noted = "guessed" in shard.keys()  # an older lcmem did not write it down
-            guessed = shard.get_tensor("guessed") if is_noted else np.zeros(len(keys), dtype=bool)
+            remarks = shard.get_tensor("remarks")
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
         number = len(self._shards)
-        self._shards.append(_Shard(rows, sums, guessed))
+        self._shards.append(_Shard(rows, sums, remarks))
         for row, key in enumerate(keys):
             self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
 

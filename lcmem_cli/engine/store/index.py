@@ -224,10 +224,22 @@ class Index:
             FingerprintMismatchError: the detector is another.
             InputError: the index is empty.
         """
+        return self.matches(self.top_k(detector, features, k))
+
+    def top_k(self, detector: Searcher, features: NDArray[Any], k: int) -> TopK:
+        """Search as ``search`` does and return scores and rows, with the recall.
+
+        Raises:
+            FingerprintMismatchError: the detector is another.
+            InputError: the index is empty.
+        """
         self.check(detector.fingerprint)
         if not self.num_rows:
             raise InputError(f"{self.folder}: the index is empty")
-        found = detector.top_k(features, self.features, k)
+        return detector.top_k(features, self.features, k)
+
+    def matches(self, found: TopK) -> list[list[IndexMatch]]:
+        """Return which images stand in the rows that were found."""
         return [
             [
                 IndexMatch(

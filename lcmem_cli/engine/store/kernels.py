@@ -3,15 +3,16 @@
 Importing the compiler takes longer than comparing a few images. The compiled code is kept on disk
 where there is a writable place for it.
 
-Every sum of a pair is taken in one fixed order, without reassociation or fused operations: term
-``k`` goes to lane ``k % LANES``, a lane is added up in the order of ``k``, and the lanes are folded
-in halves. So a score has the same bits whatever the block, the thread or the processor, and
-``lane_sums`` of ``lcmem_cli.engine.store.search`` gives these bits with numpy.
+Every sum of a pair is taken in the order of ``lcmem_cli.engine.store.lanes``, without reassociation
+or fused operations. So a score has the same bits whatever the block, the thread or the processor.
 
 Rows of float32 features and their weights have a multiple of ``PASS`` columns: the compiler makes
 vector instructions of loops of known length only. Columns of zeros make up for what is missing;
-they change no bit of a sum. Columns are walked by ``while``: with ``range`` the compiler fails
-too, and ``bench_search.py`` shows five times the time.
+they change no bit of a sum. Columns are walked by ``while``: with ``range`` the compiler makes no
+vector instructions either, and ``bench_search.py`` shows five times the time.
+
+Some kernels take more than eight parameters: numba compiles plain arrays and numbers, and a tuple
+of them would be unpacked in the innermost loop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lcmem_cli.engine.compiled import compiled
-from lcmem_cli.engine.store.search import LANES, PASS
+from lcmem_cli.engine.store.lanes import LANES, PASS
 
 _TILE_ROWS = 64
 _SCREEN_ROWS = 512

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.images import guesses_text, is_readable
+from lcmem_cli.engine.data.images import is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.data.remarks import is_remarkable, no_remarks, remarks_texts
 from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -319,9 +320,13 @@ def encode_latents(
             reporter=reporter,
         )
         made_by_all = ranks.gather(made)  # also waits for every process
-        encoded_now, notes = (sum(numbers) for numbers in zip(*made_by_all, strict=True))
-        if notes:
-            reporter.warn(guesses_text(notes))
+        encoded_now = sum(count for count, _ in made_by_all)
+        told = [item for _, remarkable in made_by_all for item in remarkable]
+        remarks = no_remarks(len(told))
+        for place, (_, remark) in enumerate(told):
+            remarks[place] = remark
+        for text in remarks_texts([paths[row] for row, _ in told], remarks):
+            reporter.warn(text)
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
@@ -531,11 +536,11 @@ def _encode_shards(
     workers: int,
     seed: int,
     reporter: Reporter,
-) -> tuple[int, int]:
+) -> tuple[int, list[tuple[int, list[int]]]]:
     """Encode and write some shards.
 
     Returns:
-        Images encoded, and how many of them had their bit depth guessed.
+        How many images were encoded; and those of which there is something to say, with it.
     """
     paths = manifest.paths()
     batching = Batching(batch_size, codec.device, reporter=reporter)
@@ -562,7 +567,8 @@ def _encode_shards(
             for batch in batches:
                 yield number, batch
 
-    num_encoded = num_notes = 0
+    num_encoded = 0
+    remarkable: list[tuple[int, list[int]]] = []
     writing: Future[None] | None = None
     nothing = np.zeros((0, codec.spec.latent_channels, *_side(codec, image_size)), np.float32)
     total = sum(len(shards.rows(number)) for number in numbers)
@@ -582,7 +588,11 @@ def _encode_shards(
                     {"path": manifest.records[rows[i]].path, "reason": reason}
                     for i, reason in batch.unreadable
                 ]
-                num_notes += len(batch.notes)
+                remarkable += [
+                    (rows[i], remark.tolist())
+                    for i, remark in zip(batch.indices, batch.remarks, strict=True)
+                    if is_remarkable(remark)
+                ]
                 names = [manifest.records[rows[i]].path for i in batch.indices]
                 if names and is_light:
                     collected.append(batch.images.numpy())
@@ -598,7 +608,7 @@ def _encode_shards(
             num_encoded += len(kept)
         if writing is not None:
             writing.result()
-    return num_encoded, num_notes
+    return num_encoded, remarkable
 
 
 def _each(

@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.distributed import available_cpus
 from lcmem_cli.engine.errors import InputError, MissingExtraError
+from lcmem_cli.engine.store.lanes import LANES, PASS, lane_sums
 
 BLOCK_ROWS = 8192
-LANES = 32
-PASS = 8 * LANES
 _SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
@@ -45,10 +44,13 @@ class TopK(NamedTuple):
     Attributes:
         scores: ``[n, k]``, best first.
         rows: ``[n, k]`` int64, rows of the bank; equal scores are ordered by row.
+        recall: share of the exact best matches that were found on a sample of the queries; 1 where
+            the search is exact.
     """
 
     scores: NDArray[Any]
     rows: NDArray[np.int64]
+    recall: float = 1.0
 
 
 def weighted_l1_pairs(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDArray[np.float32]:
@@ -140,25 +142,6 @@ def weighted_l1_top_k(
     return TopK(scores, rows)
 
 
-def lane_sums(terms: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum the last axis of ``[..., d]`` in the order of the kernels, to the same bits.
-
-    Args:
-        terms: ``w_k |a_k - b_k|`` in float32.
-
-    Returns:
-        ``[...]`` float32.
-    """
-    lanes = np.zeros((*terms.shape[:-1], LANES), dtype=np.float32)
-    for start in range(0, terms.shape[-1], LANES):
-        part = terms[..., start : start + LANES]
-        lanes[..., : part.shape[-1]] += part
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
-
-
 def top_k_blocked(
     score_matrix: ScoreMatrix,
     queries: Any,
@@ -205,20 +188,21 @@ def top_k_blocked(
 
 
 def merge_top_k(parts: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK:
-    """Merge the results of searching the shards of a bank into those of the whole bank.
+    """Merge the results of searching the shards of a bank; the lowest recall is that of all.
 
     Args:
         parts: one result a shard, for the same queries.
         offsets: row of the whole bank at which each shard begins, increasing.
         k: matches to keep.
     """
-    return _best(
+    best = _best(
         np.concatenate([part.scores for part in parts], axis=1),
         np.concatenate(
             [part.rows + offset for part, offset in zip(parts, offsets, strict=True)], axis=1
         ),
         k,
     )
+    return best._replace(recall=min(part.recall for part in parts))
 
 
 def approximate_top_k(
@@ -228,7 +212,7 @@ def approximate_top_k(
     k: int,
     *,
     probes: int = 16,
-) -> tuple[TopK, float]:
+) -> TopK:
     """Search with a faiss inverted file first, and score its candidates exactly.
 
     faiss knows only the unsigned L1 distance, so the candidates come from features multiplied by
@@ -242,7 +226,7 @@ def approximate_top_k(
         probes: cells of the inverted file that are searched, of about ``4 sqrt(m)``.
 
     Returns:
-        The matches, and the share of the exact best matches found for a sample of the queries.
+        The matches; their recall is measured on a sample of the queries.
 
     Raises:
         MissingExtraError: faiss is not installed.
@@ -270,16 +254,17 @@ def approximate_top_k(
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     is_short = (found >= 0).sum(axis=1) < k  # the cells searched hold too few rows
     if is_short.any():
-        scores[is_short], rows[is_short] = weighted_l1_top_k(queries[is_short], bank, weight, k)
+        exact = weighted_l1_top_k(queries[is_short], bank, weight, k)
+        scores[is_short], rows[is_short] = exact.scores, exact.rows
     for number in np.flatnonzero(~is_short):
         near = np.sort(found[number][found[number] >= 0])
-        exact = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
-        best = _best(exact, near[None].astype(np.int64), k)
+        near_scores = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
+        best = _best(near_scores, near[None].astype(np.int64), k)
         scores[number], rows[number] = best.scores[0], best.rows[0]
     sample = _spread(_RECALL_SAMPLE, len(queries))
     truth = weighted_l1_top_k(queries[sample], bank, weight, 1)
     recall = float((truth.rows[:, 0] == rows[sample, 0]).mean()) if len(sample) else 1.0
-    return TopK(scores, rows), recall
+    return TopK(scores, rows, recall)
 
 
 def _best(scores: NDArray[Any], rows: NDArray[np.int64], k: int) -> TopK:

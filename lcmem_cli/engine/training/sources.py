@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image, to_tensor
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.detectors.base import resize_batch
-from lcmem_cli.engine.errors import LcmemError
+from lcmem_cli.engine.errors import LcmemError, UnreadableImageError
 from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training.sampling import PairBatch

@@ -25,7 +25,8 @@ from lcmem_cli.engine.config import (
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, Record, paths_outside
+from lcmem_cli.engine.data.manifest import Manifest, Record
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_device, resolve_workers
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.files import sha256_file, write_json
@@ -35,7 +36,8 @@ from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lcmem_cli.engine.models.codec import Codec, CodecSpec, load_codec
+from lcmem_cli.engine.models.codec import Codec, CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
@@ -250,7 +252,7 @@ def finetune(
         UnreadableLimitError: more unreadable images than tolerated.
         TrainingDivergedError: the loss became NaN.
     """
-    from lcmem_cli.engine.detectors.lcmem import load_codec_of
+    from lcmem_cli.engine.models.codec_loading import load_codec_of
 
     device = resolve_device(config.runtime.device)
     ranks = current_ranks(config.runtime.device)
@@ -522,10 +524,11 @@ def _run(
             reporter=reporter,
         ).run()
         checkpoint = stage.finish(outcome).with_fingerprint()
-        judged = judge(
-            checkpoint, stage.evaluate_on, workers=config.runtime.num_workers, ranks=ranks,
-            device=config.runtime.device, reporter=reporter,
+        compute = Compute(
+            device=config.runtime.device, workers=config.runtime.num_workers, ranks=ranks,
+            reporter=reporter,
         )  # fmt: skip
+        judged = judge(checkpoint, stage.evaluate_on, compute)
         if judged.unreadable:  # they were all readable when the training began
             bad = judged.unreadable[0]
             raise LcmemError(

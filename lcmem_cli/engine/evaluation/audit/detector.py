@@ -1,4 +1,4 @@
-"""The detector of an audit: adapted to the training set, and had again from a finished audit."""
+"""The detector of an audit: chosen, adapted to the training set, and had again afterwards."""
 
 from __future__ import annotations
 
@@ -9,20 +9,89 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.detectors.adapted import Adapted
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Adapted, Detector
+from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.errors import CorruptFileError, InputError
-from lcmem_cli.engine.evaluation.audit.files import read_audit
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.audit.files import read_audit, read_settings
 from lcmem_cli.engine.evaluation.audit.null import split_rows
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import NullKind
-from lcmem_cli.engine.evaluation.audit.sets import ImageSet, embed_set, list_set
+from lcmem_cli.engine.evaluation.audit.sets import (
+    Embedded,
+    ImageSet,
+    Listing,
+    Sets,
+    embed_set,
+    list_set,
+)
 from lcmem_cli.engine.results import Threshold
-from lcmem_cli.engine.runs import read_run_config
 from lcmem_cli.engine.store.features import FeatureCaches
 
+DEFAULT_DETECTOR = "joint"
+DEFAULT_SIZE = 512
 
-def adapt_detector(
+
+def choose_detector(request: AuditRequest, listings: Sets[Listing], *, device: str) -> Detector:
+    """Load the detector asked for, or that of an index among the sets, or the usual one.
+
+    Raises:
+        InputError: unknown, or it cannot do what is asked.
+        NotAdaptableError: it is to be adapted and cannot be.
+        FingerprintMismatchError: an index is another detector's.
+    """
+    indexes = [listing.index for _, listing in listings.named() if listing.index is not None]
+    detector, size = request.detector, request.input_size
+    if detector is None:
+        usual = "lcmem" if request.approximate else DEFAULT_DETECTOR
+        detector = indexes[0].detector if indexes else usual
+    if isinstance(detector, str):
+        detector = load_detector(detector, device=device, input_size=size or DEFAULT_SIZE)
+    if size is not None and detector.input_size != size:
+        raise InputError(
+            f"--input-size {size} has no effect: detector {detector.name} takes images of "
+            f"{detector.input_size} px; leave it out"
+        )
+    if request.adapt and not detector.is_adaptable:
+        why = "is adapted already" if detector.adapted_to else "only LCMem networks, and joint, can"
+        raise NotAdaptableError(f"--adapt: {detector.name} cannot be adapted: {why}")
+    if request.approximate:
+        detector = approximate_search(detector)
+    for index in indexes:
+        index.check(detector.fingerprint)
+    return detector
+
+
+def adapt_if_asked(embedded: Embedded, request: AuditRequest) -> Embedded:
+    """Return the sets as the adapted detector sees them, where the audit adapts its detector.
+
+    Raises:
+        NotAdaptableError: ``adapt`` is asked for, and there are too few images.
+    """
+    can_hold = request.null_kind != "leave-one-out" and embedded.detector.is_adaptable
+    if request.adapt is False or not can_hold:
+        return embedded
+    try:
+        detector, convert, num_images = _adapt(
+            embedded.detector,
+            embedded.sets.training,
+            null=request.null_kind,
+            rate=request.fpr,
+            seed=request.seed,
+        )
+    except NotAdaptableError:
+        if request.adapt:
+            raise
+        return embedded  # by default only where it can be
+    return dataclasses.replace(
+        embedded,
+        detector=detector,
+        sets=embedded.sets.map(lambda _, images: images.converted(convert)),
+        adapted_to=num_images,
+    )
+
+
+def _adapt(
     detector: Detector, training: ImageSet, *, null: NullKind, rate: float, seed: int
 ) -> Adapted:
     """Adapt a detector to the training images that an audit searches.
@@ -31,16 +100,6 @@ def adapt_detector(
     split training set only the bank has. It would not with leave-one-out, where the null's images
     had: what an identity shows would count less for them than for images of identities that are not
     there, of which 7 % then passed a rate of 2 % (11 data sets, one at a time).
-
-    Args:
-        detector: what made the features of the set.
-        training: the training set.
-        null: where the real images come from.
-        rate: of the audit, on which the size of a split depends.
-        seed: of the split.
-
-    Raises:
-        NotAdaptableError: the detector cannot be adapted to them.
     """
     bank = np.arange(training.num_distinct)
     if null == "split":
@@ -48,10 +107,7 @@ def adapt_detector(
     return detector.adapted(training.features_of(bank), [training.hashes[row] for row in bank])
 
 
-def detector_of(
-    folder: Path,
-    compute: Compute = DEFAULT_COMPUTE,
-) -> Detector:
+def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
     """Return the detector of a finished audit, with the audit's threshold as its only one.
 
     So a single pair can be judged as the audit judged each generated image and its best match.
@@ -65,56 +121,48 @@ def detector_of(
         InputError: no finished audit there, none of a rate per image, or the detector or the
             training images are not those of the audit any more.
         FingerprintMismatchError: the training set is an index, of another detector by now.
-        CorruptFileError: its files were damaged, or written by an earlier version.
+        CorruptFileError: its files were damaged, or written by another version.
     """
-    document, _ = read_audit(folder)
-    asked = read_run_config(folder)
-    try:
-        rule, kind, fingerprint = (
-            document["rule"],
-            document["null"]["kind"],
-            document["fingerprint"],
-        )
-        num_real, is_adapted = document["null"]["num_scores"], document["adapted_to"] is not None
-        name, size, source = asked["detector"], asked["input_size"], Path(asked["training"])
-        seed, keeps_features = asked["seed"], asked["cache"]
-        is_fpr, rate, limit = rule["kind"] == "fpr", rule["rate"], rule["threshold"]
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{folder}: was written by an earlier version of lcmem, or damaged ({error!r}); run "
-            "the audit again with --overwrite"
-        ) from error
-    if not is_fpr:
+    document, settings = read_audit(folder), read_settings(folder)
+    rule, num_real = document.rule, document.null.num_scores
+    if rule.kind != "fpr" or rule.threshold is None:
         raise InputError(
             f"{folder}: the audit held a false-discovery rate, which gives no threshold for "
             "single images; run one without --bh"
         )
-    detector = load_detector(name, device=compute.device, input_size=size)
+    is_adapted = document.adapted_to is not None
+    detector = load_detector(
+        settings.detector, device=compute.device, input_size=settings.input_size
+    )
     if is_adapted:
-        base = Path(asked["basedir"]) if "basedir" in asked else None
-        listing = list_set(source, what="training", basedir=base)
+        cache = FeatureCaches.of_user() if settings.cache else None
+        basedir = None if settings.basedir is None else Path(settings.basedir)
+        listing = list_set(
+            Path(settings.training), what="training", basedir=basedir, frames=settings.frames
+        )
         if listing.index is not None:
             listing.index.check(detector.fingerprint)
-        training = embed_set(
-            listing,
-            detector,
-            dataclasses.replace(compute, cache=FeatureCaches.of_user() if keeps_features else None),
-        )
-        detector = adapt_detector(detector, training, null=kind, rate=rate, seed=seed).detector
-    if detector.fingerprint != fingerprint:
+        training = embed_set(listing, detector, dataclasses.replace(compute, cache=cache))
+        kind = document.null.kind
+        detector = _adapt(
+            detector, training, null=kind, rate=rule.rate, seed=settings.seed
+        ).detector
+    if detector.fingerprint != document.fingerprint:
         raise InputError(
             f"{folder}: the detector is not that of the audit any more: its weights"
             + (", or the training images," if is_adapted else "")
             + " have changed; run the audit again"
         )
-    threshold = Threshold(
-        value=math.nextafter(limit, math.inf),  # an audit flags what exceeds it
-        kind="fpr",
-        rate=rate,
-        fingerprint=fingerprint,
-        fitted_on=f"the best matches of {num_real:,} real images ({kind}) in the audit {folder}",
-        num_positives=0,
-        num_negatives=num_real,
+    detector.thresholds = (
+        Threshold(
+            value=math.nextafter(rule.threshold, math.inf),  # an audit flags what exceeds it
+            kind="fpr",
+            rate=rule.rate,
+            fingerprint=document.fingerprint,
+            fitted_on=f"the best matches of {num_real:,} real images ({document.null.kind}) in the "
+            f"audit {folder}",
+            num_positives=0,
+            num_negatives=num_real,
+        ),
     )
-    detector.thresholds = (threshold,)
     return detector

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcmem_cli.engine.data.manifest import paths_outside
+from lcmem_cli.engine.data.paths import paths_outside
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit.files import read_audit
-from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, sha256_file, write_csv
+from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
+from lcmem_cli.engine.evaluation.audit.result import Match, SetSummary
+from lcmem_cli.engine.files import atomic_path, folder_lock, is_temporary, write_csv
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 
@@ -52,6 +54,43 @@ class FilterResult(Result):
     unreadable: tuple[Unreadable, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """What is rejected: scores over a limit, p-values up to one, or else what is flagged."""
+
+    over: float | None
+    p_value: float | None
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if self.over is not None and self.p_value is not None:
+            raise InputError("--reject-over and --reject-p exclude each other: give one of them")
+        for name, limit in (("--reject-over", self.over), ("--reject-p", self.p_value)):
+            if limit is not None and not math.isfinite(limit):
+                raise InputError(f"{name} must be a finite number, not {limit}")
+        if self.p_value is not None and not 0 <= self.p_value <= 1:
+            raise InputError(
+                f"--reject-p must lie in [0, 1], not {self.p_value:g}; for example 0.01"
+            )
+
+    def rejects(self, match: Match) -> bool:
+        """Return whether an image is rejected for its best match."""
+        if self.over is not None:
+            return match.exact or match.score > self.over
+        if self.p_value is not None:
+            return match.exact or match.p_value <= self.p_value
+        return match.flagged
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        if self.over is not None:
+            return f"score over {self.over:g}, or the same file as a training image"
+        if self.p_value is not None:
+            return f"p-value of at most {self.p_value:g}, or the same file as a training image"
+        return "flagged by the audit"
+
+
 def filter_audit(
     audit_folder: Path,
     output: Path,
@@ -80,64 +119,59 @@ def filter_audit(
         CorruptFileError: the audit's files were damaged or edited.
         LcmemError: kept files that no longer exist (the lists are written).
     """
-    if reject_over is not None and reject_p is not None:
-        raise InputError("--reject-over and --reject-p exclude each other: give one of them")
-    for name, limit in (("--reject-over", reject_over), ("--reject-p", reject_p)):
-        if limit is not None and not math.isfinite(limit):
-            raise InputError(f"{name} must be a finite number, not {limit}")
-    if reject_p is not None and not 0 <= reject_p <= 1:
-        raise InputError(f"--reject-p must lie in [0, 1], not {reject_p:g}; for example 0.01")
-    document, rows = read_audit(audit_folder)
-    try:
-        folder = Path(document["generated"]["folder"])
-        exact = {match["query"] for match in document["flagged"] if match["exact"]}
-        unreadable = tuple(Unreadable(**item) for item in document["generated"]["unreadable"])
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{audit_folder}: its audit.json was damaged or edited ({error!r}); run the audit again"
-        ) from error
-    outside = paths_outside([row["query"] for row in rows], folder)
+    rule = _Rule(over=reject_over, p_value=reject_p)
+    audited, matches = _read(audit_folder)
+    folder = Path(audited.folder)
+    kept = [match for match in matches if not rule.rejects(match)]
+    rejected = [match for match in matches if rule.rejects(match)]
+    with folder_lock(output):
+        targets = target_names([match.query for match in kept])
+        files = [
+            (folder / match.query, output / KEPT_FOLDER / name)
+            for match, name in zip(kept, targets, strict=True)
+        ]
+        if transfer != "none":
+            _refuse_others(output / KEPT_FOLDER, {target for _, target in files})
+        for name, listed in ((KEEP_NAME, kept), (REJECT_NAME, rejected)):
+            write_csv(output / name, COLUMNS, (_cells(folder, match) for match in listed))
+        lines = ([str(folder / item.path), item.reason] for item in audited.unreadable)
+        write_csv(output / UNREADABLE_NAME, ("path", "reason"), lines)
+        if transfer != "none":
+            _transfer(files, transfer, reporter)
+    return FilterResult(
+        rule=rule.text,
+        num_kept=len(kept),
+        num_rejected=len(rejected),
+        num_transferred=0 if transfer == "none" else len(kept),
+        transfer=transfer,
+        output=str(output),
+        basedir=str(folder),
+        unreadable=audited.unreadable,
+    )
+
+
+def _read(audit_folder: Path) -> tuple[SetSummary, list[Match]]:
+    """Return an audit's generated set and the best match of each of its images.
+
+    Raises:
+        InputError: no audit there.
+        CorruptFileError: its files were damaged, or edited to name files outside of the set.
+    """
+    document = read_audit(audit_folder)
+    matches = read_best_matches(audit_folder, document)
+    folder = Path(document.generated.folder)
+    outside = paths_outside([match.query for match in matches], folder)
     if outside:
         raise CorruptFileError(
             f"{audit_folder}: lists {len(outside):,} file(s) outside of the audited folder "
             f"{folder}, the first is {outside[0]!r}: it was edited; run the audit again"
         )
-    kept: list[list[str]] = []
-    rejected: list[list[str]] = []
-    for row in rows:
-        if reject_over is not None:
-            reject = float(row["score"]) > reject_over or row["query"] in exact
-        elif reject_p is not None:
-            reject = float(row["p_value"]) <= reject_p or row["query"] in exact
-        else:
-            reject = row["flagged"] == "true"
-        path = str(folder / row["query"])
-        line = [path, *(row[name] for name in ("query", *COLUMNS[2:]))]
-        (rejected if reject else kept).append(line)
-    targets = target_names([line[1] for line in kept])
-    with folder_lock(output):
-        if transfer != "none":
-            _refuse_others(output / KEPT_FOLDER, targets)
-        write_csv(output / KEEP_NAME, COLUMNS, kept)
-        write_csv(output / REJECT_NAME, COLUMNS, rejected)
-        write_csv(
-            output / UNREADABLE_NAME,
-            ("path", "reason"),
-            ([str(folder / item.path), item.reason] for item in unreadable),
-        )
-        count = 0
-        if transfer != "none":
-            count = _transfer(kept, targets, output / KEPT_FOLDER, transfer, reporter)
-    return FilterResult(
-        rule=_rule(reject_over, reject_p),
-        num_kept=len(kept),
-        num_rejected=len(rejected),
-        num_transferred=count,
-        transfer=transfer,
-        output=str(output),
-        basedir=str(folder),
-        unreadable=unreadable,
-    )
+    return document.generated, matches
+
+
+def _cells(folder: Path, match: Match) -> list[str]:
+    numbers = (repr(match.score), repr(match.p_value))
+    return [str(folder / match.query), match.query, *numbers, match.match, match.match_id]
 
 
 def target_names(names: Sequence[str]) -> list[PurePosixPath]:
@@ -160,36 +194,26 @@ def target_names(names: Sequence[str]) -> list[PurePosixPath]:
     return targets
 
 
-def _refuse_others(folder: Path, targets: Sequence[PurePosixPath]) -> None:
+def _refuse_others(folder: Path, wanted: Collection[Path]) -> None:
     """Refuse a folder of kept files that holds one which is not to be kept."""
-    wanted = {folder / name for name in targets}
     for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            if path not in wanted and not is_temporary(name):
+        for path in (Path(parent) / name for name in names):
+            if path not in wanted and not is_temporary(path.name):
                 raise InputError(
                     f"{path}: not among the images that are kept now, perhaps from an earlier run "
                     f"with another rule; remove {folder} or choose another output folder"
                 )
 
 
-def _transfer(
-    kept: Sequence[Sequence[str]],
-    targets: Sequence[PurePosixPath],
-    folder: Path,
-    transfer: Transfer,
-    reporter: Reporter,
-) -> int:
+def _transfer(files: Sequence[tuple[Path, Path]], transfer: Transfer, reporter: Reporter) -> None:
+    """Copy or link each file to its target; what is there already stays."""
     missing = []
-    with reporter.task("kept files", len(kept), unit="files") as task:
-        for line, name in zip(kept, targets, strict=True):
-            source, target = Path(line[0]), folder / name
+    with reporter.task("kept files", len(files), unit="files") as task:
+        for source, target in files:
             if not source.is_file():
-                missing.append(str(source))
-            elif transfer == "link":
-                _link(source, target)
-            else:
-                _copy(source, target)
+                missing.append(source)
+            elif not _is_there(source, target, transfer):
+                _put(source, target, transfer)
             task.advance()
     if missing:
         names = "".join(f"\n  {name}" for name in missing[:10])
@@ -197,42 +221,35 @@ def _transfer(
             f"{len(missing)} kept images are no longer where the audit found them; the lists are "
             f"written{names}"
         )
-    return len(kept)
 
 
-def _copy(source: Path, target: Path) -> None:
-    if target.is_symlink() or target.exists():
-        if target.is_symlink() or not target.is_file() or _differ(source, target):
-            raise _in_the_way(target)
-        return
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _is_there(source: Path, target: Path, transfer: Transfer) -> bool:
+    """Return whether a target stands already.
+
+    Raises:
+        InputError: something else is in its place, be it a link where a copy is wanted.
+    """
+    if not target.is_symlink() and not target.exists():
+        return False
+    if transfer == "link":
+        same = target.is_symlink() and os.readlink(target) == str(source)
+    else:
+        same = (
+            not target.is_symlink()
+            and target.is_file()
+            and filecmp.cmp(source, target, shallow=False)
+        )
+    if not same:
+        raise InputError(
+            f"{target}: something else is here already; choose another output folder or remove it"
+        )
+    return True
 
 
-def _link(source: Path, target: Path) -> None:
-    if target.is_symlink() and os.readlink(target) == str(source):
-        return
-    if target.is_symlink() or target.exists():
-        raise _in_the_way(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(source)
-
-
-def _differ(source: Path, target: Path) -> bool:
-    return source.stat().st_size != target.stat().st_size or (
-        sha256_file(source) != sha256_file(target)
-    )
-
-
-def _in_the_way(target: Path) -> InputError:
-    return InputError(
-        f"{target}: something else is here already; choose another output folder or remove it"
-    )
-
-
-def _rule(reject_over: float | None, reject_p: float | None) -> str:
-    if reject_over is not None:
-        return f"score over {reject_over:g}, or the same file as a training image"
-    if reject_p is not None:
-        return f"p-value of at most {reject_p:g}, or the same file as a training image"
-    return "flagged by the audit"
+def _put(source: Path, target: Path, transfer: Transfer) -> None:
+    if transfer == "link":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+    else:
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)

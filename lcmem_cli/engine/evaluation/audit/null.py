@@ -23,24 +23,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.images import load_pixels
-from lcmem_cli.engine.detectors.base import Detector, FloatArray
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
-from lcmem_cli.engine.evaluation.audit.result import (
-    NullKind,
-    SharedPicture,
-    counted,
-    fewest_flagged,
-    percent,
-)
-from lcmem_cli.engine.evaluation.audit.sets import ImageSet
-from lcmem_cli.engine.evaluation.calibration import required_null_size
-from lcmem_cli.engine.store.search import TopK, merge_top_k
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
+from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
+from lcmem_cli.engine.evaluation.audit.search import search_training
+from lcmem_cli.engine.evaluation.audit.sentences import percent
+from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
+from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
 
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
@@ -50,8 +45,6 @@ _PICTURE_SIZE = 16
 _FIRST_NEIGHBOURS = 8
 _MOST_NEIGHBOURS = 128
 """Beyond these, an image is searched among those of other identities alone."""
-_BANK_BYTES = 256 << 20
-_PAIR_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,58 +72,58 @@ class Null:
     removed: tuple[SharedPicture, ...]
     num_mixed_up: int = 0
 
-    @property
-    def num_identities(self) -> int:
-        """Identities among its images."""
-        return len(np.unique(self.images.groups[self.rows]))
 
+def make_null(embedded: Embedded, request: AuditRequest) -> Null:
+    """Return the real images that generated ones are compared with, one of each identity.
 
-def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
-    """Find the ``k`` best rows of the bank; every process searches its part of it.
-
-    The matches found are scored once more pair by pair. Matrix products round differently with the
-    number of rows; so the result is the same to the last bit for any number of processes.
-    """
-    k = min(k, len(bank))
-    if not len(queries):
-        return TopK(np.zeros((0, k)), np.zeros((0, k), dtype=np.int64))
-    bounds = [len(bank) * part // ranks.size for part in range(ranks.size + 1)]
-    low, high = bounds[ranks.rank], bounds[ranks.rank + 1]
-    found = detector.top_k(queries, bank[low:high], k) if high > low else None
-    parts = {
-        offset: part for offset, part in zip(bounds, ranks.gather(found), strict=False) if part
-    }
-    rows = merge_top_k(list(parts.values()), list(parts), k).rows
-    scores = np.empty(rows.shape)
-    block = max(1, _PAIR_BYTES // (k * queries[:1].nbytes))
-    for start in range(0, len(rows), block):
-        part_rows = rows[start : start + block]
-        left = np.repeat(queries[start : start + block], k, axis=0)
-        pairs = detector.score_features(left, bank[part_rows.ravel()])
-        scores[start : start + block] = pairs.reshape(-1, k)
-    order = np.lexsort((rows, -scores), axis=1)
-    return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
-
-
-def held_out_null(
-    detector: Detector,
-    training: ImageSet,
-    held_out: ImageSet,
-    generated: ImageSet,
-    ranks: Ranks,
-) -> Null:
-    """Search held-out real images in the training set.
-
-    Images whose content is in the training set, or that show the picture of their best match saved
-    anew, are taken out: they would raise the null and hide copies. So are images that are among
-    the generated ones, each of which would be compared with itself.
+    Args:
+        embedded: the sets.
+        request: its kind of null, its rate and its seed.
 
     Raises:
-        InputError: all of them are.
+        InputError: there are too few for the rate, or the detector was adapted to some of them.
     """
+    kind, rate, seed = request.null_kind, request.fpr, request.seed
+    if kind == "held-out":
+        null = held_out_null(embedded)
+    elif kind == "split":
+        null = split_null(embedded, rate=rate, seed=seed)
+    else:
+        null = leave_one_out_null(embedded, seed=seed)
+    null = one_of_each_identity(without_same_pictures(null, embedded))
+    detector, images = embedded.detector, null.images
+    used = [row for row in null.rows if images.hashes[row] in detector.adapted_to]
+    if used:  # they are nearer to each other, or farther apart, than images that are new to it
+        raise InputError(
+            f"{detector.name} was adapted to {len(used):,} of the {len(null.rows):,} real "
+            "images that the generated ones are compared with, "
+            f"{images.record_of(used[0]).path!r} first, so that no rate holds; give other images "
+            "with --held-out, or a detector that is not adapted"
+        )
+    check_size(
+        len(null.rows),
+        request,
+        source=images.summary.source,
+        num_removed=len(null.removed),
+    )
+    return null
+
+
+def held_out_null(embedded: Embedded) -> Null:
+    """Search held-out real images in the training set.
+
+    Images whose content is in the training set are taken out: they would raise the null and hide
+    copies. So are images that are among the generated ones, each of which would be compared with
+    itself.
+
+    Raises:
+        InputError: all of them are among the generated ones.
+    """
+    training, held_out = embedded.sets.training, embedded.sets.held_out
+    assert held_out is not None
     known = {digest: row for row, digest in enumerate(training.hashes)}
     exact = {row: known[digest] for row, digest in enumerate(held_out.hashes) if digest in known}
-    mixed_up = set(held_out.hashes) & set(generated.hashes) - known.keys()
+    mixed_up = set(held_out.hashes) & set(embedded.sets.generated.hashes) - known.keys()
     if mixed_up.issuperset(held_out.hashes):
         raise InputError(
             f"{held_out.summary.source}: every held-out image is among the generated ones; give "
@@ -138,21 +131,15 @@ def held_out_null(
         )
     taken_out = known.keys() | mixed_up
     listed = [row for row, digest in enumerate(held_out.hashes) if digest not in taken_out]
-    rows = np.array(listed, dtype=np.int64)
-    found = search(detector, held_out.features_of(rows), training.features, 2, ranks)
-    null = Null(
-        kind="held-out",
-        bank=np.arange(training.num_distinct),
-        images=held_out,
-        rows=rows,
-        matches=found.rows[:, 0],
-        scores=_two_columns(found.scores),
+    rows, bank = np.array(listed, dtype=np.int64), np.arange(training.num_distinct)
+    null = _searched(embedded, "held-out", held_out, rows, bank)
+    return dataclasses.replace(
+        null,
         removed=tuple(
             _shared(held_out, row, training, match, "exact") for row, match in exact.items()
         ),
         num_mixed_up=len(mixed_up),
     )
-    return without_same_pictures(null, training, ranks)
 
 
 def split_rows(
@@ -160,61 +147,76 @@ def split_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw identities to be taken out of the training set.
 
-    A quarter of the images, or as many as the rate needs, but at most half.
+    A quarter of the identities, or as many as the rate needs, but at most half of the images.
 
     Returns:
         Rows that are taken out, and those of the bank that is left.
     """
     groups = training.groups
     sizes = np.bincount(groups)
+    identities = np.unique(groups)
     most = len(groups) // 2
-    wanted = min(max(math.ceil(SPLIT_SHARE * len(groups)), required_null_size(rate)), most)
+    wanted = max(math.ceil(SPLIT_SHARE * len(identities)), required_null_size(rate))
     drawn: list[int] = []
     count = 0
-    for group in np.random.default_rng(seed).permutation(np.unique(groups)):
-        if count < wanted and count + sizes[group] <= most:
+    for group in np.random.default_rng(seed).permutation(identities):
+        if len(drawn) < wanted and count + sizes[group] <= most:
             drawn.append(group)
             count += sizes[group]
     chosen = np.isin(groups, drawn)
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def split_null(
-    detector: Detector, training: ImageSet, *, rate: float, seed: int, ranks: Ranks
-) -> Null:
+def split_null(embedded: Embedded, *, rate: float, seed: int) -> Null:
     """Take identities out of the training set, see ``split_rows``, and search them in the rest."""
+    training = embedded.sets.training
     rows, bank = split_rows(training, rate=rate, seed=seed)
-    found = search(detector, training.features_of(rows), training.features_of(bank), 2, ranks)
-    null = Null(
-        kind="split",
+    return _searched(embedded, "split", training, rows, bank)
+
+
+def _searched(
+    embedded: Embedded,
+    kind: NullKind,
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    bank: NDArray[np.int64],
+) -> Null:
+    """Search some rows of a set in a bank that holds none of their contents."""
+    found = search_training(embedded, images.features_of(rows), bank, 2)
+    scores = np.full((len(rows), 2), np.nan)  # a bank of one image has no second-best match
+    scores[:, : found.scores.shape[1]] = found.scores
+    return Null(
+        kind=kind,
         bank=bank,
-        images=training,
+        images=images,
         rows=rows,
-        matches=bank[found.rows[:, 0]],
-        scores=_two_columns(found.scores),
+        matches=found.rows[:, 0],
+        scores=scores,
         removed=(),
     )
-    return without_same_pictures(null, training, ranks)
 
 
-def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ranks: Ranks) -> Null:
+def leave_one_out_null(embedded: Embedded, *, seed: int) -> Null:
     """Search training images among those of other identities.
 
     Of more than ``MAX_LEAVE_ONE_OUT`` images a seeded sample is used.
     """
-    count = training.num_distinct
-    sample = np.arange(count)
+    training = embedded.sets.training
+    count, groups = training.num_distinct, training.groups
+    everything = sample = np.arange(count)
     if count > MAX_LEAVE_ONE_OUT:
         rng = np.random.default_rng(seed)
         sample = np.sort(rng.choice(count, MAX_LEAVE_ONE_OUT, replace=False))
     matches = np.full(len(sample), -1, dtype=np.int64)
     scores = np.full((len(sample), 2), np.nan)
-    pending = np.arange(len(sample))
+    # An image's nearest neighbours are often of its own identity. So each search asks for more
+    # neighbours than the last, of those images only that still lack two of another identity.
+    pending = everything[: len(sample)]
     k = min(count, _FIRST_NEIGHBOURS)
     while len(pending) and k <= _MOST_NEIGHBOURS:
-        queries = training.features_of(sample[pending])
-        found = search(detector, queries, training.features, k, ranks)
-        other = training.groups[found.rows] != training.groups[sample[pending]][:, None]
+        queries = sample[pending]
+        found = search_training(embedded, training.features_of(queries), everything, k)
+        other = groups[found.rows] != groups[queries][:, None]
         settled = (other.sum(axis=1) >= 2) | (k == count)
         for position in np.flatnonzero(settled):
             best = np.flatnonzero(other[position])[:2]
@@ -223,44 +225,41 @@ def leave_one_out_null(detector: Detector, training: ImageSet, *, seed: int, ran
             scores[pending[position], : len(best)] = found.scores[position, best]
         pending = pending[~settled]
         k = min(count, 4 * k)
-    groups = training.groups[sample[pending]]
-    for group in np.unique(groups):  # many images of one identity: search among the others
-        own = pending[groups == group]
-        found = _search_without(detector, training, sample[own], int(group), ranks)
-        if found.rows.shape[1]:
+    # What is left has many images of its own identity nearer than any other's.
+    left_groups = groups[sample[pending]]
+    for group in np.unique(left_groups):
+        own, others = pending[left_groups == group], np.flatnonzero(groups != group)
+        if len(others):
+            found = search_training(embedded, training.features_of(sample[own]), others, 2)
             matches[own] = found.rows[:, 0]
             scores[own, : found.scores.shape[1]] = found.scores
-    usable = matches >= 0
-    null = Null(
+    usable = matches >= 0  # a set of one identity has no other
+    return Null(
         kind="leave-one-out",
-        bank=np.arange(count),
+        bank=everything,
         images=training,
         rows=sample[usable],
         matches=matches[usable],
         scores=scores[usable],
         removed=(),
     )
-    return without_same_pictures(null, training, ranks)
 
 
-def _search_without(
-    detector: Detector, training: ImageSet, rows: NDArray[np.int64], group: int, ranks: Ranks
-) -> TopK:
-    """Find the two best matches of training images among those of other identities."""
-    queries = training.features_of(rows)
-    parts: list[TopK] = []
-    block = max(1, _BANK_BYTES // training.features[:1].nbytes)
-    for start in range(0, training.num_distinct, block):
-        others = start + np.flatnonzero(training.groups[start : start + block] != group)
-        if len(others):
-            found = search(detector, queries, training.features[others], 2, ranks)
-            parts.append(TopK(found.scores, others[found.rows]))
-    if not parts:
-        return TopK(np.zeros((len(rows), 0)), np.zeros((len(rows), 0), dtype=np.int64))
-    return merge_top_k(parts, [0] * len(parts), 2)
+def one_of_each_identity(null: Null) -> Null:
+    """Keep the image of each identity that matches best.
+
+    Images of one person or patient have like scores, so they do not count as independent. The best
+    of several scores is higher than one of them, so the rate still holds.
+    """
+    order = np.lexsort((null.rows, -null.scores[:, 0]))
+    _, first = np.unique(null.images.groups[null.rows[order]], return_index=True)
+    keep = np.sort(order[first])
+    return dataclasses.replace(
+        null, rows=null.rows[keep], matches=null.matches[keep], scores=null.scores[keep]
+    )
 
 
-def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
+def without_same_pictures(null: Null, embedded: Embedded) -> Null:
     """Take out images that show the same picture as their best match, saved anew.
 
     Compared are 16 x 16 grey pixels, too few to show what compression does to a small image; a
@@ -270,28 +269,25 @@ def without_same_pictures(null: Null, training: ImageSet, ranks: Ranks) -> Null:
     JPEGs of quality 75 not below 0.9996.) Checked are the thousand images with the highest scores:
     the others do not move a threshold.
     """
+    training, ranks = embedded.sets.training, embedded.compute.ranks
     order = np.argsort(-null.scores[:, 0], kind="stable")[:MAX_PICTURE_CHECKS]
     same: list[int] = []
-    if ranks.is_main:
+    if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         for position in order:
             image = null.images.files[null.images.first_image[null.rows[position]]]
             match = training.files[training.first_image[null.matches[position]]]
             if same_picture(image, match):
                 same.append(int(position))
     same = sorted(ranks.broadcast(same))
-    if not same:
-        return null
-    keep = np.ones(len(null.rows), dtype=bool)
-    keep[same] = False
     removed = tuple(
         _shared(null.images, int(null.rows[p]), training, int(null.matches[p]), "resaved")
         for p in same
     )
     return dataclasses.replace(
         null,
-        rows=null.rows[keep],
-        matches=null.matches[keep],
-        scores=null.scores[keep],
+        rows=np.delete(null.rows, same),
+        matches=np.delete(null.matches, same),
+        scores=np.delete(null.scores, same, axis=0),
         removed=null.removed + removed,
     )
 
@@ -314,22 +310,21 @@ def same_picture(
     return float(x @ y) / norm >= SAME_PICTURE_CORRELATION
 
 
-def check_size(
-    count: int, rate: float, *, kind: NullKind, source: str, num_removed: int = 0
-) -> None:
+def check_size(count: int, request: AuditRequest, *, source: str, num_removed: int = 0) -> None:
     """Refuse a rate for which the null is too small.
 
     Args:
-        count: different real images.
-        rate: false positives per image.
-        kind: construction of the null.
+        count: real images of different identities.
+        request: its rate, confidence and kind of null.
         source: where they come from.
         num_removed: images taken out because they are in the training set.
 
     Raises:
         InputError: says how many images are needed, and which rate these allow.
     """
-    needed = required_null_size(rate)
+    rate, kind, confidence = request.fpr, request.null_kind, request.confidence
+    in_pairs = kind == "leave-one-out"
+    needed = required_scores(rate, in_pairs=in_pairs, confidence=confidence)
     if count >= needed:
         return
     gives = {
@@ -337,58 +332,35 @@ def check_size(
         "split": f"splitting {source} gives {count} real images",
         "leave-one-out": f"{source} gives {count} images to leave out",
     }[kind]
+    sure = "" if confidence is None else f", with a confidence of {percent(confidence)},"
     lost = f" ({num_removed} more are in the training set)" if num_removed else ""
-    smallest = smallest_rate(count)
+    smallest = smallest_rate(count, in_pairs=in_pairs, confidence=confidence)
     allows = f"these allow --fpr {smallest:g} or more" if smallest < 1 else "these allow no rate"
     raise InputError(
-        f"a false-positive rate of {percent(rate)} per image needs at least {needed:,} different "
-        f"real images, {gives}{lost}; {allows}; give more real images with --held-out, or accept "
-        "a larger rate"
+        f"a false-positive rate of {percent(rate)} per image{sure} needs at least {needed:,} real "
+        f"images of different identities, {gives}{lost}; {allows}; give more real images with "
+        "--held-out, or accept a larger rate"
     )
 
 
-def check_gate(
-    fail_over: float, rate: float, *, num_queries: int, num_exact: int, num_null: int
-) -> None:
-    """Refuse a gate that Benjamini-Hochberg cannot fail where the rate per image could.
-
-    Args:
-        fail_over: share of flagged images over which the gate fails.
-        rate: false-discovery rate.
-        num_queries: generated images.
-        num_exact: those that are byte for byte a training image, which are always flagged.
-        num_null: real images.
-
-    Raises:
-        InputError: so few flagged images as would fail the gate cannot be flagged.
-    """
-    fails_at = math.floor(fail_over * num_queries + 1e-9) + 1
-    fewest = fewest_flagged(rate, num_queries, num_null)
-    if num_exact < fails_at < fewest:
-        needed = math.ceil(num_queries / (rate * fails_at) - 1e-9) - 1
-        raise InputError(
-            f"--fail-over {fail_over:g} is to fail at {counted(fails_at, 'flagged image')}, but "
-            f"with {counted(num_null, 'real image')} --bh can only flag {fewest:,} or more at "
-            f"once beside identical files; give {needed:,} held-out images, or leave --bh out"
-        )
-
-
-def smallest_rate(count: int) -> float:
+def smallest_rate(count: int, *, in_pairs: bool = False, confidence: float | None = None) -> float:
     """Return the smallest rate that ``count`` null scores allow, rounded up to four digits."""
-    exact = 1 / (count + 1)
+    if not count:
+        return 1.0
+    exact = (2 if in_pairs else 1) / (count + 1)
+    if confidence is not None:
+        exact = 1 - (1 - confidence) ** (1 / count)
     scale = 10.0 ** (3 - math.floor(math.log10(exact)))
     return float(math.ceil(exact * scale - 1e-9) / scale)
 
 
-def _two_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    if scores.shape[1] >= 2:
-        return scores[:, :2]
-    return np.column_stack([scores, np.full(len(scores), np.nan)])
-
-
-def _shared(images: ImageSet, row: int, training: ImageSet, match: int, kind: str) -> SharedPicture:
+def _shared(
+    images: ImageSet,
+    row: int,
+    training: ImageSet,
+    match: int,
+    kind: Literal["exact", "resaved"],
+) -> SharedPicture:
     return SharedPicture(
-        path=images.name_of(row),
-        match=training.name_of(match),
-        kind="exact" if kind == "exact" else "resaved",
+        path=images.record_of(row).path, match=training.record_of(match).path, kind=kind
     )

@@ -1,22 +1,29 @@
-"""What an audit found, as typed values, and the sentences that say it."""
+"""What an audit found, as typed values; ``sentences`` puts them into words."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import datetime
 from typing import Any, Literal
 
-from lcmem_cli.engine.evaluation.metrics import largest_count
+from pydantic import FiniteFloat
+
+from lcmem_cli.engine.documents import FileName
+from lcmem_cli.engine.evaluation.calibration import fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
 
-AUDIT_SCHEMA = 1
-AUDIT_FORMAT = "lcmem-audit"
-_UNLIKELY = 0.025
-"""Chance of so many flagged images up to which their number is more than chance."""
-
 NullKind = Literal["held-out", "split", "leave-one-out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankImage:
+    """An image that shows nothing but one colour, as ``#rrggbb``."""
+
+    path: str
+    colour: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,16 +41,18 @@ class SetSummary:
         unreadable: images that could not be used.
         num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
             where that is not known (an index).
+        blank: images that show nothing but one colour; they are counted here and not judged.
     """
 
-    source: str
-    folder: str
+    source: FileName
+    folder: FileName
     num_images: int
     num_distinct: int
     num_identities: int | None
-    duplicates: tuple[tuple[str, ...], ...]
+    duplicates: tuple[tuple[FileName, ...], ...]
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
+    blank: tuple[BlankImage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +65,8 @@ class SharedPicture:
         kind: ``exact``: equal content; ``resaved``: the same picture saved anew.
     """
 
-    path: str
-    match: str
+    path: FileName
+    match: FileName
     kind: Literal["exact", "resaved"]
 
 
@@ -68,6 +77,10 @@ class NullSummary:
     Attributes:
         kind: where they come from.
         num_scores: scores in the null.
+        allowed: rank of the threshold among the scores, from the highest.
+        num_independent: scores that count as independent of each other. In a leave-one-out null
+            two images may be each other's best match, so it is half of them.
+        rates: 95 % interval of the rate that such a threshold really reaches.
         smallest_rate: the smallest false-positive rate per image that so many scores allow.
         num_not_searched: training images that were split off and so are not looked for.
         removed: images taken out because their picture is in the training set.
@@ -77,11 +90,19 @@ class NullSummary:
 
     kind: NullKind
     num_scores: int
+    allowed: int
+    num_independent: float
+    rates: tuple[float, float]
     smallest_rate: float
     num_not_searched: int
     removed: tuple[SharedPicture, ...]
-    shared_identities: tuple[str, ...]
+    shared_identities: tuple[FileName, ...]
     meaning: str
+
+    @property
+    def independent_allowed(self) -> float:
+        """The rank of the threshold among the independent scores."""
+        return self.allowed * self.num_independent / self.num_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +113,7 @@ class FlagRule:
         kind: ``fpr``: false positives per image; ``fdr``: false ones among the flagged
             (Benjamini-Hochberg).
         rate: the rate held.
+        confidence: that it holds, over draws of the null; ``None``: it holds on average.
         threshold: a match is flagged when its score EXCEEDS this; ``None`` where Benjamini-Hochberg
             flags nothing.
     """
@@ -99,6 +121,7 @@ class FlagRule:
     kind: Literal["fpr", "fdr"]
     rate: float
     threshold: float | None
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,12 +139,12 @@ class Match:
         exact: whether the contents are equal.
     """
 
-    query: str
+    query: FileName
     rank: int
-    match: str
-    match_id: str
-    score: float
-    p_value: float
+    match: FileName
+    match_id: FileName
+    score: FiniteFloat
+    p_value: FiniteFloat
     flagged: bool
     exact: bool
 
@@ -142,17 +165,18 @@ class Times:
     started: str
     seconds: float
 
+    @classmethod
+    def since(cls, started: datetime.datetime) -> Times:
+        """Return the time from a start to now."""
+        seconds = (datetime.datetime.now(started.tzinfo) - started).total_seconds()
+        return cls(started=started.isoformat(timespec="seconds"), seconds=round(seconds, 3))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AuditResult(Result):
-    """Whether a generated set reproduces its training set.
+class Finding:
+    """Everything that an audit found, in numbers and names.
 
     Attributes:
-        statement: the finding in one sentence.
-        verdict: how it compares with what chance alone would flag.
-        shows: what the finding supports.
-        does_not_show: what it does not.
-        warnings: what weakens it.
         detector: name of the detector.
         fingerprint: of the detector.
         adapted_to: training images that the detector was adapted to; ``None`` where it was not.
@@ -161,7 +185,10 @@ class AuditResult(Result):
         num_queries: readable generated images.
         num_flagged: flagged ones.
         share_flagged: their share.
-        confidence_interval: 95 % Clopper-Pearson interval of the share.
+        confidence_interval: 95 % Clopper-Pearson interval of the share, given the threshold.
+        excess_interval: 95 % interval of the share that is flagged beyond chance, the threshold's
+            own uncertainty included; ``None`` under Benjamini-Hochberg and where the sets are not
+            comparable.
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
@@ -174,17 +201,15 @@ class AuditResult(Result):
         generated: the generated set.
         training: the training set.
         held_out: the held-out set, if one was given.
+        comparability: whether a classifier tells held-out from training images; ``None`` without
+            held-out images.
+        generated_comparability: the same of generated and held-out images.
         metrics: figures about the whole set.
         most_copied: training images by number of flagged images, most first.
         matches: every readable generated image with its best matches.
         times: when, and how long.
     """
 
-    statement: str
-    verdict: str
-    shows: tuple[str, ...]
-    does_not_show: tuple[str, ...]
-    warnings: tuple[str, ...]
     detector: str
     fingerprint: str
     adapted_to: int | None
@@ -194,6 +219,7 @@ class AuditResult(Result):
     num_flagged: int
     share_flagged: float
     confidence_interval: tuple[float, float]
+    excess_interval: tuple[float, float] | None
     expected_by_chance: float | None
     num_exact_copies: int
     num_resaved_copies: int
@@ -203,20 +229,40 @@ class AuditResult(Result):
     generated: SetSummary
     training: SetSummary
     held_out: SetSummary | None
+    comparability: Comparability | None
+    generated_comparability: Comparability | None
     metrics: SetMetrics
     most_copied: tuple[CopiedImage, ...]
     matches: tuple[Match, ...]
     times: Times
 
     @property
+    def comparable(self) -> bool | None:
+        """Whether held-out and training images are of one source; ``None`` if not known."""
+        return None if self.comparability is None else self.comparability.comparable
+
+    @property
+    def gate(self) -> Literal["passed", "failed", "undecided"] | None:
+        """How the gate ended, if ``fail_over`` asks for one.
+
+        It is undecided where the sets are not comparable: then no rate holds.
+        """
+        if self.fail_over is None:
+            return None
+        if self.comparable is False:
+            return "undecided"
+        return "failed" if self.share_flagged > self.fail_over else "passed"
+
+    @property
     def gate_failed(self) -> bool:
-        """Whether more images are flagged than ``fail_over`` allows."""
-        return self.fail_over is not None and self.share_flagged > self.fail_over
+        """Whether more images are flagged than ``fail_over`` allows, on conditions that hold."""
+        return self.gate == "failed"
 
     @property
     def is_undecided(self) -> bool:
         """Whether nothing is flagged because so small a null could hardly flag anything."""
-        return _is_undecided(self.num_flagged, self.num_queries, self.rule, self.null.num_scores)
+        fewest = fewest_flagged(self.rule.rate, self.num_queries, self.null.num_scores)
+        return self.rule.kind == "fdr" and not self.num_flagged and fewest > 1
 
     @property
     def flagged(self) -> tuple[Match, ...]:
@@ -224,234 +270,42 @@ class AuditResult(Result):
         found = [match for match in self.matches if match.rank == 1 and match.flagged]
         return tuple(sorted(found, key=lambda match: (not match.exact, -match.score, match.query)))
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditResult(Finding, Result):
+    """Whether a generated set reproduces its training set: a finding, and what is said of it.
+
+    Attributes:
+        statement: the finding in one sentence.
+        verdict: how it compares with what chance alone would flag.
+        shows: what the finding supports.
+        does_not_show: what it does not.
+        warnings: what weakens it.
+    """
+
+    statement: str
+    verdict: str
+    shows: tuple[str, ...]
+    does_not_show: tuple[str, ...]
+    warnings: tuple[str, ...]
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values.
+        """Return plain JSON values, sentences first.
 
         Of the matches only the flagged images with their best one; ``matches.csv`` has them all.
         """
-        rest = dataclasses.replace(self, matches=())
-        values: dict[str, Any] = jsonable(dataclasses.asdict(rest))
-        times = values.pop("times")
+        values = jsonable(dataclasses.asdict(dataclasses.replace(self, matches=())))
         del values["matches"]
+        times = values.pop("times")
         return {
-            "format": AUDIT_FORMAT,
-            "schema": AUDIT_SCHEMA,
+            "format": "lcmem-audit",
+            "schema": 1,
+            **{name: values.pop(name) for name in AuditResult.__annotations__},
             **values,
+            "comparable": self.comparable,
+            "gate": self.gate,
             "gate_failed": self.gate_failed,
             "undecided": self.is_undecided,
             "flagged": [dataclasses.asdict(match) for match in self.flagged],
             "times": times,
         }
-
-
-def percent(share: float) -> str:
-    """Write a share as a percentage: ``0.0123`` is ``1.23 %``."""
-    return f"{100 * share:.3g} %"
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Write a number with its noun: ``1 image``, ``2,000 images``."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def statement(
-    num_flagged: int,
-    num_queries: int,
-    rule: FlagRule,
-    null: NullKind,
-    interval: tuple[float, float],
-    num_null: int,
-) -> str:
-    """Return the finding in one sentence."""
-    if _is_undecided(num_flagged, num_queries, rule, num_null):
-        return (
-            f"Undecided: none of {counted(num_queries, 'generated image')} is flagged at a "
-            f"false-discovery rate of {percent(rule.rate)}, but single ones could not be with "
-            f"{counted(num_null, 'real image')} to compare with."
-        )
-    verb = "matches" if num_flagged == 1 else "match"
-    compared = {
-        "held-out": "held-out real images do",
-        "split": "real images split off from the training set do",
-        "leave-one-out": "real training images match those of other identities",
-    }[null]
-    rate = (
-        f"at a false-positive rate of {percent(rule.rate)} per image"
-        if rule.kind == "fpr"
-        else f"at a false-discovery rate of {percent(rule.rate)} among the flagged"
-    )
-    share = percent(num_flagged / num_queries)
-    low, high = (percent(bound) for bound in interval)
-    return (
-        f"{num_flagged:,} of {counted(num_queries, 'generated image')} ({share}; 95 % CI {low} to "
-        f"{high}) {verb} a training image more closely than {compared}, {rate}."
-    )
-
-
-def chance_of(count: int, num_queries: int, rate: float, num_null: int) -> float:
-    """Return the chance that an audit flags so many images of which none copies anything.
-
-    The threshold is itself an order statistic of the null, so the number flagged is beta-binomial
-    (Wilks 1942, doi 10.1214/aoms/1177731537): wider than binomial where the null is small.
-
-    Args:
-        count: flagged images or more.
-        num_queries: generated images.
-        rate: false positives per image.
-        num_null: scores of the null.
-    """
-    from scipy.stats import betabinom
-
-    above = largest_count(rate, num_null + 1)
-    return float(betabinom.sf(count - 1, num_queries, above, num_null + 1 - above))
-
-
-def fewest_flagged(rate: float, num_queries: int, num_null: int) -> int:
-    """Return how many images Benjamini-Hochberg flags at least, if any: no p-value is smaller.
-
-    Args:
-        rate: false-discovery rate.
-        num_queries: generated images.
-        num_null: scores of the null.
-    """
-    return math.ceil(num_queries / (rate * (num_null + 1)) - 1e-9)
-
-
-def _is_undecided(num_flagged: int, num_queries: int, rule: FlagRule, num_null: int) -> bool:
-    fewest = fewest_flagged(rule.rate, num_queries, num_null)
-    return rule.kind == "fdr" and not num_flagged and fewest > 1
-
-
-def verdict(
-    num_flagged: int,
-    rule: FlagRule,
-    *,
-    num_exact: int,
-    num_resaved: int,
-    num_queries: int,
-    num_null: int,
-) -> str:
-    """Return how the finding compares with chance."""
-    sentences = []
-    num_certain = num_exact + num_resaved
-    others = num_flagged - num_certain
-    if num_exact:
-        copies = counted(num_exact, "generated image is", "generated images are")
-        sentences.append(f"{copies} byte for byte a training image.")
-    if num_resaved:
-        copies = counted(num_resaved, "generated image shows", "generated images show")
-        sentences.append(f"{copies} the picture of a training image saved anew.")
-    expected = rule.rate * num_queries
-    if _is_undecided(num_flagged, num_queries, rule, num_null):
-        fewest = fewest_flagged(rule.rate, num_queries, num_null)
-        sentences.append(
-            f"Nothing is flagged; but with {counted(num_null, 'real image')} Benjamini-Hochberg "
-            f"could not have flagged fewer than {fewest:,}."
-        )
-    elif not num_flagged:
-        sentences.append("Nothing is flagged.")
-    elif not others:
-        pass  # chance makes no identical images
-    elif rule.kind == "fdr":
-        sentences.append(
-            f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
-        )
-    elif chance_of(others, num_queries - num_certain, rule.rate, num_null) <= _UNLIKELY:
-        sentences.append(f"Chance alone would flag about {expected:.3g}: this is more.")
-    else:
-        sentences.append(
-            f"Chance alone would flag about {expected:.3g}: the number is no evidence of copying; "
-            "look at the pairs."
-        )
-    return " ".join(sentences)
-
-
-def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
-    """Return what the stated rate means with a null."""
-    real = {
-        "held-out": "the held-out ones",
-        "split": "the training images split off",
-        "leave-one-out": "the training images",
-    }[kind]
-    rate = percent(rule.rate)
-    if rule.kind == "fdr":
-        meaning = (
-            f"Of the flagged images {rate} at most copy nothing, on average, if images that copy "
-            f"nothing are like {real}."
-        )
-    elif kind == "leave-one-out":
-        meaning = f"About {rate} of images that copy nothing are flagged."
-    else:
-        meaning = (
-            f"Of images that are like {real} and copy nothing, {rate} at most are flagged on "
-            "average."
-        )
-    if kind == "split":
-        meaning += (
-            f" Weaker than with held-out images: {num_not_searched:,} training images were split "
-            "off, and copies of them are found only where the file is identical."
-        )
-    if kind == "leave-one-out":
-        meaning += (
-            " Weaker than with held-out images: each training image was compared with those of "
-            "other identities, so the rate is approximate, and copies are missed where one "
-            "identity has several labels."
-        )
-    return meaning
-
-
-def what_it_shows(
-    null: NullSummary,
-    *,
-    approximate: bool,
-    adapted_to: int | None,
-    num_below: int | None,
-    may_share_identities: bool,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what the finding supports and what it does not, in sentences.
-
-    Args:
-        null: the real images.
-        approximate: whether the search was.
-        adapted_to: training images that the detector was adapted to, if it was.
-        num_below: real images that score less than every flagged one; ``None`` if none is flagged.
-        may_share_identities: whether held-out images may show whom training images show.
-    """
-    compared = (
-        "with the training images that an approximate search proposed."
-        if approximate
-        else "with every training image searched, without approximation."
-    )
-    shows: tuple[str, ...] = (null.meaning,)
-    if num_below is not None:
-        real = f"{null.num_scores:,} real images"
-        others = (
-            f"any of {real} is"
-            if num_below == null.num_scores
-            else f"at least {num_below:,} of {real} are"
-        )
-        shows += (
-            "A flagged image is closer to its training image, as this detector sees them, than "
-            f"{others} to any training image.",
-        )
-    shows += (f"Every generated image was compared {compared}",)
-    if adapted_to is not None:
-        shows += (
-            f"The detector was adapted to {adapted_to:,} of the training images, so what all "
-            "images of this kind share does not count as likeness. No other image had a part in "
-            "that.",
-        )
-    does_not: tuple[str, ...] = (
-        "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
-        "the pairs.",
-        "That an image which is not flagged is free of copied content: the detector compares "
-        "whole pictures and misses what it was not made to see.",
-        "Anything about images that this generator has not made yet, or about other generators.",
-    )
-    if may_share_identities:
-        does_not += (
-            "That training and held-out images show different people, patients or objects: only "
-            "filelists with ids say. Held-out images of those in the training set match it closely "
-            "without being copied, and then copies are missed.",
-        )
-    return shows, does_not

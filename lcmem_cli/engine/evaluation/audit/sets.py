@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.manifest import Record, load_manifest, tells_identities
+from lcmem_cli.engine.data.manifest import Frames, Record, load_manifest, tells_identities
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.audit.result import SetSummary
+from lcmem_cli.engine.evaluation.audit.result import BlankImage, SetSummary
+from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.index import Index, is_index
 
 _COPIED_ROWS = 4096
+
+Source = str | Path | Index
+Item = TypeVar("Item")
+Other = TypeVar("Other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sets(Generic[Item]):
+    """One thing for each set of an audit: its source, its listing, its images.
+
+    Attributes:
+        generated: of the generated images.
+        training: of the training images.
+        held_out: of the held-out real images; ``None`` where there are none.
+    """
+
+    generated: Item
+    training: Item
+    held_out: Item | None
+
+    def named(self) -> list[tuple[str, Item]]:
+        """Return those there are, each with its name in messages."""
+        named = [("generated", self.generated), ("training", self.training)]
+        return named if self.held_out is None else [*named, ("held-out", self.held_out)]
+
+    def map(self, change: Callable[[str, Item], Other]) -> Sets[Other]:
+        """Return what a function makes of each, given its name."""
+        made = {name: change(name, item) for name, item in self.named()}
+        return Sets(
+            generated=made["generated"], training=made["training"], held_out=made.get("held-out")
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,20 +61,16 @@ class ImageSet:
 
     Attributes:
         summary: sizes, duplicates and unreadable images.
-        names: ``[n]`` paths as listed, relative to the set's folder.
+        records: ``[n]`` path as listed, relative to the set's folder, and identity of each image.
         files: ``[n]`` paths to open.
-        ids: ``[n]`` identity labels.
-        identities: ``[n]`` data set and label, which together name an identity.
         rows: ``[n]`` feature row of each image.
         features: ``[d, k]``, one row per distinct content.
         hashes: ``[d]`` content hashes.
     """
 
     summary: SetSummary
-    names: tuple[str, ...]
+    records: tuple[Record, ...]
     files: tuple[Path, ...]
-    ids: tuple[str, ...]
-    identities: tuple[tuple[str, str], ...]
     rows: NDArray[np.int64]
     features: FloatArray
     hashes: tuple[str, ...]
@@ -64,34 +93,35 @@ class ImageSet:
             chosen[part] = self.features[rows[part]]
         return chosen
 
+    def converted(self, convert: Callable[[FloatArray], FloatArray]) -> ImageSet:
+        """Return the set with other features, made of these some rows at a time."""
+        features = allocate_features(self.features.shape, np.float32)
+        for start in range(0, len(features), _COPIED_ROWS):
+            part = slice(start, start + _COPIED_ROWS)
+            features[part] = convert(self.features[part])
+        return dataclasses.replace(self, features=features)
+
     @cached_property
     def first_image(self) -> NDArray[np.int64]:
         """``[d]`` first image with each content."""
         first = np.full(self.num_distinct, -1, dtype=np.int64)
-        first[self.rows[::-1]] = np.arange(len(self.rows))[::-1]
+        first[self.rows[::-1]] = np.arange(len(self.rows))[::-1]  # the last one written stays
         return first
-
-    @property
-    def labelled(self) -> bool:
-        """Whether labels come from a filelist, so that those of two sets can be compared."""
-        return Path(self.summary.source).is_file()
 
     @cached_property
     def file_of(self) -> dict[str, Path]:
         """The file behind each name."""
-        return dict(zip(self.names, self.files, strict=True))
+        names = (record.path for record in self.records)
+        return dict(zip(names, self.files, strict=True))
 
-    def name_of(self, row: int) -> str:
-        """Return the name of the first image with the content of a feature row."""
-        return self.names[int(self.first_image[row])]
+    @cached_property
+    def identities(self) -> frozenset[tuple[str, str]]:
+        """All identities."""
+        return frozenset(record.identity for record in self.records)
 
-    def id_of(self, row: int) -> str:
-        """Return the identity of the first image with the content of a feature row."""
-        return self.ids[int(self.first_image[row])]
-
-    def identity_of(self, row: int) -> tuple[str, str]:
-        """Return the data set and label of the first image with a feature row's content."""
-        return self.identities[int(self.first_image[row])]
+    def record_of(self, row: int | np.integer) -> Record:
+        """Return the first image with the content of a feature row."""
+        return self.records[int(self.first_image[row])]
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
@@ -99,12 +129,42 @@ class ImageSet:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(self.identities))}
-        id_nodes = self.num_distinct + np.array([numbers[key] for key in self.identities])
+        # A graph of contents and identities with an edge per image: what hangs together is one.
+        keys = [record.identity for record in self.records]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        id_nodes = self.num_distinct + np.array([numbers[key] for key in keys])
         size = self.num_distinct + len(numbers)
         edges = coo_array((np.ones(len(self.rows)), (self.rows, id_nodes)), shape=(size, size))
         groups: NDArray[np.int64] = connected_components(edges, directed=False)[1]
         return groups[: self.num_distinct].astype(np.int64)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels come from a filelist, so that those of two sets can be compared."""
+        return Path(self.summary.source).is_file()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """The sets of an audit as one detector sees them.
+
+    Attributes:
+        detector: what made the features, and scores them.
+        sets: the images.
+        compute: how further work is done.
+        adapted_to: training images that the detector was adapted to; ``None`` where it was not.
+    """
+
+    detector: Detector
+    sets: Sets[ImageSet]
+    compute: Compute
+    adapted_to: int | None = None
+
+    @property
+    def knows_both_identities(self) -> bool:
+        """Whether labels of the training and the held-out set can be compared."""
+        held_out = self.sets.held_out
+        return held_out is not None and held_out.labelled and self.sets.training.labelled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,11 +189,13 @@ class Listing:
 
 
 def list_set(
-    source: str | Path | Index,
+    source: Source,
     *,
     what: str,
     basedir: Path | None = None,
+    frames: Frames = "first",
     max_missing: int | None = None,
+    reporter: Reporter = SILENT,
 ) -> Listing:
     """List a folder, a filelist or a saved index.
 
@@ -141,8 +203,10 @@ def list_set(
         source: path, or an open index.
         what: name of the set in messages.
         basedir: folder that the paths of a filelist are relative to.
+        frames: see ``load_manifest``.
         max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
             any number.
+        reporter: told of files of a folder that are no images.
 
     Raises:
         InputError: nothing there, or no images.
@@ -150,13 +214,12 @@ def list_set(
     if not isinstance(source, Index) and is_index(Path(source)):
         source = Index.open(Path(source))
     if isinstance(source, Index):
-        entries = source.entries
         listing = Listing(
             what=what,
             source=str(source.folder),
             folder=Path("/"),
-            records=[Record(path=e.path, id=e.id, ds_name=e.ds_name) for e in entries],
-            files=[Path(entry.path) for entry in entries],
+            records=[Record(path=e.path, id=e.id, ds_name=e.ds_name) for e in source.entries],
+            files=[Path(entry.path) for entry in source.entries],
             index=source,
         )
     else:
@@ -166,6 +229,8 @@ def list_set(
             basedir=None if path.is_dir() else basedir,
             need_split=False,
             max_missing=max_missing,
+            frames=frames,
+            reporter=reporter,
         )
         listing = Listing(
             what=what,
@@ -179,11 +244,7 @@ def list_set(
     return listing
 
 
-def embed_set(
-    listing: Listing,
-    detector: Detector,
-    compute: Compute,
-) -> ImageSet:
+def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSet:
     """Embed every distinct image of a set; the features of an index are used as they are.
 
     Args:
@@ -201,11 +262,9 @@ def embed_set(
             rows=np.array([entry.row for entry in entries], dtype=np.int64),
             hashes=[entry.content_hash for entry in entries],
             features=listing.index.features,
-            guessed=None,
-            unreadable=(),
         )
-    embedded = embed_files(detector, listing.files, compute)
-    names = {
+    embedded = embed_files(detector, listing.files, compute, with_blank=False)
+    name_of = {
         str(path): record.path for path, record in zip(listing.files, listing.records, strict=True)
     }
     return _assemble(
@@ -215,9 +274,58 @@ def embed_set(
         features=embedded.features,
         guessed=embedded.guessed,
         unreadable=tuple(
-            Unreadable(path=names.get(item.path, item.path), reason=item.reason)
+            Unreadable(path=name_of.get(item.path, item.path), reason=item.reason)
             for item in embedded.unreadable
         ),
+        blank=tuple(
+            BlankImage(path=name_of.get(str(path), str(path)), colour=f"#{colour:06x}")
+            for path, colour in embedded.left_out
+        ),
+    )
+
+
+def _assemble(
+    listing: Listing,
+    *,
+    rows: NDArray[np.int64],
+    hashes: Sequence[str | None],
+    features: FloatArray,
+    guessed: NDArray[np.bool_] | None = None,
+    unreadable: tuple[Unreadable, ...] = (),
+    blank: tuple[BlankImage, ...] = (),
+) -> ImageSet:
+    """Keep the images with features; ``rows`` and ``hashes`` are of all, ``guessed`` of those."""
+    readable = np.flatnonzero(rows >= 0).tolist()
+    if not readable:
+        reasons = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:5])
+        raise InputError(
+            f"{listing.source}: not one image of the {listing.what} set can be read{reasons}"
+            + (f"\n  {len(blank):,} show nothing but one colour" if blank else "")
+        )
+    records = tuple(listing.records[index] for index in readable)
+    rows = rows[readable]
+    row_hashes = [""] * len(features)
+    members: dict[int, list[str]] = {}
+    for index, record, row in zip(readable, records, rows.tolist(), strict=True):
+        row_hashes[row] = str(hashes[index])
+        members.setdefault(row, []).append(record.path)
+    return ImageSet(
+        summary=SetSummary(
+            source=listing.source,
+            folder=str(listing.folder.absolute()),
+            num_images=len(listing.records),
+            num_distinct=len(members),
+            num_identities=_num_identities(listing, records),
+            duplicates=tuple(tuple(paths) for paths in members.values() if len(paths) > 1),
+            unreadable=unreadable,
+            num_guessed=None if guessed is None else int(guessed[rows].sum()),
+            blank=blank,
+        ),
+        records=records,
+        files=tuple(listing.files[index] for index in readable),
+        rows=rows,
+        features=features,
+        hashes=tuple(row_hashes),
     )
 
 
@@ -227,50 +335,3 @@ def _num_identities(listing: Listing, records: Sequence[Record]) -> int | None:
         listing.index is None and tells_identities(Path(listing.source), records)
     )
     return len(identities) if known else None
-
-
-def _assemble(
-    listing: Listing,
-    *,
-    rows: NDArray[np.int64],
-    hashes: Sequence[str | None],
-    features: FloatArray,
-    guessed: NDArray[np.bool_] | None,
-    unreadable: tuple[Unreadable, ...],
-) -> ImageSet:
-    records, files = listing.records, listing.files
-    readable = [index for index in range(len(records)) if rows[index] >= 0]
-    if not readable:
-        reasons = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:5])
-        raise InputError(
-            f"{listing.source}: not one image of the {listing.what} set can be read{reasons}"
-        )
-    by_row: dict[int, list[int]] = {}
-    for index in readable:
-        by_row.setdefault(int(rows[index]), []).append(index)
-    row_hashes = [""] * len(features)
-    for row, members in by_row.items():
-        row_hashes[row] = str(hashes[members[0]])
-    return ImageSet(
-        summary=SetSummary(
-            source=listing.source,
-            folder=str(listing.folder.absolute()),
-            num_images=len(records),
-            num_distinct=len(by_row),
-            num_identities=_num_identities(listing, [records[index] for index in readable]),
-            duplicates=tuple(
-                tuple(records[index].path for index in members)
-                for members in by_row.values()
-                if len(members) > 1
-            ),
-            unreadable=unreadable,
-            num_guessed=None if guessed is None else int(guessed[rows[readable]].sum()),
-        ),
-        names=tuple(records[index].path for index in readable),
-        files=tuple(files[index] for index in readable),
-        ids=tuple(records[index].id for index in readable),
-        identities=tuple(records[index].identity for index in readable),
-        rows=np.asarray([rows[index] for index in readable], dtype=np.int64),
-        features=features,
-        hashes=tuple(row_hashes),
-    )

@@ -1,0 +1,75 @@
+"""Folders of images: what is listed of them, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from lcmem_cli.engine.data.formats import is_image
+from lcmem_cli.engine.data.tables import some
+from lcmem_cli.engine.errors import ManifestError
+
+
+class Scan(NamedTuple):
+    """The files of a folder tree.
+
+    Attributes:
+        images: paths relative to the folder, with ``/``, in order.
+        others: files that are no images, likewise.
+    """
+
+    images: list[str]
+    others: list[str]
+
+
+def scan_folder(folder: Path) -> Scan:
+    """List the files of a folder tree; hidden files and folders are left out.
+
+    Raises:
+        ManifestError: a folder cannot be listed.
+    """
+    scan = Scan([], [])
+    unreadable: list[str] = []
+    seen: set[str] = set()
+    walk = os.walk(
+        folder, followlinks=True, onerror=lambda error: unreadable.append(str(error.filename))
+    )
+    for parent, folders, files in walk:
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back up the tree
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if _is_listed(name))
+        relative = os.path.relpath(parent, folder)
+        for name in filter(_is_listed, files):
+            path = name if relative == os.curdir else f"{relative}{os.sep}{name}"
+            found = scan.images if _is_image(Path(parent, name)) else scan.others
+            found.append(path.replace(os.sep, "/"))
+    if unreadable:
+        raise ManifestError(
+            f"{folder}: cannot list {len(unreadable):,} folder(s): {some(map(repr, unreadable))}"
+        )
+    for paths in scan:
+        paths.sort(key=lambda path: path.encode("utf-8", "surrogateescape"))
+    return scan
+
+
+def left_out_text(folder: Path, others: list[str]) -> str:
+    """Return what to tell about files that are no images."""
+    return (
+        f"{folder}: left out {len(others):,} file(s) that are no images by their content: "
+        f"{some(others)}"
+    )
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        return is_image(path)
+    except OSError:
+        return False
+
+
+def _is_listed(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"

@@ -1,0 +1,31 @@
+"""Files of several images: pages of a TIFF, frames of an animation or of a DICOM series.
+
+``scan.tif#3`` names the third image of ``scan.tif``, counted from one. A file that really has such
+a name is taken for itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_NUMBERED = re.compile(r"(.+)#([1-9]\d*)", re.DOTALL)
+
+
+def split_frame(path: Path) -> tuple[Path, int]:
+    """Return the file behind a path, and which of its images is meant, counted from 0."""
+    match = _NUMBERED.fullmatch(path.name)
+    if match is None or path.exists():
+        return path, 0
+    return path.with_name(match[1]), int(match[2]) - 1
+
+
+def name_frame(path: str, frame: int) -> str:
+    """Return the name of one image of a file, counted from 0."""
+    return f"{path}#{frame + 1}"
+
+
+def strip_frame(path: str) -> str:
+    """Return a listed path without the number of a frame."""
+    match = _NUMBERED.fullmatch(path)
+    return path if match is None else match[1]

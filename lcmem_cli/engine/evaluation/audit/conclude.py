@@ -1,0 +1,272 @@
+"""From best matches to what an audit says: which images are flagged, counted, put into words."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.distributed import available_cpus
+from lcmem_cli.engine.evaluation.audit import sentences
+from lcmem_cli.engine.evaluation.audit.conditions import Conditions
+from lcmem_cli.engine.evaluation.audit.figures import measure_sets
+from lcmem_cli.engine.evaluation.audit.null import Null, same_picture, smallest_rate
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
+from lcmem_cli.engine.evaluation.audit.result import (
+    AuditResult,
+    CopiedImage,
+    Finding,
+    FlagRule,
+    Match,
+    NullSummary,
+    Times,
+)
+from lcmem_cli.engine.evaluation.audit.search import Found
+from lcmem_cli.engine.evaluation.audit.sets import Embedded
+from lcmem_cli.engine.evaluation.calibration import (
+    benjamini_hochberg,
+    clopper_pearson,
+    conformal_p_values,
+    conformal_threshold,
+    excess_interval,
+    rank_from_above,
+    realised_rates,
+)
+
+MOST_COPIED = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Which of the generated contents and their matches are flagged.
+
+    Attributes:
+        rule: how that was decided.
+        p_values: ``[d, k]`` of each match.
+        matches: ``[d, k]`` whether the match is flagged.
+        contents: ``[d]`` whether any match is.
+        resaved: ``[d]`` whether it is, and shows the picture of its best match saved anew.
+    """
+
+    rule: FlagRule
+    p_values: NDArray[np.float64]
+    matches: NDArray[np.bool_]
+    contents: NDArray[np.bool_]
+    resaved: NDArray[np.bool_]
+
+
+def flag(embedded: Embedded, null: Null, found: Found, request: AuditRequest) -> Flags:
+    """Decide what is flagged.
+
+    Args:
+        embedded: the sets.
+        null: real images and their best matches.
+        found: best matches of the generated images.
+        request: its rate, and how it is held.
+    """
+    null_scores = null.scores[:, 0]
+    rule = _rule(found.best[embedded.sets.generated.rows], null, request)
+    matches = np.zeros(found.scores.shape, dtype=np.bool_)
+    if rule.threshold is not None:
+        matches = found.scores > rule.threshold
+    contents = found.exact | matches.any(axis=1)
+    matches[:, 0] = contents  # an identical image stands first and is flagged whatever its score
+    p_values = conformal_p_values(found.scores.ravel(), null_scores)
+    return Flags(
+        rule=rule,
+        p_values=p_values.reshape(found.scores.shape),
+        matches=matches,
+        contents=contents,
+        resaved=_resaved(embedded, found, contents),
+    )
+
+
+def _rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
+    null_scores, rate = null.scores[:, 0], request.fpr
+    if not request.bh:
+        threshold = float(np.sort(null_scores)[-_allowed(null, request)])
+        return FlagRule(kind="fpr", rate=rate, threshold=threshold, confidence=request.confidence)
+    p_values = conformal_p_values(best, null_scores)
+    flagged = benjamini_hochberg(p_values, rate)
+    if not flagged.any():
+        return FlagRule(kind="fdr", rate=rate, threshold=None)
+    # What Benjamini-Hochberg flags is what has a p-value up to the largest flagged one; so the
+    # threshold of that p-value as a rate per image says the same of single matches.
+    threshold = conformal_threshold(null_scores, float(p_values[flagged].max()))
+    return FlagRule(kind="fdr", rate=rate, threshold=threshold)
+
+
+def _allowed(null: Null, request: AuditRequest) -> int:
+    return rank_from_above(
+        len(null.rows),
+        request.fpr,
+        in_pairs=null.kind == "leave-one-out",
+        confidence=request.confidence,
+    )
+
+
+def _resaved(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which flagged images show the picture of their best match, saved anew."""
+    sets, ranks = embedded.sets, embedded.compute.ranks
+    generated, training = sets.generated, sets.training
+    resaved = np.zeros(len(flagged), dtype=np.bool_)
+    if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
+        rows = np.flatnonzero(flagged & ~found.exact)
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            resaved[rows] = list(
+                pool.map(
+                    same_picture,
+                    [generated.files[image] for image in generated.first_image[rows]],
+                    [training.files[i] for i in training.first_image[found.rows[rows, 0]]],
+                )
+            )
+    result: NDArray[np.bool_] = ranks.broadcast(resaved)
+    return result
+
+
+def conclude(
+    request: AuditRequest,
+    embedded: Embedded,
+    null: Null,
+    found: Found,
+    flags: Flags,
+    conditions: Conditions,
+    started: datetime.datetime,
+) -> AuditResult:
+    """Count, and put the finding into words."""
+    sets, rule = embedded.sets, flags.rule
+    rows = sets.generated.rows
+    image_flags = flags.contents[rows]
+    num_flagged, num_queries = int(image_flags.sum()), len(rows)
+    exposed = Counter(found.rows[rows[image_flags], 0].tolist())
+    identities = {sets.training.record_of(row).identity for row in exposed}
+    null_summary = _null_summary(request, embedded, null, rule)
+    has_excess = not request.bh and (
+        conditions.held_out is None or conditions.held_out.comparable is not False
+    )
+    finding = Finding(
+        detector=embedded.detector.name,
+        fingerprint=embedded.detector.fingerprint,
+        adapted_to=embedded.adapted_to,
+        rule=rule,
+        null=null_summary,
+        num_queries=num_queries,
+        num_flagged=num_flagged,
+        share_flagged=num_flagged / num_queries,
+        confidence_interval=clopper_pearson(num_flagged, num_queries),
+        excess_interval=excess_interval(
+            num_flagged,
+            num_queries,
+            num_null=null_summary.num_independent,
+            allowed=null_summary.independent_allowed,
+        )
+        if has_excess
+        else None,
+        expected_by_chance=None if request.bh else request.fpr * num_queries,
+        num_exact_copies=int(found.exact[rows].sum()),
+        num_resaved_copies=int(flags.resaved[rows].sum()),
+        num_exposed_images=len(exposed),
+        num_exposed_identities=(
+            None if sets.training.summary.num_identities is None else len(identities)
+        ),
+        fail_over=request.fail_over,
+        generated=sets.generated.summary,
+        training=sets.training.summary,
+        held_out=None if sets.held_out is None else sets.held_out.summary,
+        comparability=conditions.held_out,
+        generated_comparability=conditions.generated,
+        metrics=measure_sets(embedded, null, found, seed=request.seed),
+        most_copied=_most_copied(embedded, exposed),
+        matches=_matches(embedded, found, flags, request.top_k),
+        times=Times.since(started),
+    )
+    circumstances = _circumstances(request, embedded, null, found, flags)
+    return AuditResult(
+        **vars(finding),
+        statement=sentences.statement(finding),
+        verdict=sentences.verdict(finding),
+        shows=tuple(sentences.shows(finding, circumstances)),
+        does_not_show=tuple(sentences.does_not_show(circumstances)),
+        warnings=tuple(sentences.warnings(finding, circumstances)),
+    )
+
+
+def _null_summary(
+    request: AuditRequest, embedded: Embedded, null: Null, rule: FlagRule
+) -> NullSummary:
+    training, held_out = embedded.sets.training, embedded.sets.held_out
+    not_searched = training.num_distinct - len(null.bank)
+    shared: frozenset[tuple[str, str]] = frozenset()
+    if held_out is not None and embedded.knows_both_identities:
+        shared = held_out.identities & training.identities
+    count, in_pairs = len(null.rows), null.kind == "leave-one-out"
+    allowed, share = _allowed(null, request), 2 if in_pairs else 1
+    return NullSummary(
+        kind=null.kind,
+        num_scores=count,
+        allowed=allowed,
+        num_independent=count / share,
+        rates=realised_rates(count / share, allowed / share),
+        smallest_rate=smallest_rate(count, in_pairs=in_pairs, confidence=request.confidence),
+        num_not_searched=not_searched,
+        removed=null.removed,
+        shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
+        meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
+    )
+
+
+def _most_copied(embedded: Embedded, exposed: Counter[int]) -> tuple[CopiedImage, ...]:
+    training = embedded.sets.training
+    ordered = sorted(exposed.items(), key=lambda item: (-item[1], training.first_image[item[0]]))
+    records = [(training.record_of(row), count) for row, count in ordered[:MOST_COPIED]]
+    return tuple(CopiedImage(path=r.path, id=r.id, count=count) for r, count in records)
+
+
+def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tuple[Match, ...]:
+    generated, training = embedded.sets.generated, embedded.sets.training
+    matches = []
+    for record, row in zip(generated.records, generated.rows, strict=True):
+        for rank in range(min(top_k, found.rows.shape[1])):
+            match = training.record_of(found.rows[row, rank])
+            matches.append(
+                Match(
+                    query=record.path,
+                    rank=rank + 1,
+                    match=match.path,
+                    match_id=match.id,
+                    score=float(found.scores[row, rank]),
+                    p_value=float(flags.p_values[row, rank]),
+                    flagged=bool(flags.matches[row, rank]),
+                    exact=bool(found.exact[row]) and rank == 0,
+                )
+            )
+    return tuple(matches)
+
+
+def _circumstances(
+    request: AuditRequest, embedded: Embedded, null: Null, found: Found, flags: Flags
+) -> sentences.Circumstances:
+    generated, training = embedded.sets.generated, embedded.sets.training
+    null_scores = null.scores[:, 0]
+    num_below = None
+    if flags.contents.any():
+        num_below = int((null_scores < found.scores[flags.contents, 0].min()).sum())
+    return sentences.Circumstances(
+        search_recall=found.recall if request.approximate else None,
+        num_below=num_below,
+        share_below=float(np.mean(found.best[generated.rows] < null_scores.min())),
+        may_share_identities=(
+            embedded.sets.held_out is not None and not embedded.knows_both_identities
+        ),
+        are_same_sets=generated.summary.folder == training.summary.folder
+        and generated.file_of.keys() == training.file_of.keys(),
+        each_is_an_identity=(
+            null.kind == "leave-one-out"
+            and len(np.unique(training.groups)) == training.num_distinct
+        ),
+        num_mixed_up=null.num_mixed_up,
+    )

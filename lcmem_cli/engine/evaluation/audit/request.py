@@ -1,0 +1,118 @@
+"""What an audit is asked, as one value, and how it is written beside the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lcmem_cli.engine.data.manifest import Frames
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.documents import FileName
+from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.evaluation.audit.result import AuditResult, NullKind
+from lcmem_cli.engine.evaluation.audit.sets import Sets, Source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditRequest:
+    """The arguments of ``audit``, where each is explained, but those of ``Compute``.
+
+    Raises:
+        InputError: one is out of range, or has no effect beside another.
+        NotAdaptableError: ``adapt`` is asked for with the leave-one-out null.
+    """
+
+    sources: Sets[Source]
+    basedir: Path | None
+    frames: Frames
+    null: str | None
+    fpr: float
+    bh: bool
+    detector: str | Detector | None
+    input_size: int | None
+    approximate: bool
+    adapt: bool | None
+    top_k: int
+    confidence: float | None
+    fail_over: float | None
+    max_unreadable: int | None
+    seed: int
+    output: Path | None
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at a file."""
+        if not 0 < self.fpr < 1:
+            raise InputError(f"--fpr must lie in (0, 1), not {self.fpr:g}; for example 0.01")
+        if self.null not in (None, "split", "leave-one-out"):
+            raise InputError(f"--null must be split or leave-one-out, not '{self.null}'")
+        if self.null is not None and self.sources.held_out is not None:
+            raise InputError("--null has no effect with --held-out: leave one of the two out")
+        if self.adapt and self.null_kind == "leave-one-out":
+            raise NotAdaptableError(
+                "--adapt does not go with the leave-one-out null, whose images would be adapted to "
+                "and those of the generated set not; give --held-out, or --null split"
+            )
+        if self.top_k < 1:
+            raise InputError(f"--top-k must be at least 1, not {self.top_k}")
+        if self.confidence is not None:
+            self._check_confidence(self.confidence)
+        if self.fail_over is not None and not 0 <= self.fail_over < 1:
+            raise InputError(
+                f"--fail-over is a share of the images, in [0, 1), not {self.fail_over:g}"
+            )
+
+    def _check_confidence(self, confidence: float) -> None:
+        if not 0.5 <= confidence < 1:
+            raise InputError(
+                f"--confidence must lie in [0.5, 1), not {confidence:g}; for example 0.95"
+            )
+        if self.bh:
+            raise InputError("--confidence has no effect with --bh: leave one of the two out")
+        if self.null_kind == "leave-one-out":
+            raise InputError(
+                "--confidence needs scores that are independent of each other, which those of the "
+                "leave-one-out null are not; give --held-out, or --null split"
+            )
+
+    @property
+    def null_kind(self) -> NullKind:
+        """Where the real images come from."""
+        if self.sources.held_out is not None:
+            return "held-out"
+        return "split" if self.null == "split" else "leave-one-out"
+
+
+class AuditSettings(BaseModel):
+    """``config.toml`` of an audit: what was asked, resolved, and what came of it."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    generated: FileName
+    training: FileName
+    held_out: FileName | None = Field(
+        None, validation_alias="held-out", serialization_alias="held-out"
+    )
+    basedir: FileName | None = None
+    frames: Frames = "first"
+    null: NullKind
+    fpr: float
+    bh: bool
+    detector: FileName
+    input_size: int
+    adapt: bool | None = None
+    approximate: bool
+    seed: int
+    top_k: int
+    confidence: float | None = None
+    fail_over: float | None = None
+    cache: bool
+    fingerprint: str
+    adapted_to: int | None = None
+
+    def of(self, result: AuditResult) -> AuditSettings:
+        """Return the settings with what the audit made of the detector."""
+        made = {"fingerprint": result.fingerprint, "adapted_to": result.adapted_to}
+        return self.model_copy(update=made)

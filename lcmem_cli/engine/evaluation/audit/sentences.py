@@ -1,0 +1,350 @@
+"""What an audit found, in sentences: the finding, what it is worth, and what weakens it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
+from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
+from lcmem_cli.engine.evaluation.comparability import MIN_IDENTITIES, Comparability
+
+_UNLIKELY = 0.025
+"""Chance of so many flagged images up to which their number is more than chance."""
+_NEARER = 3.0
+"""z of ``C_T`` above which the real images are nearer to the training set by more than chance."""
+_MOSTLY = 0.5
+"""Share of generated images below all real ones from which the two are of different kinds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What the sentences need beside the finding.
+
+    Attributes:
+        search_recall: of an approximate search; ``None`` where it was exact.
+        num_below: real images that score less than every flagged one; ``None`` if none is flagged.
+        share_below: share of generated images that score less than every real one.
+        may_share_identities: whether held-out images may show whom training images show.
+        are_same_sets: whether generated and training set are the same files.
+        each_is_an_identity: whether a leave-one-out null has no two images of one identity.
+        num_mixed_up: held-out images that are among the generated ones.
+    """
+
+    search_recall: float | None
+    num_below: int | None
+    share_below: float
+    may_share_identities: bool
+    are_same_sets: bool
+    each_is_an_identity: bool
+    num_mixed_up: int
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage: ``0.0123`` is ``1.23 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Write a number with its noun: ``1 image``, ``2,000 images``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def statement(finding: Finding) -> str:
+    """Return the finding in one sentence; one before it says where no rate holds."""
+    return " ".join([*_not_comparable(finding), _finding(finding)])
+
+
+def _not_comparable(finding: Finding) -> Iterator[str]:
+    found = finding.comparability
+    if found is None or found.comparable is not False:
+        return
+    yield (
+        "Held-out and training images are not comparable, so the stated rate does not hold: a "
+        f"classifier tells them apart (AUC {found.auc:.2f}, p {found.p_value:.3f}"
+        f"{_in_what(found)})."
+    )
+
+
+def _in_what(found: Comparability) -> str:
+    return f"; they differ in {', '.join(found.differences)}" if found.differences else ""
+
+
+def _finding(finding: Finding) -> str:
+    rule = finding.rule
+    if finding.is_undecided:
+        return (
+            f"Undecided: none of {counted(finding.num_queries, 'generated image')} is flagged at a "
+            f"false-discovery rate of {percent(rule.rate)}, but single ones could not be with "
+            f"{counted(finding.null.num_scores, 'real image')} to compare with."
+        )
+    verb = "matches" if finding.num_flagged == 1 else "match"
+    compared = {
+        "held-out": "held-out real images do",
+        "split": "real images split off from the training set do",
+        "leave-one-out": "real training images match those of other identities",
+    }[finding.null.kind]
+    rate = (
+        f"at a false-positive rate of {percent(rule.rate)} per image"
+        if rule.kind == "fpr"
+        else f"at a false-discovery rate of {percent(rule.rate)} among the flagged"
+    )
+    beyond = ""
+    if finding.excess_interval is not None:
+        low, high = (percent(bound) for bound in finding.excess_interval)
+        beyond = f"; beyond chance {low} to {high} of the images (95 % interval)"
+    return (
+        f"{finding.num_flagged:,} of {counted(finding.num_queries, 'generated image')} "
+        f"({percent(finding.share_flagged)}) {verb} a training image more closely than {compared}, "
+        f"{rate}{beyond}."
+    )
+
+
+def verdict(finding: Finding) -> str:
+    """Return how the finding compares with chance."""
+    rule, num_queries, num_null = finding.rule, finding.num_queries, finding.null.num_scores
+    num_certain = finding.num_exact_copies + finding.num_resaved_copies
+    others = finding.num_flagged - num_certain
+    sentences = []
+    if finding.num_exact_copies:
+        copies = counted(finding.num_exact_copies, "generated image is", "generated images are")
+        sentences.append(f"{copies} byte for byte a training image.")
+    if finding.num_resaved_copies:
+        copies = counted(
+            finding.num_resaved_copies, "generated image shows", "generated images show"
+        )
+        sentences.append(f"{copies} the picture of a training image saved anew.")
+    by_chance = f"Chance alone would flag about {rule.rate * num_queries:.3g}: "
+    if finding.is_undecided:
+        fewest = fewest_flagged(rule.rate, num_queries, num_null)
+        sentences.append(
+            f"Nothing is flagged; but with {counted(num_null, 'real image')} Benjamini-Hochberg "
+            f"could not have flagged fewer than {fewest:,}."
+        )
+    elif not finding.num_flagged:
+        sentences.append("Nothing is flagged.")
+    elif not others:
+        pass  # chance makes no identical images
+    elif finding.comparable is False:
+        sentences.append(
+            "How many images chance alone would flag is not known, because the sets are not "
+            "comparable; look at the pairs."
+        )
+    elif rule.kind == "fdr":
+        sentences.append(
+            f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
+        )
+    elif _chance(finding, others, num_queries - num_certain) <= _UNLIKELY:
+        sentences.append(by_chance + "this is more.")
+    else:
+        sentences.append(by_chance + "the number is no evidence of copying; look at the pairs.")
+    return " ".join(sentences)
+
+
+def _chance(finding: Finding, count: int, num_queries: int) -> float:
+    null = finding.null
+    return chance_of(
+        count, num_queries, num_null=null.num_independent, allowed=null.independent_allowed
+    )
+
+
+def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
+    """Return what the stated rate means with a null."""
+    real = {
+        "held-out": "the held-out ones",
+        "split": "the training images split off",
+        "leave-one-out": "the training images",
+    }[kind]
+    rate = percent(rule.rate)
+    if rule.kind == "fdr":
+        meaning = (
+            f"Of the flagged images {rate} at most copy nothing, on average, if images that copy "
+            f"nothing are like {real}."
+        )
+    elif kind == "leave-one-out":
+        meaning = f"About {rate} of images that copy nothing are flagged."
+    else:
+        meaning = (
+            f"Of images that are like {real} and copy nothing, {rate} at most are flagged on "
+            "average."
+        )
+    weaker = {
+        "held-out": "",
+        "split": f" Weaker than with held-out images: {num_not_searched:,} training images were "
+        "split off, and copies of them are found only where the file is identical.",
+        "leave-one-out": " Weaker than with held-out images: each training image was compared with "
+        "those of other identities, so the rate is approximate, and copies are missed where one "
+        "identity has several labels.",
+    }[kind]
+    return meaning + weaker
+
+
+def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
+    """Yield what the finding supports."""
+    yield finding.null.meaning
+    num_real, num_below = finding.null.num_scores, circumstances.num_below
+    low, high = (percent(rate) for rate in finding.null.rates)
+    if finding.rule.kind == "fpr":
+        yield (
+            f"With {counted(num_real, 'real image')} the rate really reached lies between {low} "
+            f"and {high} (95 %)."
+        )
+    lowest = 1 / (num_real + 1)
+    if any(match.p_value <= lowest for match in finding.flagged if not match.exact):
+        yield f"No p-value can be below {lowest:.2g} with {counted(num_real, 'real image')}."
+    if num_below is not None:
+        others = (
+            f"any of {num_real:,} real images is"
+            if num_below == num_real
+            else f"at least {num_below:,} of {num_real:,} real images are"
+        )
+        yield (
+            "A flagged image is closer to its training image, as this detector sees them, than "
+            f"{others} to any training image."
+        )
+    compared = (
+        "every training image searched, without approximation."
+        if circumstances.search_recall is None
+        else "the training images that an approximate search proposed."
+    )
+    yield f"Every generated image was compared with {compared}"
+    if finding.adapted_to is not None:
+        yield (
+            f"The detector was adapted to {finding.adapted_to:,} of the training images, so what "
+            "all images of this kind share does not count as likeness. No other image had a part "
+            "in that."
+        )
+
+
+def does_not_show(circumstances: Circumstances) -> Iterator[str]:
+    """Yield what the finding does not support."""
+    yield (
+        "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
+        "the pairs."
+    )
+    yield (
+        "That an image which is not flagged is free of copied content: the detector compares "
+        "whole pictures and misses what it was not made to see."
+    )
+    yield "Anything about images that this generator has not made yet, or about other generators."
+    if circumstances.may_share_identities:
+        yield (
+            "That training and held-out images show different people, patients or objects: only "
+            "filelists with ids say. Held-out images of those in the training set match it closely "
+            "without being copied, and then copies are missed."
+        )
+
+
+def warnings(finding: Finding, circumstances: Circumstances) -> list[str]:
+    """Return what weakens the finding, one sentence each."""
+    return [
+        *_about_the_conditions(finding),
+        *_about_the_sets(finding),
+        *_about_the_search(circumstances),
+        *_about_mixed_up_sets(finding, circumstances),
+        *_about_the_null(finding, circumstances),
+    ]
+
+
+def _about_the_conditions(finding: Finding) -> Iterator[str]:
+    known, generated = finding.comparability, finding.generated_comparability
+    if known is not None and known.comparable is None:
+        counts = " and ".join(f"{count:,}" for count in known.num_identities)
+        yield (
+            "Whether held-out and training images are of one source could not be told: that takes "
+            f"{MIN_IDENTITIES} identities of each, there are {counts}."
+        )
+    if generated is not None and generated.comparable is False:
+        yield (
+            "Generated images can be told from held-out ones (AUC "
+            f"{generated.auc:.2f}{_in_what(generated)}). The rate is that of images like the "
+            "held-out ones."
+        )
+
+
+def _about_the_sets(finding: Finding) -> Iterator[str]:
+    for name, images in (
+        ("generated", finding.generated),
+        ("training", finding.training),
+        ("held-out", finding.held_out),
+    ):
+        if images is not None and images.unreadable:
+            number = counted(len(images.unreadable), f"{name} image")
+            yield f"{number} could not be read and stood aside."
+        if images is not None and images.blank:
+            yield (
+                f"{counted(len(images.blank), f'{name} image')} showing nothing but one colour "
+                "stood aside: it would match only its equal."
+            )
+        if images is not None and images.num_guessed:
+            number = counted(images.num_guessed, f"{name} image")
+            yield (
+                "Of more than 8 bits without a stated range, so its brightness was guessed "
+                f"from its values: {number}."
+            )
+    repeated = finding.num_queries - finding.generated.num_distinct
+    if repeated:
+        yield (
+            f"{repeated:,} of the generated images repeat others; the interval treats them as "
+            "independent."
+        )
+
+
+def _about_the_search(circumstances: Circumstances) -> Iterator[str]:
+    if circumstances.search_recall is not None:
+        yield (
+            "The search was approximate: on a sample it found the best match of "
+            f"{circumstances.search_recall:.1%} of the images. A copy whose match was "
+            "missed is not flagged."
+        )
+
+
+def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
+    if circumstances.are_same_sets:
+        yield "Generated and training set are the same images, so each is found identical."
+    if circumstances.num_mixed_up:
+        yield (
+            "Among the generated images too, and so taken out of the null: "
+            f"{counted(circumstances.num_mixed_up, 'held-out image')}. Were sets mixed up?"
+        )
+    if finding.null.removed:
+        yield (
+            "Also in the training set, and so taken out of the null: "
+            f"{counted(len(finding.null.removed), 'real image')}."
+        )
+    copying = finding.metrics.copying
+    if copying is not None and copying.z is not None and copying.z > _NEARER:
+        yield (
+            "The real images lie nearer to the training set than the generated ones do "
+            f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets "
+            "mixed up, or do held-out images show what training images show?"
+        )
+    if circumstances.share_below > _MOSTLY:
+        yield (
+            f"{circumstances.share_below:.0%} of the generated images match the training set less "
+            "closely than any real image does: they are of another kind than the real images, and "
+            "then the rate says little."
+        )
+
+
+def _about_the_null(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
+    null = finding.null
+    if circumstances.each_is_an_identity:
+        yield (
+            "Every training image counts as an identity of its own. Where several show the "
+            "same, they match each other closely and copies may be missed: put the images of "
+            "each identity into a folder of its own, or give --held-out."
+        )
+    if null.shared_identities:
+        yield (
+            f"{counted(len(null.shared_identities), 'identity', 'identities')} in both "
+            "training and held-out set: images of one match closely without being copied, so "
+            "copies may be missed."
+        )
+    needed = fewest_flagged(finding.rule.rate, finding.num_queries, null.num_scores)
+    if finding.rule.kind == "fdr" and needed > 1:
+        yield (
+            f"With {null.num_scores:,} real images Benjamini-Hochberg can only flag {needed:,} or "
+            "more images at once, beside identical files; fewer copies go unnoticed. More "
+            "held-out images help."
+        )
