@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.images import UnreadableImageError, load_image
+from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.errors import MissingExtraError, WriteError
+from lcmem_cli.engine.errors import MissingExtraError, UnreadableImageError, WriteError
 from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.verification.features import (
     FINGERPRINT,

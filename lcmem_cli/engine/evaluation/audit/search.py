@@ -47,13 +47,19 @@ class Found:
     @property
     def identical(self) -> NDArray[np.bool_]:
         """``[d, k]`` which matches are identical images."""
-        return self.exact[:, None] & (np.arange(self.rows.shape[1]) == 0)
+        identical = np.zeros(self.rows.shape, dtype=np.bool_)
+        identical[:, 0] = self.exact
+        return identical
 
     def reordered(self, order: NDArray[np.int64]) -> Found:
         """Return the matches of each content in another order ``[d, k]``."""
-        names = ("rows", "scores", "values", "places")
-        changed = {name: np.take_along_axis(getattr(self, name), order, 1) for name in names}
-        return dataclasses.replace(self, **changed)
+        return dataclasses.replace(
+            self,
+            rows=np.take_along_axis(self.rows, order, 1),
+            scores=np.take_along_axis(self.scores, order, 1),
+            values=np.take_along_axis(self.values, order, 1),
+            places=np.take_along_axis(self.places, order, 1),
+        )
 
     def evident_first(self, threshold: float | None) -> Found:
         """Put flagged matches that show the same picture before others that are flagged."""
