@@ -63,9 +63,9 @@ class Found:
 
     def evident_first(self, threshold: float | None) -> Found:
         """Put flagged matches that show the same picture before others that are flagged."""
-        evident = self.values >= SAME_PICTURE
-        if threshold is not None:
-            evident &= self.scores > threshold
+        if threshold is None:
+            return self
+        evident = (self.values >= SAME_PICTURE) & (self.scores > threshold)
         return self.reordered(np.argsort(2 - evident - 2 * self.identical, axis=1, kind="stable"))
 
     def evidence(self, row: int, rank: int) -> Evidence | None:
