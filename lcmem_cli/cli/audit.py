@@ -28,7 +28,7 @@ from lcmem_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.audit.result import AuditResult
+    from lcmem_cli.engine.evaluation.audit.result import AuditResult, Match
     from lcmem_cli.engine.evaluation.set_metrics import Spread
 
 EXIT_GATE_FAILED = 3
@@ -122,7 +122,7 @@ def _show(result: AuditResult, output: Path) -> None:
                     match.match,
                     f"{match.score:.4f}",
                     f"{match.p_value:.4f}",
-                    ": ".join(filter(None, (match.tier, match.edit))),
+                    _known(match),
                 ]
                 for match in result.flagged[:_SHOWN_PAIRS]
             ],
@@ -137,6 +137,12 @@ def _show(result: AuditResult, output: Path) -> None:
             f"{percent(result.fail_over)}."
         )
     render.line(f"See {output / 'report.html'}")
+
+
+def _known(match: Match) -> str:
+    if match.tier == "same picture, altered":
+        return f"same picture: {match.edit}"
+    return str(match.tier)
 
 
 def _show_verdict(result: AuditResult) -> None:

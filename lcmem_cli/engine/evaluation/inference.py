@@ -336,11 +336,12 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
 
 def _panels(pair: PairScore) -> list[tuple[str, Image.Image]]:
     """Return the pictures of a pair with their titles."""
-    from PIL import Image, ImageChops
+    from PIL import ImageChops, ImageOps
 
-    first, second = (load_image(Path(name)) for name in (pair.path_a, pair.path_b))
-    for image in (first, second):
-        image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+    first, second = (
+        ImageOps.contain(load_image(Path(name)), (_PICTURE_SIDE, _PICTURE_SIDE))
+        for name in (pair.path_a, pair.path_b)
+    )
     titles = [Path(name).name for name in (pair.path_a, pair.path_b)]
     evidence = pair.evidence
     if evidence is None or not pair.same_picture:
