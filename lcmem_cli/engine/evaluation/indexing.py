@@ -312,8 +312,7 @@ def query_index(
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
     found = index.top_k(searcher, embedded.features, max(top_k, NUM_CANDIDATES * verify))
-    plain = index.matches(found)
-    matches = [[QueryMatch(**vars(match)) for match in row] for row in plain]
+    matches = [[QueryMatch(**vars(match)) for match in row] for row in index.matches(found)]
     if verify:
         first = {int(row): path for path, row in zip(paths[::-1], embedded.rows[::-1], strict=True)}
         queries = [first[row] for row in range(len(matches))]

@@ -218,10 +218,8 @@ def _score(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
             f"{chosen.name}, at which unlike images pass as often as it says below"
         )
-    number: dict[Path, int] = {}
-    for path in (path for pair in pairs for path in pair):
-        number.setdefault(path, len(number))
-    paths = list(number)
+    paths = list(dict.fromkeys(path for pair in pairs for path in pair))
+    number = {path: place for place, path in enumerate(paths)}
     embedded = embed_files(detector, paths, compute)
     check_unreadable(embedded.unreadable, max_unreadable)
     files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
@@ -239,12 +237,10 @@ def _score(
     for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
         known = None if math.isnan(scores[index]) else float(scores[index])
         evidence = None if known is None else aligned[index]
-        match = True if evidence is not None and evidence.same_picture else None
-        if match is None and known is not None and chosen is not None:
-            match = chosen.decide(known, detector.fingerprint)
+        match = None
+        if known is not None:
             colours = remarks[files[index], BLANK].tolist()
-            if max(colours) >= 0:
-                match = same_blank(*colours)
+            match = _decide(known, evidence, colours, chosen, detector.fingerprint)
         scored.append(
             PairScore(
                 path_a=str(pair[0]),
@@ -256,16 +252,8 @@ def _score(
                 evidence=evidence,
             )
         )
-    pages = sum(
-        pair.match is True and not pair.identical and bool(remarks[files[index], PAGE].all())
-        for index, pair in enumerate(scored)
-    )
-    if pages and chosen is not None and chosen.num_positives:  # not by an audit
-        compute.reporter.warn(
-            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
-            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
-            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
-        )
+    if chosen is not None and chosen.num_positives:  # not by an audit
+        _warn_of_pages(scored, remarks[files, PAGE].all(axis=1).tolist(), compute.reporter)
     return InferenceResult(
         detector=detector.name,
         fingerprint=detector.fingerprint,
@@ -276,6 +264,37 @@ def _score(
         unreadable=embedded.unreadable,
         blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
+
+
+def _decide(
+    score: float,
+    evidence: Evidence | None,
+    colours: Sequence[int],
+    threshold: Threshold | None,
+    fingerprint: str,
+) -> bool | None:
+    """Return whether a pair matches, ``None`` where nothing says so."""
+    if threshold is not None and max(colours) >= 0:
+        return same_blank(*colours)
+    if evidence is not None and evidence.same_picture:
+        return True
+    return None if threshold is None else threshold.decide(score, fingerprint)
+
+
+def _warn_of_pages(
+    pairs: Sequence[PairScore], are_pages: Sequence[bool], reporter: Reporter
+) -> None:
+    """Tell of pages that match by a threshold which was not fitted on such pictures."""
+    pages = sum(
+        pair.match is True and not pair.same_picture and is_page
+        for pair, is_page in zip(pairs, are_pages, strict=True)
+    )
+    if pages:
+        reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
+        )
 
 
 def _align(

@@ -145,46 +145,36 @@ def conclude(
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
-    sets, rule = embedded.sets, flags.rule
+    sets = embedded.sets
     rows = sets.generated.rows
     image_flags = flags.contents[rows]
     num_flagged, num_queries = int(image_flags.sum()), len(rows)
     exposed = Counter(found.rows[rows[image_flags], 0].tolist())
     tiers = Counter(_tier(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
-    identities = {sets.training.record_of(row).identity for row in exposed}
-    null_summary = _null_summary(request, embedded, null, rule)
-    has_excess = not request.bh and (
-        conditions.held_out is None or conditions.held_out.comparable is not False
-    )
+    identities = None
+    if sets.training.summary.num_identities is not None:
+        identities = len({sets.training.record_of(row).identity for row in exposed})
+    null_summary = _null_summary(request, embedded, null, flags.rule)
     finding = Finding(
         detector=embedded.detector.name,
         fingerprint=embedded.detector.fingerprint,
         adapted_to=embedded.adapted_to,
         verified=verified,
-        rule=rule,
+        rule=flags.rule,
         null=null_summary,
         num_queries=num_queries,
         num_flagged=num_flagged,
         share_flagged=num_flagged / num_queries,
         confidence_interval=clopper_pearson(num_flagged, num_queries),
-        excess_interval=excess_interval(
-            num_flagged,
-            num_queries,
-            num_null=null_summary.num_independent,
-            allowed=null_summary.independent_allowed,
-        )
-        if has_excess
-        else None,
+        excess_interval=_excess(request, conditions, null_summary, num_flagged, num_queries),
         expected_by_chance=None if request.bh else request.fpr * num_queries,
         num_exact_copies=int(found.exact[rows].sum()),
         num_same_pixels=tiers["same pixels"],
         num_altered=tiers["same picture, altered"] if verified else None,
         num_alike=tiers["alike"],
         num_exposed_images=len(exposed),
-        num_exposed_identities=(
-            None if sets.training.summary.num_identities is None else len(identities)
-        ),
+        num_exposed_identities=identities,
         fail_over=request.fail_over,
         generated=sets.generated.summary,
         training=sets.training.summary,
@@ -204,6 +194,17 @@ def conclude(
         shows=tuple(sentences.shows(finding, circumstances)),
         does_not_show=tuple(sentences.does_not_show(finding, circumstances)),
         warnings=tuple(sentences.warnings(finding, circumstances)),
+    )
+
+
+def _excess(
+    request: AuditRequest, conditions: Conditions, null: NullSummary, flagged: int, count: int
+) -> tuple[float, float] | None:
+    """Return the interval of what is flagged beyond chance, where a rate per image holds."""
+    if request.bh or (conditions.held_out is not None and conditions.held_out.comparable is False):
+        return None
+    return excess_interval(
+        flagged, count, num_null=null.num_independent, allowed=null.independent_allowed
     )
 
 
