@@ -74,6 +74,8 @@ def test_the_edit_of_a_planted_copy_is_named_by_the_command(sets, tmp_path, run_
     assert "laid over the training image" in page and "mirrored, turned by 12 degrees" in page
     kept = run_cli("filter", tmp_path / "out", "-o", tmp_path / "kept")
     assert "rejected" in kept.stdout
+    rejected = (tmp_path / "kept" / "reject.csv").read_text()
+    assert ',"same picture, altered","mirrored, turned by 12 degrees' in rejected
     pair = sets / "generated" / "edited.png", sets / "training" / "003.png"
     said = run_cli("infer", *pair, "--audit", tmp_path / "out", "--save", tmp_path / "pair.png")
     assert "MATCH" in said.stdout
