@@ -34,13 +34,25 @@ MAY_IMPORT = {
     "models": {"models"},
     "store": {"store", "data", "models"},
     "detectors": {"detectors", "store", "data", "models"},
+    "verification": {"verification", "detectors", "store", "data"},
     "report": {"report", "data"},
-    "evaluation": {"evaluation", "training", "report", "detectors", "store", "data", "models"},
+    "evaluation": {
+        "evaluation",
+        "training",
+        "report",
+        "verification",
+        "detectors",
+        "store",
+        "data",
+        "models",
+    },
     "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
     "describe": {"models", "store"},
     "check": {"training", "evaluation", "detectors", "store", "data", "models"},
 }
-HEAVY = ("torch", "timm", "diffusers", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "PIL")
+HEAVY = (
+    "torch", "timm", "diffusers", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "PIL", "cv2",
+)  # fmt: skip
 
 
 def imports(path):

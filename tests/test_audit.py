@@ -30,7 +30,7 @@ from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, UnreadableLimitError
 from lcmem_cli.engine.evaluation.audit import null as audit_null
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
-from lcmem_cli.engine.evaluation.audit.null import same_picture, smallest_rate
+from lcmem_cli.engine.evaluation.audit.null import smallest_rate
 from lcmem_cli.engine.evaluation.audit.result import FlagRule
 from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.audit.search import search
@@ -224,7 +224,7 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     root = tmp_path / "sets"
     shutil.copy(root / "train" / "00007.png", root / "train" / "again.png")
     shutil.copy(root / "train" / "00008.png", root / "held-out" / "leaked.png")
-    picture(9).save(root / "held-out" / "resaved.jpg", quality=95)
+    picture(9).save(root / "held-out" / "resaved.png", compress_level=1)
     shutil.copy(root / "generated" / "02000.png", root / "generated" / "twice.png")
     result, clean = run(root), run(sets)
     assert result.training.duplicates == (("00007.png", "again.png"),)
@@ -232,7 +232,7 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     removed = {item.path: (item.match, item.kind) for item in result.null.removed}
     assert removed == {
         "leaked.png": ("00008.png", "exact"),
-        "resaved.jpg": ("00009.png", "resaved"),
+        "resaved.png": ("00009.png", "pixels"),
     }
     assert result.null.num_scores == clean.null.num_scores == 60
     assert result.rule.threshold == clean.rule.threshold
@@ -241,38 +241,26 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     assert any("1 of the generated images repeat others" in w for w in result.warnings)
 
 
-def test_training_images_saved_anew_are_counted_beside_equal_files(sets, tmp_path):
+def test_equal_pixels_in_other_files_are_counted_beside_equal_files(sets, tmp_path):
     shutil.copytree(sets, tmp_path / "sets")
     generated = tmp_path / "sets" / "generated"
     before = run(tmp_path / "sets")
     shutil.copy(generated.parent / "train" / "00012.png", generated / "same.png")
     for number in (21, 22):
+        picture(number).save(generated / f"{number}.png", compress_level=1)
+        shutil.copy(generated / f"{number}.png", generated / f"{number}-again.png")
         picture(number).save(generated / f"{number}.jpg", quality=95)
-        shutil.copy(generated / f"{number}.jpg", generated / f"{number}-again.jpg")
     result = run(tmp_path / "sets")
     assert result.num_exact_copies == before.num_exact_copies + 1
-    assert result.num_resaved_copies == before.num_resaved_copies + 4
+    assert (before.num_same_pixels, result.num_same_pixels) == (0, 4)
+    assert (result.num_altered, result.num_alike) == (None, before.num_alike + 2)
     assert "1 generated image is byte for byte a training image." in result.verdict
-    assert f"{result.num_resaved_copies} generated images show the picture of" in result.verdict
-
-
-def test_same_picture_tells_resaved_from_merely_alike(tmp_path):
-    picture(1).save(tmp_path / "a.png")
-    picture(1).resize((96, 96)).save(tmp_path / "b.jpg", quality=70)
-    altered(picture(1)).rotate(4).save(tmp_path / "c.png")
-    Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / "d.png")
-    Image.new("RGB", (30, 20), (9, 9, 9)).save(tmp_path / "e.png")
-    Image.new("RGB", (30, 20), (90, 9, 9)).save(tmp_path / "f.png")
-    assert same_picture(tmp_path / "a.png", tmp_path / "b.jpg")
-    assert not same_picture(tmp_path / "a.png", tmp_path / "c.png")
-    small = picture(1).resize((48, 48))
-    small.save(tmp_path / "small.png")
-    small.save(tmp_path / "small.jpg", quality=75)
-    assert same_picture(tmp_path / "small.png", tmp_path / "small.jpg")
-    assert same_picture(tmp_path / "d.png", tmp_path / "e.png")
-    assert not same_picture(tmp_path / "e.png", tmp_path / "f.png")
-    assert not same_picture(tmp_path / "a.png", tmp_path / "d.png")
-    assert not same_picture(tmp_path / "a.png", tmp_path / "missing.png")
+    assert "4 generated images have the pixels of a training image" in result.verdict
+    assert f"known of {result.num_alike} others; chance alone would" in result.verdict
+    tiers = {match.query: match.tier for match in result.flagged}
+    assert tiers["same.png"] == "identical file" and tiers["21-again.png"] == "same pixels"
+    assert tiers["21.jpg"] == "alike"
+    assert not any(match.evidence or match.edit for match in result.matches)
 
 
 def test_generated_images_among_the_held_out_do_not_hide_themselves(sets, tmp_path):
@@ -468,12 +456,13 @@ def test_more_than_chance_is_said_as_rarely_as_stated(sets):
         ),
         num_queries=num_queries,
         num_exact_copies=0,
-        num_resaved_copies=0,
     )
     for _ in range(2000):
         null, best = rng.random(num_null), rng.random(num_queries)
         flagged = int((best > conformal_threshold(null, rate)).sum())
-        said += "this is more" in verdict(dataclasses.replace(finding, num_flagged=flagged))
+        said += "this is more" in verdict(
+            dataclasses.replace(finding, num_flagged=flagged, num_alike=flagged)
+        )
     assert said <= binom.ppf(0.999, 2000, 0.025)
     assert chance_of(1, 1, num_null=99, allowed=5) == pytest.approx(0.05)
     assert chance_of(0, 9, num_null=99, allowed=5) == 1
@@ -873,7 +862,7 @@ def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tm
     as_json = command(*arguments, "0.1", "--json")
     assert as_json.exit_code == 3
     document = json.loads(as_json.stdout)
-    assert document["gate_failed"] is True and document["schema"] == 1
+    assert document["gate_failed"] is True and document["schema"] == 2
     assert document["statement"] in failed.stdout.replace("\n", " ")
 
 

@@ -96,18 +96,18 @@ def test_it_renders_the_statement_and_every_flagged_pair(page, audited):
 
 
 def test_sorting_by_heading_and_by_list(page):
-    scores = [float(text) for text in column(page, 5)]
+    scores = [float(text) for text in column(page, 6)]
     assert scores == sorted(scores, reverse=True)
     heading = page.locator('th[data-key="s"]')
     assert heading.get_attribute("aria-sort") == "descending"
     heading.locator("button").click()
     assert heading.get_attribute("aria-sort") == "ascending"
-    assert [float(text) for text in column(page, 5)] == sorted(scores)
+    assert [float(text) for text in column(page, 6)] == sorted(scores)
     page.locator('th[data-key="q"] button').press("Enter")
     assert heading.get_attribute("aria-sort") is None
     assert names(page) == sorted(names(page), key=lambda name: (name[0].isalpha(), name))
     page.select_option("#sort-key", "id")
-    assert column(page, 4) == sorted(column(page, 4))
+    assert column(page, 5) == sorted(column(page, 5))
     assert page.locator('th[data-key="id"]').get_attribute("aria-sort") == "ascending"
 
 
@@ -121,14 +121,14 @@ def test_filtering_by_name_identity_score_and_kind(page):
     assert page.locator("#rows tr").count() == 0
     page.click("button[type=reset]")
     page.locator("#rows tr").nth(4).wait_for()
-    scores = sorted((float(text) for text in column(page, 5)), reverse=True)
+    scores = sorted((float(text) for text in column(page, 6)), reverse=True)
     page.fill("#filter-score", str(scores[2] - 1e-3))
     assert 3 <= page.locator("#rows tr").count() < 5 or scores[2] - scores[-1] < 2e-3
     page.fill("#filter-score", "")
     page.fill("#filter-p", "0.000001")
     assert page.locator("#rows tr").count() == 0
     page.fill("#filter-p", "")
-    page.select_option("#filter-kind", "exact")
+    page.select_option("#filter-kind", "identical file")
     assert page.locator("#rows tr").count() == 1 and "onerror" in names(page)[0]
 
 

@@ -10,6 +10,7 @@
   const controls = byId("controls");
   const more = byId("more");
   const viewer = byId("viewer");
+  const SVG = document.querySelector("svg").namespaceURI;
   const collator = new Intl.Collator("en", { numeric: true });
   const haystacks = data.pairs.map((pair) => [pair.q, pair.m, pair.id].join("\n").toLowerCase());
   const FIRST_DIRECTION = { s: "descending", p: "ascending", q: "ascending", m: "ascending", id: "ascending" };
@@ -37,15 +38,53 @@
     return image;
   }
 
+  function drawing(name, box) {
+    const node = document.createElementNS(SVG, "svg");
+    node.setAttribute("class", name);
+    node.setAttribute("viewBox", box.join(" "));
+    node.setAttribute("aria-hidden", "true");
+    node.append(document.createElementNS(SVG, "path"));
+    return node;
+  }
+
+  function path(pair, width, height) {
+    const steps = [];
+    for (let i = 0; i < pair.o.length; i += 2) steps.push(`${pair.o[i] * width},${pair.o[i + 1] * height}`);
+    return `M${steps.join("L")}Z`;
+  }
+
+  function original(pair, alt) {
+    const image = picture(pair.b, alt);
+    if (pair.w === null || image.tagName !== "IMG") return [image];
+    const outline = drawing("outline", [0, 0, 1, 1]);
+    image.addEventListener("load", () => { // it lies within its frame as the picture does
+      const width = image.naturalWidth, height = image.naturalHeight;
+      outline.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      outline.firstChild.setAttribute("d", path(pair, width, height));
+    });
+    return [image, outline];
+  }
+
+  function laidOver(pair, alt) {
+    return pair.w === null ? element("span", "missing", "–") : picture(pair.w, alt);
+  }
+
   function difference(pair, frame) {
-    if (!data.pictures[pair.a] || !data.pictures[pair.b]) {
+    const first = pair.w === null ? pair.a : pair.w;
+    if (!data.pictures[first] || !data.pictures[pair.b]) {
       frame.append(element("span", "missing", "no picture"));
       return frame;
     }
     frame.classList.add("difference");
     frame.setAttribute("role", "img");
     frame.setAttribute("aria-label", "Absolute difference of the two images");
-    frame.append(picture(pair.a, ""), picture(pair.b, ""));
+    frame.append(picture(first, ""), picture(pair.b, ""));
+    if (pair.w !== null) {
+      const beyond = drawing("cover", [0, 0, 1, 1]);
+      beyond.setAttribute("preserveAspectRatio", "none");
+      beyond.firstChild.setAttribute("d", `M0,0H1V1H0Z${path(pair, 1, 1)}`);
+      frame.append(beyond);
+    }
     return frame;
   }
 
@@ -62,11 +101,11 @@
     return node;
   }
 
-  function opener(position, child, label) {
+  function opener(position, label, ...children) {
     const button = element("button", "thumb");
     button.type = "button";
     button.setAttribute("aria-label", label);
-    button.append(child);
+    button.append(...children);
     button.addEventListener("click", () => view(position));
     return button;
   }
@@ -75,12 +114,14 @@
     const pair = data.pairs[shown[position]];
     const node = element("tr");
     const generated = cell("Generated",
-      opener(position, picture(pair.a, ""), `Enlarge the pair of ${pair.q}`), named(pair.q));
-    if (pair.x) generated.append(element("span", "tag", "identical"));
+      opener(position, `Enlarge the pair of ${pair.q}`, picture(pair.a, "")), named(pair.q));
+    if (pair.k !== "alike") generated.append(element("span", "tag", pair.k));
+    if (pair.e) generated.append(element("span", "edit", pair.e));
     const frame = element("div", "thumb frame");
     node.append(
       generated,
-      cell("Training image", opener(position, picture(pair.b, ""), `Enlarge the pair of ${pair.m}`), named(pair.m)),
+      cell("Training image", opener(position, `Enlarge the pair of ${pair.m}`, ...original(pair, "")), named(pair.m)),
+      cell("Laid over", laidOver(pair, `${pair.q} laid over ${pair.m}`)),
       cell("Difference", difference(pair, frame)),
       cell("Identity", named(pair.id)),
       cell("Score", formatted(pair.s)),
@@ -113,7 +154,7 @@
     data.pairs.forEach((pair, index) => {
       if (text && !haystacks[index].includes(text)) return;
       if (pair.s < score || pair.p > p) return;
-      if (kind !== "all" && pair.x !== (kind === "exact")) return;
+      if (kind !== "all" && pair.k !== kind) return;
       shown.push(index);
     });
     shown.sort(compare);
@@ -140,13 +181,14 @@
     open = position;
     const pair = data.pairs[shown[position]];
     const figures = [
-      ["Generated", picture(pair.a, `Generated image ${pair.q}`)],
-      ["Training image", picture(pair.b, `Training image ${pair.m}`)],
-      ["Difference", null],
+      ["Generated", [picture(pair.a, `Generated image ${pair.q}`)]],
+      ["Training image", original(pair, `Training image ${pair.m}`)],
+      ...(pair.w === null ? [] : [["Generated, laid over", [laidOver(pair, `${pair.q} laid over ${pair.m}`)]]]),
+      [pair.w === null ? "Difference" : "Difference after alignment", null],
     ].map(([title, content]) => {
       const figure = element("figure");
       const frame = element("div", "frame");
-      if (content) frame.append(content);
+      if (content) frame.append(...content);
       else difference(pair, frame);
       figure.append(frame, element("figcaption", "", title));
       return figure;
@@ -156,7 +198,8 @@
     byId("viewer-title").textContent = `Pair ${position + 1} of ${shown.length}`;
     const facts = [["Generated", pair.q], ["Training image", pair.m], ["Identity", pair.id],
       ["Score", String(pair.s)], ["p-value", String(pair.p)]];
-    if (pair.x) facts.push(["Content", "identical to the training image"]);
+    facts.push(["What is known", pair.k]);
+    if (pair.e) facts.push(["Edit", pair.e]);
     byId("facts").replaceChildren(...facts.map(([term, value]) => {
       const line = element("div");
       line.append(element("dt", "", term), element("dd", "", value));

@@ -19,6 +19,7 @@ from lcmem_cli.cli.options import (
     JUDGING,
     OUTPUT,
     OVERWRITE,
+    VERIFY,
     ComputeOptions,
     Frames,
     argument,
@@ -27,7 +28,7 @@ from lcmem_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.audit.result import AuditResult
+    from lcmem_cli.engine.evaluation.audit.result import AuditResult, Match
     from lcmem_cli.engine.evaluation.set_metrics import Spread
 
 EXIT_GATE_FAILED = 3
@@ -73,6 +74,7 @@ class AuditOptions(ComputeOptions):
         None,
         flags="--adapt/--no-adapt",
     )
+    verify: bool | None = VERIFY
     top_k: int = option(OUTPUT, "Matches to list per image.", 5, min=1)
     confidence: float | None = option(
         JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
@@ -113,9 +115,15 @@ def _show(result: AuditResult, output: Path) -> None:
     render.table(["over the whole set", "generated", "real"], _figures(result))
     if result.flagged:
         render.table(
-            ["generated", "training image", "score", "p-value"],
+            ["generated", "training image", "score", "p-value", "what is known"],
             [
-                [match.query, match.match, f"{match.score:.4f}", f"{match.p_value:.4f}"]
+                [
+                    match.query,
+                    match.match,
+                    f"{match.score:.4f}",
+                    f"{match.p_value:.4f}",
+                    _known(match),
+                ]
                 for match in result.flagged[:_SHOWN_PAIRS]
             ],
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
@@ -129,6 +137,12 @@ def _show(result: AuditResult, output: Path) -> None:
             f"{percent(result.fail_over)}."
         )
     render.line(f"See {output / 'report.html'}")
+
+
+def _known(match: Match) -> str:
+    if match.tier == "same picture, altered":
+        return f"same picture: {match.edit}"
+    return str(match.tier)
 
 
 def _show_verdict(result: AuditResult) -> None:

@@ -22,7 +22,7 @@ def demo(options: DemoOptions) -> None:
         lcmem demo -o try --json
     """
     from lcmem_cli.engine.evaluation.demo import run_demo
-    from lcmem_cli.engine.evaluation.inference import verdict_text
+    from lcmem_cli.engine.evaluation.inference import finding_text, verdict_text
 
     result = run_demo(**options.arguments())
 
@@ -30,13 +30,17 @@ def demo(options: DemoOptions) -> None:
         render.line("Two pairs, scored (lcmem infer A B):")
         for pair in result.pairs.pairs:
             names = f"{Path(pair.path_a).name}  {Path(pair.path_b).name}"
-            render.line(f"  {pair.score:.4f}  {verdict_text(pair):<9} {names}")
+            render.line(
+                f"  {pair.score:.4f}  {verdict_text(pair):<9} {names}  {finding_text(pair)}"
+            )
         render.line()
         render.line("A generated set, audited (lcmem audit GENERATED --against TRAINING):")
         render.line(f"  {result.statement}")
+        render.line(f"  {result.verdict}")
         found = set(result.flagged)
         for name in result.planted:
-            render.line(f"  planted {name}: {'found' if name in found else 'missed'}")
+            said = f"found: {result.edits[name]}" if name in found else "missed"
+            render.line(f"  planted {name}: {said}")
         others = sorted(found - set(result.planted))
         render.line(f"  flagged besides: {', '.join(others) if others else 'none'}")
         render.line()

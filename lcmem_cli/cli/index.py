@@ -13,6 +13,7 @@ from lcmem_cli.cli.options import (
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
+    VERIFY,
     ComputeOptions,
     Frames,
     JsonOptions,
@@ -65,6 +66,7 @@ class QueryOptions(ComputeOptions):
     image: Path = argument("Image, folder or filelist to ask about.")
     top_k: int = option(OUTPUT, "Matches per image.", 5, min=1)
     approximate: bool = APPROXIMATE
+    verify: bool | None = VERIFY
     basedir: Path | None = BASEDIR
     max_unreadable: int | None = ANY_UNREADABLE
 
@@ -149,6 +151,7 @@ def query_index(options: QueryOptions) -> None:
         load_detector(detector_of_index(options.index), device=options.device),
         top_k=options.top_k,
         approximate=options.approximate,
+        verify=options.verify is not False,
         basedir=options.basedir,
         max_unreadable=options.max_unreadable,
         compute=options.compute(),
@@ -156,11 +159,11 @@ def query_index(options: QueryOptions) -> None:
 
     def human() -> None:
         rows = [
-            (asked if rank == 0 else "", f"{match.score:.6f}", match.id, match.path)
+            (asked if rank == 0 else "", f"{match.score:.6f}", match.id, match.path, match.edit)
             for asked, matches in result.matches.items()
             for rank, match in enumerate(matches)
         ]
-        render.table(["query", "score", "id", "match"], rows, align_left=True)
+        render.table(["query", "score", "id", "match", "same picture"], rows, align_left=True)
         render.unreadable(result.unreadable)
         if options.approximate:
             render.line(f"approximate search, best match found for {result.search_recall:.1%}")

@@ -14,6 +14,7 @@ from lcmem_cli.cli.options import (
     JUDGING,
     MAX_UNREADABLE,
     OUTPUT,
+    VERIFY,
     ComputeOptions,
     argument,
     option,
@@ -48,6 +49,7 @@ class InferOptions(ComputeOptions):
     threshold: str | None = option(
         JUDGING, "One of the checkpoint's, such as fpr0.01, fpr0.001.", None
     )
+    verify: bool | None = VERIFY
     save: Path | None = option(OUTPUT, "Write a side-by-side picture (.png) of two images.", None)
 
 
@@ -73,6 +75,7 @@ def infer(options: InferOptions) -> None:
             codec=options.codec,
         ),
         threshold=options.threshold,
+        verify=options.verify is not False,
         save=options.save,
         max_unreadable=options.max_unreadable,
         compute=options.compute(),
@@ -100,25 +103,33 @@ def _check(options: InferOptions) -> tuple[Path, Path] | Path:
             "--audit brings detector and threshold; it does not go with --checkpoint, --codec, "
             "--detector or --threshold"
         )
+    if options.audit is not None and options.verify is not None:
+        raise typer.BadParameter("--audit verifies as the audit did; leave --verify out")
     return options.pairs or (images[0], images[1])
 
 
 def _show(result: InferenceResult, options: InferOptions) -> None:
-    from lcmem_cli.engine.evaluation.inference import verdict_text
+    from lcmem_cli.engine.evaluation.inference import finding_text, verdict_text
 
     if len(result.pairs) == 1 and result.pairs[0].score is not None:
         render.line(f"score      {result.pairs[0].score:.6f}")
         render.line(f"verdict    {verdict_text(result.pairs[0])}")
         if result.pairs[0].form is not None:
             render.line(f"           compared {result.pairs[0].form}")
-        if result.pairs[0].identical:
-            render.line("           both files are the same, byte for byte")
+        if finding_text(result.pairs[0]):
+            render.line(f"           {finding_text(result.pairs[0])}")
     else:
         rows = [
-            (p.path_a, p.path_b, "-" if p.score is None else f"{p.score:.6f}", verdict_text(p))
+            (
+                p.path_a,
+                p.path_b,
+                "-" if p.score is None else f"{p.score:.6f}",
+                verdict_text(p),
+                finding_text(p),
+            )
             for p in result.pairs
         ]
-        render.table(["image a", "image b", "score", "verdict"], rows)
+        render.table(["image a", "image b", "score", "verdict", "found"], rows)
     if result.threshold is None:
         render.line(f"threshold  none: {result.detector} brings none")
         ways = "lcmem audit and lcmem benchmark fit one to their own images"

@@ -118,6 +118,13 @@ APPROXIMATE = option(
     "can be missed. Needs the extra search.",
     False,
 )
+VERIFY = option(
+    JUDGING,
+    "Align the best candidates, so that mirrored, turned, cropped copies are found and the edit is "
+    "named (default: where it can be).",
+    None,
+    flags="--verify/--no-verify",
+)
 CACHE = option(COMPUTE, "Keep features for other runs.", True, flags="--cache/--no-cache")
 FOLDER = option(OUTPUT, "Folder to write to.", flags="--output -o")
 OVERWRITE = option(OUTPUT, "Replace other results in the folder.", False)

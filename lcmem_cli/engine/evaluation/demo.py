@@ -44,7 +44,9 @@ class DemoResult(Result):
         report: page to open.
         planted: names of the altered copies among the generated pictures.
         flagged: names that the audit flagged.
+        edits: what the audit says was done to the training image, by flagged name.
         statement: of the audit.
+        verdict: of the audit.
         pairs: a few scored pairs.
     """
 
@@ -52,7 +54,9 @@ class DemoResult(Result):
     report: str
     planted: tuple[str, ...]
     flagged: tuple[str, ...]
+    edits: dict[str, str]
     statement: str
+    verdict: str
     pairs: InferenceResult
 
 
@@ -79,8 +83,8 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
     pairs = score_pairs(
         detector,
         [
-            (first, folders["generated"] / planted[0]),
-            (first, folders["training"] / "training-001.png"),
+            (folders["generated"] / planted[0], first),
+            (folders["training"] / "training-001.png", first),
         ],
         reporter=reporter,
     )
@@ -97,8 +101,10 @@ def run_demo(output: Path, *, device: str = "auto", reporter: Reporter = SILENT)
         folder=str(output),
         report=str(output / "audit" / "report.html"),
         planted=tuple(planted),
-        flagged=tuple(sorted({m.query for m in result.matches if m.flagged and m.rank == 1})),
+        flagged=tuple(sorted(match.query for match in result.flagged)),
+        edits={match.query: match.edit for match in result.flagged},
         statement=result.statement,
+        verdict=result.verdict,
         pairs=pairs,
     )
 

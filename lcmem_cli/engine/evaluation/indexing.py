@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
@@ -17,6 +20,10 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.evidence import Evidence
+from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
+from lcmem_cli.engine.verification.verify import verify as verify_candidates
 
 IMAGES_PER_SEGMENT = 4096
 
@@ -49,20 +56,51 @@ class IndexingResult(Result):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryMatch(IndexMatch):
+    """A match of a query of an index, perhaps verified.
+
+    Attributes:
+        evidence: what aligning the query with it found; ``None`` where nothing was found or looked
+            for.
+    """
+
+    evidence: Evidence | None = None
+
+    @property
+    def same_picture(self) -> bool | None:
+        """Whether both show one picture, altered or not; ``None`` where nothing says so."""
+        return None if self.evidence is None else self.evidence.same_picture
+
+    @property
+    def edit(self) -> str:
+        """What was done to the indexed image to give the query; empty where not known."""
+        return self.evidence.text() if self.evidence is not None and self.same_picture else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryResult(Result):
     """Best matches of each query.
 
     Attributes:
         folder: the index.
-        matches: per query path, its best matches, best first.
+        matches: per query path, its best matches: those that show the same picture by their
+            evidence, then the others by their score.
         unreadable: queries that could not be read.
         search_recall: share of the exact best matches found on a sample; 1 for exact search.
     """
 
     folder: str
-    matches: dict[str, tuple[IndexMatch, ...]]
+    matches: dict[str, tuple[QueryMatch, ...]]
     unreadable: tuple[Unreadable, ...]
     search_recall: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; each match with its edit in words."""
+        values = super().to_dict()
+        for asked, matches in self.matches.items():
+            for written, match in zip(values["matches"][asked], matches, strict=True):
+                written |= {"same_picture": match.same_picture, "edit": match.edit}
+        return values
 
 
 def add_to_index(
@@ -238,6 +276,7 @@ def query_index(
     *,
     top_k: int = 5,
     approximate: bool = False,
+    verify: bool = True,
     basedir: Path | None = None,
     max_unreadable: int | None = None,
     compute: Compute = DEFAULT_COMPUTE,
@@ -250,6 +289,7 @@ def query_index(
         detector: the one that the index was built with.
         top_k: matches per image.
         approximate: see ``audit``.
+        verify: align the best candidates with their query, where their files are still there.
         basedir: folder that a filelist's paths start from.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
         compute: how the images are embedded.
@@ -273,15 +313,56 @@ def query_index(
         reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
     searcher = approximate_search(detector) if approximate else detector
-    found = index.top_k(searcher, embedded.features, top_k)
-    matches = index.matches(found)
+    found = index.top_k(searcher, embedded.features, max(top_k, NUM_CANDIDATES * verify))
+    matches = [[QueryMatch(**vars(match)) for match in row] for row in index.matches(found)]
+    if verify:
+        first = {int(row): path for path, row in zip(paths[::-1], embedded.rows[::-1], strict=True)}
+        queries = [first[row] for row in range(len(matches))]
+        matches = _verified(index, queries, matches, compute)
     return QueryResult(
         folder=str(folder),
         matches={
-            str(path): tuple(matches[row])
+            str(path): tuple(matches[row][:top_k])
             for path, row in zip(paths, embedded.rows, strict=True)
             if row >= 0
         },
         unreadable=embedded.unreadable,
         search_recall=found.recall,
     )
+
+
+def _verified(
+    index: Index, queries: list[Path], matches: list[list[QueryMatch]], compute: Compute
+) -> list[list[QueryMatch]]:
+    """Align the best matches with their queries, and put those of the same picture first."""
+    contents = {entry.row: entry.content_hash for entry in index.entries}
+    candidates = np.array([[match.row for match in row[:NUM_CANDIDATES]] for row in matches])
+    path_of = {match.row: Path(match.path) for row in matches for match in row}
+    rows = np.unique(candidates).tolist()
+    now, _ = hash_files([path_of[row] for row in rows], compute)
+    # What lies there now may be another image; its features are not those of the indexed one.
+    same = [content == contents[row] for row, content in zip(rows, now, strict=True)]
+    files = [path_of[row] if there else Path() for row, there in zip(rows, same, strict=True)]
+    if not all(same):
+        compute.reporter.warn(
+            f"{same.count(False):,} of the {len(same):,} best matches are not verified: their "
+            "files are not where and what the index found"
+        )
+    bank = read_bank(files, [contents[row] for row in rows], compute)
+    training = FeatureBank(bank.rows, {row: place for place, row in enumerate(rows)})
+    hashes, _ = hash_files(queries, compute)
+    asked = read_bank(queries, [str(content) for content in hashes], compute)
+    found = verify_candidates(asked, training, candidates, compute)
+    verified = []
+    for number, row in enumerate(matches):
+        evidence = [found.evidence(number, rank) for rank in range(candidates.shape[1])]
+        for rank, what in enumerate(evidence):
+            row[rank] = dataclasses.replace(row[rank], evidence=what)
+        verified.append(sorted(row, key=_strength, reverse=True))
+    return verified
+
+
+def _strength(match: QueryMatch) -> tuple[bool, float]:
+    if match.evidence is not None and match.evidence.same_picture:
+        return True, match.evidence.value
+    return False, match.score

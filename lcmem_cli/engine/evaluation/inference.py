@@ -6,23 +6,33 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.images import load_pixels
+from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.looks import same_blank
 from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
 from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
-from lcmem_cli.engine.detectors.embedding import embed_files
+from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
-from lcmem_cli.engine.evaluation.audit.detector import detector_of
+from lcmem_cli.engine.evaluation.audit.detector import AuditThreshold, detector_of
 from lcmem_cli.engine.evaluation.forms import compare_other_forms
 from lcmem_cli.engine.files import atomic_path, check_writable
+from lcmem_cli.engine.report.panels import difference, laid_over, outlined
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Threshold, Unreadable, check_unreadable
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.evidence import Evidence
+from lcmem_cli.engine.verification.verify import fuse
+from lcmem_cli.engine.verification.verify import verify as verify_candidates
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURE_SUFFIX = ".png"
 _PICTURE_SIDE, _GAP = 320, 12
@@ -35,11 +45,14 @@ class PairScore:
     Attributes:
         path_a: first image.
         path_b: second image.
-        score: of the detector; ``None`` where an image could not be read.
-        match: ``score >= threshold``; ``None`` without score or threshold. An image of one colour
-            shows nothing: it matches only another of that colour.
+        score: of the detector, by an audit that verified its candidates fused with the evidence;
+            ``None`` where an image could not be read.
+        match: whether ``score >= threshold``, or both show the same picture; ``None`` where neither
+            is known. An image of one colour shows nothing: it matches only another of that colour.
         identical: whether both files are the same, byte for byte.
         form: how they were altered for the score, see ``forms``; ``None``: not at all.
+        evidence: what aligning the first image with the second found; ``None`` where nothing was
+            found or looked for.
     """
 
     path_a: str
@@ -48,6 +61,19 @@ class PairScore:
     match: bool | None
     identical: bool
     form: str | None = None
+    evidence: Evidence | None = None
+
+    @property
+    def same_picture(self) -> bool | None:
+        """Whether both show one picture, altered or not; ``None`` where nothing says so."""
+        if self.identical:
+            return True
+        return None if self.evidence is None else self.evidence.same_picture
+
+    @property
+    def edit(self) -> str:
+        """What was done to the second image to give the first; empty where not known."""
+        return self.evidence.text() if self.evidence is not None and self.same_picture else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +83,7 @@ class InferenceResult(Result):
     Attributes:
         detector: its name.
         fingerprint: its fingerprint.
+        verified: whether the images of each pair were aligned.
         pairs: in the order given.
         threshold: what the verdicts were made with, and where it is from.
         num_images_embedded: distinct images.
@@ -66,11 +93,19 @@ class InferenceResult(Result):
 
     detector: str
     fingerprint: str
+    verified: bool
     pairs: tuple[PairScore, ...]
     threshold: Threshold | None
     num_images_embedded: int
     unreadable: tuple[Unreadable, ...]
     blank: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; each pair with its edit in words."""
+        values = super().to_dict()
+        for written, pair in zip(values["pairs"], self.pairs, strict=True):
+            written |= {"same_picture": pair.same_picture, "edit": pair.edit}
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +138,7 @@ def infer(
     judge: Judge,
     *,
     threshold: str | None = None,
+    verify: bool = True,
     save: Path | None = None,
     max_unreadable: int = 0,
     compute: Compute = DEFAULT_COMPUTE,
@@ -113,6 +149,7 @@ def infer(
         pairs: two images, or a CSV or Parquet file as ``read_pairs`` reads it.
         judge: what scores.
         threshold: see ``score_pairs``.
+        verify: see ``score_pairs``.
         save: ``.png`` file for a picture of the first pair, drawn where both images are readable.
         max_unreadable: tolerated unreadable images.
         compute: how the images are embedded.
@@ -124,7 +161,7 @@ def infer(
     if save is not None:
         check_writable(save, suffix=PICTURE_SUFFIX)
     listed = read_pairs(pairs) if isinstance(pairs, Path) else [pairs]
-    result = _score(judge.load(compute), listed, threshold, max_unreadable, compute)
+    result = _score(judge.load(compute), listed, threshold, verify, max_unreadable, compute)
     if save is not None and result.pairs[0].score is not None:
         save_picture(result.pairs[0], save, threshold=result.threshold)
     return result
@@ -135,6 +172,7 @@ def score_pairs(
     pairs: Sequence[tuple[Path, Path]],
     *,
     threshold: str | None = None,
+    verify: bool = True,
     batch_size: int = 32,
     workers: int = -1,
     max_unreadable: int = 0,
@@ -147,8 +185,10 @@ def score_pairs(
 
     Args:
         detector: what scores.
-        pairs: files; the order within a pair does not matter.
+        pairs: files; of each the first is taken for an altered copy of the second.
         threshold: name of one of the detector's thresholds (``fpr0.01``); by default its first.
+        verify: align both images; a pair that shows the same picture is a match whatever its score.
+            The detector of an audit verifies as the audit did, and fuses score and evidence.
         batch_size: images per network call, see ``Batching``; scores change by rounding at most.
         workers: decoding threads.
         max_unreadable: tolerated unreadable images.
@@ -159,26 +199,27 @@ def score_pairs(
         UnreadableLimitError: more unreadable images than tolerated.
     """
     compute = Compute(batch_size=batch_size, workers=workers, reporter=reporter)
-    return _score(detector, pairs, threshold, max_unreadable, compute)
+    return _score(detector, pairs, threshold, verify, max_unreadable, compute)
 
 
 def _score(
     detector: Detector,
     pairs: Sequence[tuple[Path, Path]],
     threshold: str | None,
+    verified: bool,
     max_unreadable: int,
     compute: Compute,
 ) -> InferenceResult:
     chosen = choose_threshold(detector, threshold)
+    if isinstance(chosen, AuditThreshold):
+        verified = chosen.fused  # pairs are judged as the audit judged them
     if threshold is None and chosen is not None and chosen.kind != "fpr":
         compute.reporter.warn(
             f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
             f"{chosen.name}, at which unlike images pass as often as it says below"
         )
-    number: dict[Path, int] = {}
-    for path in (path for pair in pairs for path in pair):
-        number.setdefault(path, len(number))
-    paths = list(number)
+    paths = list(dict.fromkeys(path for pair in pairs for path in pair))
+    number = {path: place for place, path in enumerate(paths)}
     embedded = embed_files(detector, paths, compute)
     check_unreadable(embedded.unreadable, max_unreadable)
     files = np.array([[number[a], number[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
@@ -187,15 +228,19 @@ def _score(
     remarks = no_remarks(len(paths))
     remarks[embedded.rows >= 0] = embedded.remarks[embedded.rows[embedded.rows >= 0]]
     forms = compare_other_forms(detector, paths, files, scores, remarks, compute)
+    aligned: list[Evidence | None] = [None] * len(pairs)
+    if verified:
+        aligned, values = _align(paths, embedded, files, compute)
+        if isinstance(chosen, AuditThreshold):
+            scores = fuse(scores, values)
     scored = []
     for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
         known = None if math.isnan(scores[index]) else float(scores[index])
+        evidence = None if known is None else aligned[index]
         match = None
-        if known is not None and chosen is not None:
-            match = chosen.decide(known, detector.fingerprint)
+        if known is not None:
             colours = remarks[files[index], BLANK].tolist()
-            if max(colours) >= 0:
-                match = same_blank(*colours)
+            match = _decide(known, evidence, colours, chosen, detector.fingerprint)
         scored.append(
             PairScore(
                 path_a=str(pair[0]),
@@ -204,27 +249,62 @@ def _score(
                 match=match,
                 identical=known is not None and contents[0] == contents[1],
                 form=forms.get(index),
+                evidence=evidence,
             )
         )
-    pages = sum(
-        pair.match is True and not pair.identical and bool(remarks[files[index], PAGE].all())
-        for index, pair in enumerate(scored)
-    )
-    if pages and chosen is not None and chosen.num_positives:  # not by an audit
-        compute.reporter.warn(
-            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
-            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
-            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
-        )
+    if chosen is not None and chosen.num_positives:  # not by an audit
+        _warn_of_pages(scored, remarks[files, PAGE].all(axis=1).tolist(), compute.reporter)
     return InferenceResult(
         detector=detector.name,
         fingerprint=detector.fingerprint,
+        verified=verified,
         pairs=tuple(scored),
         threshold=chosen,
         num_images_embedded=int((embedded.rows >= 0).sum()),
         unreadable=embedded.unreadable,
         blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
+
+
+def _decide(
+    score: float,
+    evidence: Evidence | None,
+    colours: Sequence[int],
+    threshold: Threshold | None,
+    fingerprint: str,
+) -> bool | None:
+    """Return whether a pair matches, ``None`` where nothing says so."""
+    if threshold is not None and max(colours) >= 0:
+        return same_blank(*colours)
+    if evidence is not None and evidence.same_picture:
+        return True
+    return None if threshold is None else threshold.decide(score, fingerprint)
+
+
+def _warn_of_pages(
+    pairs: Sequence[PairScore], are_pages: Sequence[bool], reporter: Reporter
+) -> None:
+    """Tell of pages that match by a threshold which was not fitted on such pictures."""
+    pages = sum(
+        pair.match is True and not pair.same_picture and is_page
+        for pair, is_page in zip(pairs, are_pages, strict=True)
+    )
+    if pages:
+        reporter.warn(
+            f"{pages:,} match(es) of pages of text or drawings on white: the threshold was not "
+            "fitted on pictures of this kind, of which many unlike ones pass it; judge by an audit "
+            "of such pictures (--audit), or by a detector adapted to them (lcmem calibrate --adapt)"
+        )
+
+
+def _align(
+    files: Sequence[Path], embedded: EmbeddedFiles, pairs: NDArray[np.int64], compute: Compute
+) -> tuple[list[Evidence | None], NDArray[np.float64]]:
+    """Align the first image of each pair with the second; return evidence and its values."""
+    bank = read_bank(files, [str(content) for content in embedded.content_hashes], compute)
+    queries = FeatureBank(bank.rows, dict(enumerate(pairs[:, 0].tolist())))
+    found = verify_candidates(queries, bank, pairs[:, 1:], compute)
+    return [found.evidence(row, 0) for row in range(len(pairs))], found.values[:, 0]
 
 
 def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
@@ -243,7 +323,10 @@ def choose_threshold(detector: Detector, name: str | None) -> Threshold | None:
 
 
 def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) -> None:
-    """Draw both images and their absolute difference side by side.
+    """Draw both images side by side and their difference.
+
+    Where both show one picture, the first is laid over the second, the copied part is outlined, and
+    the difference is that after alignment.
 
     Args:
         pair: a scored pair of readable images.
@@ -252,23 +335,55 @@ def save_picture(pair: PairScore, target: Path, *, threshold: Threshold | None) 
     """
     from PIL import Image, ImageDraw
 
-    a, b = (load_pixels(Path(p), _PICTURE_SIDE) for p in (pair.path_a, pair.path_b))
-    difference = np.abs(a.astype(np.int16) - b.astype(np.int16)).astype(np.uint8)
-    width = 3 * _PICTURE_SIDE + 4 * _GAP
-    canvas = Image.new("RGB", (width, _PICTURE_SIDE + 64), "white")
+    panels = _panels(pair)
+    width = len(panels) * (_PICTURE_SIDE + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, _PICTURE_SIDE + 88), "white")
     draw = ImageDraw.Draw(canvas)
-    for place, (pixels, title) in enumerate(
-        ((a, Path(pair.path_a).name), (b, Path(pair.path_b).name), (difference, "difference"))
-    ):
+    for place, (title, panel) in enumerate(panels):
         left = _GAP + place * (_PICTURE_SIDE + _GAP)
-        canvas.paste(Image.fromarray(pixels), (left, 28))
+        room = _PICTURE_SIDE - panel.width, _PICTURE_SIDE - panel.height
+        canvas.paste(panel, (left + room[0] // 2, 28 + room[1] // 2))
         draw.text((left, 8), _plain(title)[:48], fill="black", font_size=13)
     text = f"score {pair.score:.4f}" if pair.score is not None else "no score"
     if threshold is not None and pair.match is not None:
         text += f"   {verdict_text(pair)}   threshold {threshold.value:.4f} ({threshold.name})"
     draw.text((_GAP, _PICTURE_SIDE + 38), text, fill="black", font_size=15)
+    draw.text((_GAP, _PICTURE_SIDE + 62), finding_text(pair), fill="black", font_size=15)
     with atomic_path(target) as temporary:
         canvas.save(temporary, format="PNG")
+
+
+def _panels(pair: PairScore) -> list[tuple[str, Image.Image]]:
+    """Return the pictures of a pair with their titles."""
+    from PIL import ImageChops, ImageOps
+
+    first, second = (
+        ImageOps.contain(load_image(Path(name)), (_PICTURE_SIDE, _PICTURE_SIDE))
+        for name in (pair.path_a, pair.path_b)
+    )
+    titles = [Path(name).name for name in (pair.path_a, pair.path_b)]
+    evidence = pair.evidence
+    if evidence is None or not pair.same_picture:
+        absolute = ImageChops.difference(first.resize(second.size), second)
+        return [(titles[0], first), (titles[1], second), ("difference", absolute)]
+    laid = laid_over(first, second.size, evidence.matrix)
+    return [
+        (titles[0], first),
+        (titles[1], outlined(second, evidence.outline)),
+        ("the first laid over the second", laid),
+        ("difference after alignment", difference(laid, second, evidence.outline)),
+    ]
+
+
+def finding_text(pair: PairScore) -> str:
+    """Return what alignment found, in words; empty where it was not looked for."""
+    if pair.identical:
+        return "both files are the same, byte for byte"
+    if pair.same_picture:
+        return f"the same picture: {pair.edit}"
+    if pair.evidence is not None and pair.match:
+        return "not the same picture: alike by the network alone"
+    return "" if pair.evidence is None else "not the same picture"
 
 
 def verdict_text(pair: PairScore) -> str:

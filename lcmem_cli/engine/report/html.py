@@ -34,11 +34,14 @@ class Pictures:
         uris: data URIs, ``None`` where a picture cannot be shown.
         generated: place among them of each generated image, by its name in the result.
         training: place of each training image.
+        laid_over: place of each generated image as it lies on its training image, where both show
+            one picture.
     """
 
     uris: Sequence[str | None]
     generated: Mapping[str, int]
     training: Mapping[str, int]
+    laid_over: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +111,12 @@ def render_report(
             "id": printable(match.match_id),
             "s": match.score,
             "p": match.p_value,
-            "x": match.exact,
+            "k": match.tier,
+            "e": match.edit,
             "a": pictures.generated[match.query],
             "b": pictures.training[match.match],
+            "w": pictures.laid_over.get(match.query),
+            "o": [round(side, 4) for place in match.outline for side in place],
         }
         for match in result.flagged[:MAX_PAIRS]
     ]

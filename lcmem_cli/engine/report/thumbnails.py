@@ -7,8 +7,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lcmem_cli.engine.errors import LcmemError
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -16,6 +15,7 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Item = TypeVar("Item")
 SIDES = (384, 256, 192, 144, 112, 80, 64)
 BUDGET_BYTES = 30_000_000
 _QUALITY = 80
@@ -28,7 +28,7 @@ class Thumbnails:
 
     Attributes:
         side: longest side in pixels; smaller pictures are not enlarged.
-        uris: one ``data:image/...`` URI per path, or ``None`` where there is no picture.
+        uris: one ``data:image/...`` URI per item, or ``None`` where there is no picture.
     """
 
     side: int
@@ -41,8 +41,8 @@ class Thumbnails:
 
 
 def make_thumbnails(
-    paths: Sequence[Path],
-    load: Callable[[Path], Image],
+    items: Sequence[Item],
+    load: Callable[[Item], Image],
     *,
     budget_bytes: int = BUDGET_BYTES,
     workers: int = 1,
@@ -53,8 +53,8 @@ def make_thumbnails(
     At the smallest side the budget may be exceeded.
 
     Args:
-        paths: images, each once.
-        load: decodes one image to RGB; where it fails the result holds ``None``.
+        items: what each picture is made of, such as the path of an image.
+        load: makes one picture, RGB; where it fails the result holds ``None``.
         budget_bytes: bytes that all URIs together should not exceed.
         workers: threads that decode.
         reporter: told the progress.
@@ -62,10 +62,10 @@ def make_thumbnails(
     guess = [
         side
         for side in SIDES
-        if len(paths) * side * side * _TYPICAL_BYTES_PER_PIXEL <= budget_bytes
+        if len(items) * side * side * _TYPICAL_BYTES_PER_PIXEL <= budget_bytes
     ]
     for side in guess or SIDES[-1:]:
-        result = _encode_all(paths, load, side, workers, reporter)
+        result = _encode_all(items, load, side, workers, reporter)
         if result.num_bytes <= budget_bytes:
             break
     return result
@@ -90,24 +90,24 @@ def data_uri(image: Image, side: int) -> str:
 
 
 def _encode_all(
-    paths: Sequence[Path],
-    load: Callable[[Path], Image],
+    items: Sequence[Item],
+    load: Callable[[Item], Image],
     side: int,
     workers: int,
     reporter: Reporter,
 ) -> Thumbnails:
-    def encode(path: Path) -> str | None:
+    def encode(item: Item) -> str | None:
         try:
-            return data_uri(load(path), side)
+            return data_uri(load(item), side)
         except (LcmemError, OSError):
             return None  # the image was there when it was embedded; the page says what is missing
 
     uris = []
     with (
-        reporter.task("thumbnails", len(paths), unit="images") as task,
+        reporter.task("thumbnails", len(items), unit="images") as task,
         ThreadPoolExecutor(max(1, workers)) as pool,
     ):
-        for uri in pool.map(encode, paths):
+        for uri in pool.map(encode, items):
             uris.append(uri)
             task.advance()
     return Thumbnails(side=side, uris=tuple(uris))

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.distributed import available_cpus
 from lcmem_cli.engine.evaluation.audit import sentences
 from lcmem_cli.engine.evaluation.audit.conditions import Conditions
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
-from lcmem_cli.engine.evaluation.audit.null import Null, same_picture, smallest_rate
+from lcmem_cli.engine.evaluation.audit.null import Null, same_pixels, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
@@ -23,6 +21,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
     FlagRule,
     Match,
     NullSummary,
+    Tier,
     Times,
 )
 from lcmem_cli.engine.evaluation.audit.search import Found
@@ -36,6 +35,7 @@ from lcmem_cli.engine.evaluation.calibration import (
     rank_from_above,
     realised_rates,
 )
+from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 
 MOST_COPIED = 12
 
@@ -49,18 +49,20 @@ class Flags:
         p_values: ``[d, k]`` of each match.
         matches: ``[d, k]`` whether the match is flagged.
         contents: ``[d]`` whether any match is.
-        resaved: ``[d]`` whether it is, and shows the picture of its best match saved anew.
+        pixels: ``[d]`` whether it is, and has the pixels of its best match in another file.
     """
 
     rule: FlagRule
     p_values: NDArray[np.float64]
     matches: NDArray[np.bool_]
     contents: NDArray[np.bool_]
-    resaved: NDArray[np.bool_]
+    pixels: NDArray[np.bool_]
 
 
-def flag(embedded: Embedded, null: Null, found: Found, request: AuditRequest) -> Flags:
-    """Decide what is flagged.
+def flag(
+    embedded: Embedded, null: Null, found: Found, request: AuditRequest
+) -> tuple[Found, Flags]:
+    """Decide what is flagged; of the flagged matches those that evidence supports come first.
 
     Args:
         embedded: the sets.
@@ -70,19 +72,21 @@ def flag(embedded: Embedded, null: Null, found: Found, request: AuditRequest) ->
     """
     null_scores = null.scores[:, 0]
     rule = _rule(found.best[embedded.sets.generated.rows], null, request)
+    found = found.evident_first(rule.threshold)
     matches = np.zeros(found.scores.shape, dtype=np.bool_)
     if rule.threshold is not None:
         matches = found.scores > rule.threshold
     contents = found.exact | matches.any(axis=1)
     matches[:, 0] = contents  # an identical image stands first and is flagged whatever its score
     p_values = conformal_p_values(found.scores.ravel(), null_scores)
-    return Flags(
+    flags = Flags(
         rule=rule,
         p_values=p_values.reshape(found.scores.shape),
         matches=matches,
         contents=contents,
-        resaved=_resaved(embedded, found, contents),
+        pixels=_same_pixels(embedded, found, contents),
     )
+    return found, flags
 
 
 def _rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
@@ -109,23 +113,26 @@ def _allowed(null: Null, request: AuditRequest) -> int:
     )
 
 
-def _resaved(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return which flagged images show the picture of their best match, saved anew."""
+def _same_pixels(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which flagged images have the pixels of their best match in another file."""
     sets, ranks = embedded.sets, embedded.compute.ranks
-    generated, training = sets.generated, sets.training
-    resaved = np.zeros(len(flagged), dtype=np.bool_)
+    same = np.zeros(len(flagged), dtype=np.bool_)
     if ranks.is_main:  # files of an index may be on its machine alone, so all take its word
         rows = np.flatnonzero(flagged & ~found.exact)
-        with ThreadPoolExecutor(available_cpus()) as pool:
-            resaved[rows] = list(
-                pool.map(
-                    same_picture,
-                    [generated.files[image] for image in generated.first_image[rows]],
-                    [training.files[i] for i in training.first_image[found.rows[rows, 0]]],
-                )
-            )
-    result: NDArray[np.bool_] = ranks.broadcast(resaved)
+        same[rows] = same_pixels(sets.generated, rows, sets.training, found.rows[rows, 0])
+    result: NDArray[np.bool_] = ranks.broadcast(same)
     return result
+
+
+def _tier(found: Found, flags: Flags, row: int, rank: int) -> Tier | None:
+    """Return what is known of one match, if it is flagged."""
+    if not flags.matches[row, rank]:
+        return None
+    if rank == 0 and found.exact[row]:
+        return "identical file"
+    if rank == 0 and flags.pixels[row]:
+        return "same pixels"
+    return "same picture, altered" if found.values[row, rank] >= SAME_PICTURE else "alike"
 
 
 def conclude(
@@ -138,41 +145,36 @@ def conclude(
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
-    sets, rule = embedded.sets, flags.rule
+    sets = embedded.sets
     rows = sets.generated.rows
     image_flags = flags.contents[rows]
     num_flagged, num_queries = int(image_flags.sum()), len(rows)
     exposed = Counter(found.rows[rows[image_flags], 0].tolist())
-    identities = {sets.training.record_of(row).identity for row in exposed}
-    null_summary = _null_summary(request, embedded, null, rule)
-    has_excess = not request.bh and (
-        conditions.held_out is None or conditions.held_out.comparable is not False
-    )
+    tiers = Counter(_tier(found, flags, row, 0) for row in rows[image_flags].tolist())
+    verified = found.verification is not None
+    identities = None
+    if sets.training.summary.num_identities is not None:
+        identities = len({sets.training.record_of(row).identity for row in exposed})
+    null_summary = _null_summary(request, embedded, null, flags.rule)
     finding = Finding(
         detector=embedded.detector.name,
         fingerprint=embedded.detector.fingerprint,
         adapted_to=embedded.adapted_to,
-        rule=rule,
+        verified=verified,
+        rule=flags.rule,
         null=null_summary,
         num_queries=num_queries,
         num_flagged=num_flagged,
         share_flagged=num_flagged / num_queries,
         confidence_interval=clopper_pearson(num_flagged, num_queries),
-        excess_interval=excess_interval(
-            num_flagged,
-            num_queries,
-            num_null=null_summary.num_independent,
-            allowed=null_summary.independent_allowed,
-        )
-        if has_excess
-        else None,
+        excess_interval=_excess(request, conditions, null_summary, num_flagged, num_queries),
         expected_by_chance=None if request.bh else request.fpr * num_queries,
         num_exact_copies=int(found.exact[rows].sum()),
-        num_resaved_copies=int(flags.resaved[rows].sum()),
+        num_same_pixels=tiers["same pixels"],
+        num_altered=tiers["same picture, altered"] if verified else None,
+        num_alike=tiers["alike"],
         num_exposed_images=len(exposed),
-        num_exposed_identities=(
-            None if sets.training.summary.num_identities is None else len(identities)
-        ),
+        num_exposed_identities=identities,
         fail_over=request.fail_over,
         generated=sets.generated.summary,
         training=sets.training.summary,
@@ -190,8 +192,19 @@ def conclude(
         statement=sentences.statement(finding),
         verdict=sentences.verdict(finding),
         shows=tuple(sentences.shows(finding, circumstances)),
-        does_not_show=tuple(sentences.does_not_show(circumstances)),
+        does_not_show=tuple(sentences.does_not_show(finding, circumstances)),
         warnings=tuple(sentences.warnings(finding, circumstances)),
+    )
+
+
+def _excess(
+    request: AuditRequest, conditions: Conditions, null: NullSummary, flagged: int, count: int
+) -> tuple[float, float] | None:
+    """Return the interval of what is flagged beyond chance, where a rate per image holds."""
+    if request.bh or (conditions.held_out is not None and conditions.held_out.comparable is False):
+        return None
+    return excess_interval(
+        flagged, count, num_null=null.num_independent, allowed=null.independent_allowed
     )
 
 
@@ -242,6 +255,8 @@ def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tupl
                     p_value=float(flags.p_values[row, rank]),
                     flagged=bool(flags.matches[row, rank]),
                     exact=bool(found.exact[row]) and rank == 0,
+                    tier=_tier(found, flags, row, rank),
+                    evidence=found.evidence(row, rank),
                 )
             )
     return tuple(matches)
@@ -269,4 +284,5 @@ def _circumstances(
             and len(np.unique(training.groups)) == training.num_distinct
         ),
         num_mixed_up=null.num_mixed_up,
+        num_evident=null.num_evident,
     )

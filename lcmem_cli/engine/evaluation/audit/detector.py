@@ -32,6 +32,18 @@ DEFAULT_DETECTOR = "joint"
 DEFAULT_SIZE = 512
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditThreshold(Threshold):
+    """The threshold of an audit.
+
+    Attributes:
+        fused: whether it applies to scores fused with the evidence, because the audit verified its
+            candidates.
+    """
+
+    fused: bool
+
+
 def choose_detector(request: AuditRequest, listings: Sets[Listing], *, device: str) -> Detector:
     """Load the detector asked for, or that of an index among the sets, or the usual one.
 
@@ -154,7 +166,7 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
             + " have changed; run the audit again"
         )
     detector.thresholds = (
-        Threshold(
+        AuditThreshold(
             value=math.nextafter(rule.threshold, math.inf),  # an audit flags what exceeds it
             kind="fpr",
             rate=rule.rate,
@@ -163,6 +175,7 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
             f"audit {folder}",
             num_positives=0,
             num_negatives=num_real,
+            fused=document.verified,
         ),
     )
     return detector

@@ -25,21 +25,23 @@ def measure_sets(embedded: Embedded, null: Null, found: Found, *, seed: int) -> 
     """
     rows = embedded.sets.generated.rows
     best, null_best = found.best[rows], null.scores[:, 0]
+    # Distances between training images are the detector's, so only its scores compare with them.
+    searched, real = found.searched or found, null.searched or null
     auth = null_auth = copying = None
     if len(null.bank) >= 2:
         auth = set_metrics.authentic_percentage(
-            best, _neighbours(embedded, null.bank, found.rows[rows, 0])
+            searched.best[rows], _neighbours(embedded, null.bank, searched.rows[rows, 0])
         )
     # Images of a leave-one-out null are from the bank themselves, so they have neither figure.
     if null.kind != "leave-one-out":
         if len(null.bank) >= 2:
-            neighbours = _neighbours(embedded, null.bank, null.matches)
-            null_auth = set_metrics.authentic_percentage(null_best, neighbours)
+            neighbours = _neighbours(embedded, null.bank, real.matches[:, 0])
+            null_auth = set_metrics.authentic_percentage(real.scores[:, 0], neighbours)
         copying = _copying(embedded, null, best, seed)
     # An identical image stands first whatever its score, so scores are put in order again.
-    ordered = np.sort(found.scores, axis=1)[:, ::-1]
+    ordered = np.sort(searched.scores, axis=1)[:, ::-1]
     ratios = _ratios(embedded.detector, embedded.sets.generated.features, ordered)
-    null_ratios = _ratios(embedded.detector, null.images.features_of(null.rows), null.scores)
+    null_ratios = _ratios(embedded.detector, null.images.features_of(null.rows), real.scores)
     per_image = ratios[rows] if len(ratios) else ratios
     return SetMetrics(
         generated_scores=Spread.of(best),

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.documents import check_document, read_document
@@ -29,14 +29,40 @@ from lcmem_cli.engine.files import (
     write_text,
 )
 from lcmem_cli.engine.report.html import MAX_PAIRS, Distribution, Pictures, render_report
-from lcmem_cli.engine.report.thumbnails import make_thumbnails
+from lcmem_cli.engine.report.panels import laid_over
+from lcmem_cli.engine.report.thumbnails import SIDES, make_thumbnails
 from lcmem_cli.engine.runs import CONFIG_NAME, as_written, write_run_files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 JSON_NAME = "audit.json"
 CSV_NAME = "matches.csv"
 PARQUET_NAME = "matches.parquet"
 REPORT_NAME = "report.html"
-COLUMNS = ("query", "rank", "match", "match_id", "score", "p_value", "flagged")
+NUMBERS = (
+    "turn",
+    "scale",
+    "share_of_training",
+    "share_of_query",
+    "correlation",
+    "inliers",
+)
+"""Fields of ``Evidence`` that have columns."""
+COLUMNS = (
+    "query",
+    "rank",
+    "match",
+    "match_id",
+    "score",
+    "p_value",
+    "flagged",
+    "same_picture",
+    "edit",
+    "evidence",
+    "mirrored",
+    *NUMBERS,
+)
 _REMEDY = "run the audit again"
 _NOT_ASKED = {"top_k", "fail_over", "cache", "fingerprint", "adapted_to"}
 """Settings that change no finding, or that come of one: an audit may differ in them."""
@@ -47,9 +73,10 @@ class AuditDocument:
     """What is read again of ``audit.json``; see ``AuditResult``."""
 
     format: Literal["lcmem-audit"]
-    schema: Literal[1]
+    schema: Literal[2]
     fingerprint: str
     adapted_to: int | None
+    verified: bool
     rule: FlagRule
     null: NullSummary
     num_queries: int
@@ -76,7 +103,8 @@ def write_audit(
     """
     (folder / JSON_NAME).unlink(missing_ok=True)
     write_run_files(folder, settings.model_dump(by_alias=True))
-    write_csv(folder / CSV_NAME, COLUMNS, (_cells(match) for match in result.matches))
+    rows = (map(_cell, _row(match).values()) for match in result.matches)
+    write_csv(folder / CSV_NAME, COLUMNS, map(list, rows))
     write_parquet(folder / PARQUET_NAME, result.matches)
     pictures = _pictures(result, embedded)
     write_text(folder / REPORT_NAME, render_report(result, pictures, distribution))
@@ -84,30 +112,60 @@ def write_audit(
 
 
 def _pictures(result: AuditResult, embedded: Embedded) -> Pictures:
-    """Draw the images of the page small, each file once."""
+    """Draw the images of the page small, each once."""
     sets, compute = embedded.sets, embedded.compute
-    numbers: dict[Path, int] = {}
+    numbers: dict[Path | _LaidOver, int] = {}
     generated: dict[str, int] = {}
     training: dict[str, int] = {}
+    aligned: dict[str, int] = {}
     for match in result.flagged[:MAX_PAIRS]:
-        for name, files, known in (
-            (match.query, sets.generated.file_of, generated),
-            (match.match, sets.training.file_of, training),
-        ):
-            known[name] = numbers.setdefault(files[name], len(numbers))
+        query, original = sets.generated.file_of[match.query], sets.training.file_of[match.match]
+        generated[match.query] = numbers.setdefault(query, len(numbers))
+        training[match.match] = numbers.setdefault(original, len(numbers))
+        if match.outline and match.evidence is not None:
+            item = _LaidOver(query, original, match.evidence.matrix)
+            aligned[match.query] = numbers.setdefault(item, len(numbers))
     for copied in result.most_copied:
         file = sets.training.file_of[copied.path]
         training[copied.path] = numbers.setdefault(file, len(numbers))
     thumbnails = make_thumbnails(
-        list(numbers), load_image, workers=compute.num_workers, reporter=compute.reporter
+        list(numbers), _draw, workers=compute.num_workers, reporter=compute.reporter
     )
-    return Pictures(uris=thumbnails.uris, generated=generated, training=training)
+    return Pictures(uris=thumbnails.uris, generated=generated, training=training, laid_over=aligned)
 
 
-def _cells(match: Match) -> list[str]:
-    flagged = "true" if match.flagged else "false"
-    numbers = (repr(match.score), repr(match.p_value))
-    return [match.query, str(match.rank), match.match, match.match_id, *numbers, flagged]
+class _LaidOver(NamedTuple):
+    """A generated image in the frame of its training image, not drawn yet."""
+
+    query: Path
+    training: Path
+    matrix: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _draw(item: Path | _LaidOver) -> Image:
+    if isinstance(item, Path):
+        return load_image(item)
+    training = load_image(item.training)
+    training.thumbnail((SIDES[0], SIDES[0]))
+    return laid_over(load_image(item.query), training.size, item.matrix)
+
+
+def _row(match: Match) -> dict[str, Any]:
+    """Return the cells of a match by column; ``None`` where something is not known."""
+    evidence = match.evidence
+    shown = evidence if match.same_picture else None  # of other pairs an alignment says nothing
+    plain = {name: getattr(match, name) for name in COLUMNS[: COLUMNS.index("evidence")]}
+    return {
+        **plain,
+        "evidence": None if evidence is None else evidence.value,
+        **{name: getattr(shown, name, None) for name in ("mirrored", *NUMBERS)},
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def write_parquet(path: Path, matches: Sequence[Match]) -> None:
@@ -115,11 +173,13 @@ def write_parquet(path: Path, matches: Sequence[Match]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"rank": pa.int32(), "score": pa.float64(), "p_value": pa.float64()}
-    kinds["flagged"] = pa.bool_()
+    kinds = dict.fromkeys(("score", "p_value", "evidence", *NUMBERS), pa.float64())
+    kinds |= dict.fromkeys(("rank", "inliers"), pa.int32())
+    kinds |= dict.fromkeys(("flagged", "same_picture", "mirrored"), pa.bool_())
+    rows = [_row(match) for match in matches]
 
     def column(name: str) -> pa.Array:
-        values = [getattr(match, name) for match in matches]
+        values = [row[name] for row in rows]
         if name not in kinds:
             values = [text.encode("utf-8", "backslashreplace").decode("utf-8") for text in values]
         return pa.array(values, kinds.get(name, pa.string()))
@@ -181,6 +241,8 @@ def read_audit(folder: Path) -> AuditDocument:
 def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
     """Read the best match of each generated image from ``matches.csv``.
 
+    Evidence is read of flagged ones only.
+
     Args:
         folder: of the audit.
         document: its ``audit.json``, which the table must belong to.
@@ -189,7 +251,7 @@ def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
         CorruptFileError: the table is damaged or another audit's.
     """
     path = folder / CSV_NAME
-    exact = {match.query for match in document.flagged if match.exact}
+    flagged = {match.query: match for match in document.flagged}
     try:
         with path.open(**CSV_OPTIONS) as file:
             reader = csv.DictReader(file)
@@ -207,6 +269,12 @@ def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
         cells = {k: unguarded(cell) if isinstance(cell, str) else cell for k, cell in row.items()}
         query = cells["query"]
         source = f"{path}, the row of {query!r}"
-        cells["exact"] = query in exact
-        matches.append(check_document(cells, Match, source=source, remedy=_REMEDY))
+        cells |= {"exact": False, "evidence": None}
+        match = check_document(cells, Match, source=source, remedy=_REMEDY)
+        if match.query in flagged:
+            known = flagged[match.query]
+            match = dataclasses.replace(
+                match, exact=known.exact, tier=known.tier, evidence=known.evidence
+            )
+        matches.append(match)
     return matches

@@ -24,7 +24,7 @@ KEEP_NAME = "keep.csv"
 REJECT_NAME = "reject.csv"
 UNREADABLE_NAME = "unreadable.csv"
 KEPT_FOLDER = "kept"
-COLUMNS = ("path", "id", "score", "p_value", "match", "match_id")
+COLUMNS = ("path", "id", "score", "p_value", "match", "match_id", "tier", "edit")
 
 Transfer = Literal["none", "copy", "link"]
 
@@ -171,7 +171,8 @@ def _read(audit_folder: Path) -> tuple[SetSummary, list[Match]]:
 
 def _cells(folder: Path, match: Match) -> list[str]:
     numbers = (repr(match.score), repr(match.p_value))
-    return [str(folder / match.query), match.query, *numbers, match.match, match.match_id]
+    names = [match.match, match.match_id, match.tier or "", match.edit]
+    return [str(folder / match.query), match.query, *numbers, *names]
 
 
 def target_names(names: Sequence[str]) -> list[PurePosixPath]:

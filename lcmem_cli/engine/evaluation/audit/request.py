@@ -34,6 +34,7 @@ class AuditRequest:
     input_size: int | None
     approximate: bool
     adapt: bool | None
+    verify: bool | None
     top_k: int
     confidence: float | None
     fail_over: float | None
@@ -103,6 +104,7 @@ class AuditSettings(BaseModel):
     detector: FileName
     input_size: int
     adapt: bool | None = None
+    verify: bool
     approximate: bool
     seed: int
     top_k: int

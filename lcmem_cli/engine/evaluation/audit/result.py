@@ -14,8 +14,16 @@ from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.verification.evidence import Evidence
 
+AUDIT_SCHEMA: Literal[2] = 2
 NullKind = Literal["held-out", "split", "leave-one-out"]
+Tier = Literal["identical file", "same pixels", "same picture, altered", "alike"]
+"""What is known of a flagged image and its match, strongest first.
+
+The same bytes; the same decoded pixels in another file; the same picture, altered, as alignment
+shows; or over the threshold and no more: perhaps the same identity in another picture.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +70,13 @@ class SharedPicture:
     Attributes:
         path: the held-out image.
         match: the training image.
-        kind: ``exact``: equal content; ``resaved``: the same picture saved anew.
+        kind: ``exact``: equal content; ``pixels``: equal decoded pixels; ``altered``: the same
+            picture, by evidence that different pictures do not reach.
     """
 
     path: FileName
     match: FileName
-    kind: Literal["exact", "resaved"]
+    kind: Literal["exact", "pixels", "altered"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,10 +142,13 @@ class Match:
         rank: from 1.
         match: path of the training image, relative to its set's folder.
         match_id: its identity.
-        score: the detector's score of the pair.
+        score: the detector's score of the pair; where candidates are verified, the larger of it and
+            what their evidence is worth, see ``verification.fuse``.
         p_value: chance that the best match of an unseen real image scores at least as high.
         flagged: whether the score is over the threshold, or the contents are equal.
         exact: whether the contents are equal.
+        tier: what is known of a flagged pair; ``None`` of others.
+        evidence: what aligning both images found; ``None`` where nothing was found or looked for.
     """
 
     query: FileName
@@ -147,6 +159,29 @@ class Match:
     p_value: FiniteFloat
     flagged: bool
     exact: bool
+    tier: Tier | None = None
+    evidence: Evidence | None = None
+
+    @property
+    def same_picture(self) -> bool | None:
+        """Whether both show one picture, altered or not; ``None`` where nothing says so."""
+        if self.tier in ("identical file", "same pixels"):
+            return True
+        return None if self.evidence is None else self.evidence.same_picture
+
+    @property
+    def edit(self) -> str:
+        """What was done to the training image, in words; empty where that is not known."""
+        return self.evidence.text() if self.evidence is not None and self.same_picture else ""
+
+    @property
+    def outline(self) -> tuple[tuple[float, float], ...]:
+        """Corners of the copied part of the training image; none where that is not known."""
+        return self.evidence.outline if self.evidence is not None and self.same_picture else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "same_picture": self.same_picture, "edit": self.edit}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +215,7 @@ class Finding:
         detector: name of the detector.
         fingerprint: of the detector.
         adapted_to: training images that the detector was adapted to; ``None`` where it was not.
+        verified: whether the best candidates were aligned with their images, see ``verification``.
         rule: how images were flagged.
         null: the real images compared with.
         num_queries: readable generated images.
@@ -192,9 +228,10 @@ class Finding:
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
-        num_resaved_copies: flagged images that show the picture of their best match saved anew, as
-            an image of the null is told that is also in the training set; of an index only where
-            both files still are what and where they were.
+        num_same_pixels: other flagged images that have the decoded pixels of a training image.
+        num_altered: other flagged images that show the same picture as a training image, altered;
+            ``None`` where candidates were not verified.
+        num_alike: flagged images of which no more is known.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities; ``None`` where those are not known.
         fail_over: share of flagged images over which the gate fails, if one was asked for.
@@ -213,6 +250,7 @@ class Finding:
     detector: str
     fingerprint: str
     adapted_to: int | None
+    verified: bool
     rule: FlagRule
     null: NullSummary
     num_queries: int
@@ -222,7 +260,9 @@ class Finding:
     excess_interval: tuple[float, float] | None
     expected_by_chance: float | None
     num_exact_copies: int
-    num_resaved_copies: int
+    num_same_pixels: int
+    num_altered: int | None
+    num_alike: int
     num_exposed_images: int
     num_exposed_identities: int | None
     fail_over: float | None
@@ -299,13 +339,13 @@ class AuditResult(Finding, Result):
         times = values.pop("times")
         return {
             "format": "lcmem-audit",
-            "schema": 1,
+            "schema": AUDIT_SCHEMA,
             **{name: values.pop(name) for name in AuditResult.__annotations__},
             **values,
             "comparable": self.comparable,
             "gate": self.gate,
             "gate_failed": self.gate_failed,
             "undecided": self.is_undecided,
-            "flagged": [dataclasses.asdict(match) for match in self.flagged],
+            "flagged": [jsonable(match.to_dict()) for match in self.flagged],
             "times": times,
         }

@@ -26,7 +26,12 @@ from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
 from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
-from lcmem_cli.engine.evaluation.audit.null import Null, check_size, make_null
+from lcmem_cli.engine.evaluation.audit.null import (
+    Null,
+    check_size,
+    independent,
+    make_null,
+)
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import AuditResult
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
@@ -39,11 +44,13 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     embed_set,
     list_set,
 )
+from lcmem_cli.engine.evaluation.audit.verify import is_to_verify, verify_candidates
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
 from lcmem_cli.engine.store.features import FeatureCaches
+from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 
 
 def audit(
@@ -60,6 +67,7 @@ def audit(
     input_size: int | None = None,
     approximate: bool = False,
     adapt: bool | None = None,
+    verify: bool | None = None,
     top_k: int = 5,
     confidence: float | None = None,
     fail_over: float | None = None,
@@ -103,6 +111,9 @@ def audit(
             (``detectors.adapted``), so that what they all share does not count as likeness;
             ``None``: where the detector can be and there are enough images, but not with the
             leave-one-out null, whose rate would not hold.
+        verify: align the best candidates of each image, real ones alike, and fuse what that shows
+            with the score, so that mirrored, turned, cropped and combined copies are found and the
+            edit is named; ``None``: where scores are probabilities and the files can be read.
         top_k: matches to list per generated image.
         confidence: that the rate holds, over draws of the real images, such as 0.95: a higher
             threshold, which takes more of them. ``None``: the rate holds on average.
@@ -140,6 +151,7 @@ def audit(
         input_size=input_size,
         approximate=approximate,
         adapt=adapt,
+        verify=verify,
         top_k=top_k,
         confidence=confidence,
         fail_over=fail_over,
@@ -168,15 +180,20 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     started = datetime.datetime.now(datetime.timezone.utc)
     listings = list_sets(request, compute.reporter)
     detector = choose_detector(request, listings, device=compute.device)
-    settings = _settings(request, listings, detector, compute)
+    verified = is_to_verify(request, listings, detector, compute)
+    settings = _settings(request, listings, detector, compute, verified)
     with _output_folder(request, settings, compute):
         plain = embed_sets(request, listings, detector, compute)
         conditions = check_conditions(plain, seed=request.seed)
         embedded = adapt_if_asked(plain, request)
-        null = make_null(embedded, request)
-        found = best_matches(embedded, null.bank, max(2, request.top_k))
+        k = NUM_CANDIDATES if verified else 2
+        null = make_null(embedded, request, k)
+        found = best_matches(embedded, null.bank, max(k, request.top_k))
+        if verified:
+            null, found = verify_candidates(embedded, null, found)
+        null = independent(null, embedded, request)
         _check_gate(request, embedded, null, found)
-        flags = flag(embedded, null, found, request)
+        found, flags = flag(embedded, null, found, request)
         result = conclude(request, embedded, null, found, flags, conditions, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
@@ -250,7 +267,11 @@ def _output_folder(
 
 
 def _settings(
-    request: AuditRequest, listings: Sets[Listing], detector: Detector, compute: Compute
+    request: AuditRequest,
+    listings: Sets[Listing],
+    detector: Detector,
+    compute: Compute,
+    verified: bool,
 ) -> AuditSettings:
     paths = listings.map(lambda _, listing: str(Path(listing.source).absolute()))
     resolved = {
@@ -259,6 +280,7 @@ def _settings(
         "null": request.null_kind,
         "detector": absolute_name(detector.name),
         "input_size": detector.input_size,
+        "verify": verified,
         "cache": compute.cache is not None,
         "fingerprint": detector.fingerprint,
     }

@@ -11,6 +11,8 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
 from lcmem_cli.engine.store.search import TopK, merge_top_k
+from lcmem_cli.engine.verification.evidence import SAME_PICTURE, Evidence
+from lcmem_cli.engine.verification.verify import Verification
 
 _PAIR_BYTES = 32 << 20
 
@@ -21,10 +23,15 @@ class Found:
 
     Attributes:
         rows: ``[d, k]`` rows of the training set; an identical image comes first.
-        scores: ``[d, k]``.
+        scores: ``[d, k]``, fused with the evidence where candidates were verified.
         best: ``[d]`` highest score.
         exact: ``[d]`` whether the first match is an identical image.
         recall: of the search, see ``TopK``.
+        values: ``[d, k]`` evidence of each match, see ``verification.verify``; -inf where there is
+            none.
+        places: ``[d, k]`` number of each match among the candidates as the search found them.
+        verification: of these candidates, if they were verified.
+        searched: the matches before that, by the detector's scores alone.
     """
 
     rows: NDArray[np.int64]
@@ -32,6 +39,41 @@ class Found:
     best: NDArray[np.float64]
     exact: NDArray[np.bool_]
     recall: float
+    values: NDArray[np.float64]
+    places: NDArray[np.int64]
+    verification: Verification | None = None
+    searched: Found | None = None
+
+    @property
+    def identical(self) -> NDArray[np.bool_]:
+        """``[d, k]`` which matches are identical images."""
+        identical = np.zeros(self.rows.shape, dtype=np.bool_)
+        identical[:, 0] = self.exact
+        return identical
+
+    def reordered(self, order: NDArray[np.int64]) -> Found:
+        """Return the matches of each content in another order ``[d, k]``."""
+        return dataclasses.replace(
+            self,
+            rows=np.take_along_axis(self.rows, order, 1),
+            scores=np.take_along_axis(self.scores, order, 1),
+            values=np.take_along_axis(self.values, order, 1),
+            places=np.take_along_axis(self.places, order, 1),
+        )
+
+    def evident_first(self, threshold: float | None) -> Found:
+        """Put flagged matches that show the same picture before others that are flagged."""
+        if threshold is None:
+            return self
+        evident = (self.values >= SAME_PICTURE) & (self.scores > threshold)
+        return self.reordered(np.argsort(2 - evident - 2 * self.identical, axis=1, kind="stable"))
+
+    def evidence(self, row: int, rank: int) -> Evidence | None:
+        """Return what alignment found for one match, if it was verified."""
+        place = int(self.places[row, rank])
+        if self.verification is None or place >= self.verification.values.shape[1]:
+            return None
+        return self.verification.evidence(row, place)
 
 
 def search(detector: Detector, queries: FloatArray, bank: FloatArray, k: int, ranks: Ranks) -> TopK:
@@ -108,4 +150,12 @@ def best_matches(embedded: Embedded, bank: NDArray[np.int64], k: int) -> Found:
         )
         rows[query] = np.concatenate([[row], np.delete(rows[query], last)])
         scores[query] = np.concatenate([score, np.delete(scores[query], last)])
-    return Found(rows=rows, scores=scores, best=top.scores[:, 0], exact=exact, recall=top.recall)
+    return Found(
+        rows=rows,
+        scores=scores,
+        best=top.scores[:, 0],
+        exact=exact,
+        recall=top.recall,
+        values=np.full(rows.shape, -np.inf),
+        places=np.tile(np.arange(rows.shape[1]), (len(rows), 1)),
+    )

@@ -29,6 +29,7 @@ class Circumstances:
         are_same_sets: whether generated and training set are the same files.
         each_is_an_identity: whether a leave-one-out null has no two images of one identity.
         num_mixed_up: held-out images that are among the generated ones.
+        num_evident: images of the null that evidence takes for altered copies of training images.
     """
 
     search_recall: float | None
@@ -38,6 +39,7 @@ class Circumstances:
     are_same_sets: bool
     each_is_an_identity: bool
     num_mixed_up: int
+    num_evident: int
 
 
 def percent(share: float) -> str:
@@ -101,20 +103,15 @@ def _finding(finding: Finding) -> str:
 
 
 def verdict(finding: Finding) -> str:
-    """Return how the finding compares with chance."""
+    """Return what is known of the flagged images, and how many chance alone would flag."""
     rule, num_queries, num_null = finding.rule, finding.num_queries, finding.null.num_scores
-    num_certain = finding.num_exact_copies + finding.num_resaved_copies
-    others = finding.num_flagged - num_certain
-    sentences = []
-    if finding.num_exact_copies:
-        copies = counted(finding.num_exact_copies, "generated image is", "generated images are")
-        sentences.append(f"{copies} byte for byte a training image.")
-    if finding.num_resaved_copies:
-        copies = counted(
-            finding.num_resaved_copies, "generated image shows", "generated images show"
-        )
-        sentences.append(f"{copies} the picture of a training image saved anew.")
-    by_chance = f"Chance alone would flag about {rule.rate * num_queries:.3g}: "
+    sentences = list(_known(finding))
+    num_known, others = finding.num_flagged - finding.num_alike, finding.num_alike
+    chance = f"chance alone would flag about {rule.rate * num_queries:.3g}"
+    by_chance = f"{chance[0].upper()}{chance[1:]}: "
+    if num_known:
+        known = "of 1 other" if others == 1 else f"of {others:,} others"
+        by_chance = f"No more than likeness is known {known}; {chance}: "
     if finding.is_undecided:
         fewest = fewest_flagged(rule.rate, num_queries, num_null)
         sentences.append(
@@ -123,7 +120,7 @@ def verdict(finding: Finding) -> str:
         )
     elif not finding.num_flagged:
         sentences.append("Nothing is flagged.")
-    elif not others:
+    elif not others + (finding.num_altered or 0):
         pass  # chance makes no identical images
     elif finding.comparable is False:
         sentences.append(
@@ -134,11 +131,26 @@ def verdict(finding: Finding) -> str:
         sentences.append(
             f"Of the flagged images, {percent(rule.rate)} at most are expected to be false."
         )
-    elif _chance(finding, others, num_queries - num_certain) <= _UNLIKELY:
+    elif not others:
+        pass  # alignment shows what was copied
+    elif _chance(finding, others, num_queries - num_known) <= _UNLIKELY:
         sentences.append(by_chance + "this is more.")
     else:
-        sentences.append(by_chance + "the number is no evidence of copying; look at the pairs.")
+        sentences.append(by_chance + "that number is no evidence of copying; look at the pairs.")
     return " ".join(sentences)
+
+
+def _known(finding: Finding) -> Iterator[str]:
+    """Yield how many flagged images are known to show the picture of a training image."""
+    if finding.num_exact_copies:
+        copies = counted(finding.num_exact_copies, "generated image is", "generated images are")
+        yield f"{copies} byte for byte a training image."
+    if finding.num_same_pixels:
+        copies = counted(finding.num_same_pixels, "generated image has", "generated images have")
+        yield f"{copies} the pixels of a training image in another file."
+    if finding.num_altered:
+        copies = counted(finding.num_altered, "generated image shows", "generated images show")
+        yield f"{copies} the same picture as a training image, altered."
 
 
 def _chance(finding: Finding, count: int, num_queries: int) -> float:
@@ -208,6 +220,11 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
         else "the training images that an approximate search proposed."
     )
     yield f"Every generated image was compared with {compared}"
+    if finding.verified:
+        yield (
+            "The best candidates of each image were aligned with it, those of real images alike. "
+            "A match called the same picture agrees with its training image patch by patch."
+        )
     if finding.adapted_to is not None:
         yield (
             f"The detector was adapted to {finding.adapted_to:,} of the training images, so what "
@@ -216,7 +233,7 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
         )
 
 
-def does_not_show(circumstances: Circumstances) -> Iterator[str]:
+def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
     """Yield what the finding does not support."""
     yield (
         "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
@@ -226,6 +243,12 @@ def does_not_show(circumstances: Circumstances) -> Iterator[str]:
         "That an image which is not flagged is free of copied content: the detector compares "
         "whole pictures and misses what it was not made to see."
     )
+    if not finding.verified:
+        yield (
+            "Whether a flagged image is the same picture as its training image, or the same "
+            "person, patient or object in another picture: candidates were not aligned. So turned, "
+            "mirrored and cropped copies are missed more often."
+        )
     yield "Anything about images that this generator has not made yet, or about other generators."
     if circumstances.may_share_identities:
         yield (
@@ -311,6 +334,12 @@ def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iter
         yield (
             "Also in the training set, and so taken out of the null: "
             f"{counted(len(finding.null.removed), 'real image')}."
+        )
+    if circumstances.num_evident:
+        yield (
+            "Perhaps altered copies of training images too, but left in the null: "
+            f"{counted(circumstances.num_evident, 'real image')}. If they are copies, take them "
+            "out; they hide others."
         )
     copying = finding.metrics.copying
     if copying is not None and copying.z is not None and copying.z > _NEARER:

@@ -76,6 +76,11 @@ class ImageSet:
     hashes: tuple[str, ...]
 
     @property
+    def is_index(self) -> bool:
+        """Whether the features were made before, perhaps of files that have changed since."""
+        return self.summary.num_guessed is None
+
+    @property
     def num_distinct(self) -> int:
         """Number of feature rows."""
         return len(self.hashes)

@@ -1,0 +1,125 @@
+"""Candidates of an audit, aligned and ordered anew: generated images and the null alike.
+
+Both get the same number of candidates verified, and score and evidence are fused before anything
+is flagged. So a real image is as likely to be lifted by its evidence as an image that copies
+nothing, and the conformal rate holds whatever the evidence is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.loading import hash_files
+from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.audit.null import Null
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest
+from lcmem_cli.engine.evaluation.audit.search import Found
+from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, Sets
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.verify import NUM_CANDIDATES, Verification, fuse, verify
+
+
+def is_to_verify(
+    request: AuditRequest, listings: Sets[Listing], detector: Detector, compute: Compute
+) -> bool:
+    """Return whether candidates are verified: by default where that is possible.
+
+    Raises:
+        InputError: it is asked for and not possible.
+    """
+    if request.verify is False:
+        return False
+    reason = None
+    if not detector.gives_probability:
+        reason = f"the scores of {detector.name} are not on the scale of probabilities"
+    else:
+        indexes = [listing for _, listing in listings.named() if listing.index is not None]
+        # Files of an index may be on one machine alone; the processes of all must read them.
+        files = [split_frame(file)[0] for listing in indexes for file in listing.files]
+        missing = sum(not file.is_file() for file in files)
+        if missing := max(compute.ranks.gather(missing)):
+            reason = f"{missing:,} files are not where their index found them"
+            if request.verify is None:
+                compute.reporter.warn(f"Candidates are not verified: {reason}")
+    if reason and request.verify:
+        raise InputError(f"--verify is not possible: {reason}; leave it out")
+    return reason is None
+
+
+def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Null, Found]:
+    """Align the best candidates of the null and of the generated images; order them anew.
+
+    Real images whose file is gone leave the null, as they cannot be verified.
+    """
+    compute, generated = embedded.compute, embedded.sets.generated
+    real_rows = np.where(null.matches < 0, null.matches[:, :1], null.matches)[:, :NUM_CANDIDATES]
+    rows = found.rows[:, :NUM_CANDIDATES]
+    wanted = np.unique(np.concatenate([rows.ravel(), real_rows.ravel()]))
+    training = _bank(embedded.sets.training, wanted, compute, numbered=True)
+    real = _bank(null.images, null.rows, compute)
+    real_values = verify(real, training, real_rows, compute).values
+    real_values[null.matches[:, :NUM_CANDIDATES] < 0] = -np.inf
+    every = np.arange(generated.num_distinct)
+    verification = verify(_bank(generated, every, compute), training, rows, compute)
+    gone = [position for position in range(len(null.rows)) if real[position] is None]
+    return _ordered_null(null, real_values).without(gone), _ordered_found(found, verification)
+
+
+def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
+    values = _padded(values, null.scores.shape[1])
+    scores = fuse(null.scores, values)
+    order = np.lexsort((null.matches, -values, -scores), axis=1)
+    return dataclasses.replace(
+        null,
+        matches=np.take_along_axis(null.matches, order, 1),
+        scores=np.take_along_axis(scores, order, 1),
+        values=np.take_along_axis(values, order, 1),
+        searched=null,
+    )
+
+
+def _ordered_found(found: Found, verification: Verification) -> Found:
+    values = _padded(verification.values, found.scores.shape[1])
+    scores = fuse(found.scores, values)
+    order = np.lexsort((found.rows, -values, -scores, ~found.identical), axis=1)
+    fused = dataclasses.replace(
+        found,
+        scores=scores,
+        best=np.maximum(found.best, scores.max(axis=1)),
+        values=values,
+        verification=verification,
+        searched=found,
+    )
+    return fused.reordered(order)
+
+
+def _padded(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Return values of more candidates than were verified: of the others nothing is known."""
+    padded = np.full((len(values), width), -np.inf)
+    padded[:, : values.shape[1]] = values
+    return padded
+
+
+def _bank(
+    images: ImageSet, rows: NDArray[np.int64], compute: Compute, *, numbered: bool = False
+) -> FeatureBank:
+    """Return local features of some contents, numbered from 0 or as the rows are."""
+    files = [images.files[image] for image in images.first_image[rows]]
+    hashes = [images.hashes[row] for row in rows]
+    if images.is_index:  # what lies there now may be another image
+        now, _ = hash_files(files, compute)
+        files = [
+            file if content == known else Path()
+            for file, content, known in zip(files, now, hashes, strict=True)
+        ]
+    bank = read_bank(files, hashes, compute)
+    if numbered:
+        return FeatureBank(bank.rows, {int(row): place for place, row in enumerate(rows)})
+    return bank

@@ -1,0 +1,1 @@
+"""Verification: candidates are aligned before they are judged."""
