@@ -10,12 +10,12 @@ from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.evaluation.comparability import Sample, compare_sets
 
 
-def sample(features, groups=None, files=None):
+def sample(features, groups=None, files=None, known=True):
     groups = np.arange(len(features)) if groups is None else np.asarray(groups)
     return Sample(
         features=features,
         rows=np.arange(len(features)),
-        groups=groups,
+        groups=groups if known else None,
         files=files or [Path("missing")] * len(features),
     )
 
@@ -47,6 +47,23 @@ def test_many_pictures_of_few_identities_are_no_evidence():
     assert found.num_identities == (25, 25) and found.comparable is True
     few = compare_sets(*(sample(f[:40], groups[:40]) for f in faces))
     assert few.comparable is None and few.auc is None and few.num_identities == (10, 10)
+
+
+def test_pictures_of_few_unknown_identities_are_left_out_together():
+    """Without ids a classifier would know faces again; clusters of alike pictures prevent it."""
+    verdicts = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        many = rng.normal(size=(30, 40)) * 3
+        few = np.repeat(rng.normal(size=(10, 40)) * 3, 10, axis=0)
+        few += rng.normal(size=few.shape)
+        verdicts.append(compare_sets(sample(few, known=False), sample(many, known=False)))
+    assert sum(found.comparable is True for found in verdicts) >= 11
+    # Each picture for itself, as if ten of one face were independent:
+    told = compare_sets(sample(few), sample(many))
+    assert told.comparable is False
+    shifted = compare_sets(sample(few + 3, known=False), sample(many, known=False))
+    assert shifted.comparable is False
 
 
 def test_the_result_is_the_same_for_the_same_seed():

@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--ds-name", action="append")
     parser.add_argument("--detector", default="joint")
+    parser.add_argument("--unknown", action="store_true", help="do not tell who is who")
     options = parser.parse_args()
     detector = load_detector(options.detector, device="cpu")
     manifest = load_manifest(options.filelist, need_split=False)
@@ -84,8 +85,9 @@ def main():
         groups = np.array([numbers[record.identity] for record in records])
         plain = [load_image(file) for file in files]
         features = detector.embed(plain)
-        sets[name] = features, groups, files
         drawn = [halves(groups, seed) for seed in range(options.draws)]
+        groups = None if options.unknown else groups
+        sets[name] = features, groups, files
         line(name, "halves", [
             compare_sets(part(features, groups, files, a), part(features, groups, files, b), seed=n)
             for n, (a, b) in enumerate(drawn)
@@ -100,7 +102,7 @@ def main():
             ])  # fmt: skip
     for first, second in itertools.pairwise(names):
         found = compare_sets(*(
-            part(*sets[name], np.arange(len(sets[name][1]))) for name in (first, second)
+            part(*sets[name], np.arange(len(sets[name][2]))) for name in (first, second)
         ))  # fmt: skip
         line(f"{first}/{second}", "other sources", [found])
 

@@ -7,6 +7,11 @@ hospital, camera or preparation, their best matches are lower and fresh images a
 So a linear classifier is trained to tell the two sets, and judged on identities that it has not
 seen. If it succeeds by more than chance, and by more than a little, the sets are not comparable
 (classifier two-sample test: Lopez-Paz and Oquab, arXiv 1610.06545).
+
+Where identities are not known, several pictures of one person may stand in a set without a word.
+The classifier would know such a person again, not the source. So pictures that are alike are
+clustered, and clusters take the place of identities: they are left out together, and shuffled
+together.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ TELLING_AUC = 0.6
 SIGNIFICANCE = 0.01
 NAMED_AUC = 0.75
 _FOLDS = 5
+_CLUSTER_SIZE = 20
+_MIN_CLUSTERS, _MAX_CLUSTERS = 10, 40
 _PERMUTATIONS = 199
 _RIDGE = 0.1
 _LAPLACE_SIDE = 128
@@ -45,7 +52,7 @@ class Comparability:
         comparable: false where it does; ``None`` where there are too few identities to tell.
         auc: of the classifier on identities that it has not seen; 0.5 is chance.
         p_value: share of shuffled labels with an AUC at least as high.
-        num_identities: of each set, ``(first, second)``, as used.
+        num_identities: of each set, ``(first, second)``, as used; where they are not known, images.
         differences: traits of the files that tell the sets apart, in words.
     """
 
@@ -63,21 +70,21 @@ class Sample:
     Attributes:
         features: ``[d, k]`` of a detector that was not adapted, perhaps a memory map.
         rows: ``[n]`` feature row of each image.
-        groups: ``[n]`` number of the identity of each.
+        groups: ``[n]`` number of the identity of each; ``None`` where they are not known.
         files: of each, to name what differs.
     """
 
     features: NDArray[Any]
     rows: NDArray[np.int64]
-    groups: NDArray[np.int64]
+    groups: NDArray[np.int64] | None
     files: Sequence[Path]
 
 
 def compare_sets(first: Sample, second: Sample, *, seed: int = 0) -> Comparability:
     """Tell whether two sets can be told apart by a linear classifier.
 
-    One image of each identity counts, so that an identity with many pictures weighs no more than
-    another. Larger sets are sampled.
+    One image of each known identity counts, so that an identity with many pictures weighs no more
+    than another. Larger sets are sampled.
 
     Args:
         first: one set.
@@ -88,18 +95,23 @@ def compare_sets(first: Sample, second: Sample, *, seed: int = 0) -> Comparabili
         The verdict with its figures. With fewer than ``MIN_IDENTITIES`` in a set nothing is told.
     """
     rng = np.random.default_rng(seed)
-    chosen = [_one_of_each(sample.groups, rng) for sample in (first, second)]
+    chosen = [_chosen(sample, rng) for sample in (first, second)]
     counts = (len(chosen[0]), len(chosen[1]))
     if min(counts) < MIN_IDENTITIES:
         return Comparability(comparable=None, auc=None, p_value=None, num_identities=counts)
-    features = np.concatenate(
-        [
-            _some_columns(sample.features[sample.rows[positions]])
-            for sample, positions in zip((first, second), chosen, strict=True)
-        ]
+    features = [
+        _some_columns(sample.features[sample.rows[positions]])
+        for sample, positions in zip((first, second), chosen, strict=True)
+    ]
+    units = [
+        np.arange(len(part)) if sample.groups is not None else _clusters(part)
+        for sample, part in zip((first, second), features, strict=True)
+    ]
+    together = np.concatenate([units[0], units[0].max() + 1 + units[1]])
+    labels = np.repeat([1.0, 0.0], [part.max() + 1 for part in units])  # of the units
+    aucs = _cross_validated_aucs(
+        np.concatenate(features), _shuffled(labels, rng)[together], _folds(labels, rng)[together]
     )
-    labels = np.repeat([1.0, 0.0], counts)
-    aucs = _cross_validated_aucs(features, _shuffled(labels, rng), _folds(labels, rng))
     p_value = float(np.mean(aucs >= aucs[0] - 1e-12))  # the first is of the true labels
     auc = float(aucs[0])
     differs = auc >= TELLING_AUC and p_value <= SIGNIFICANCE
@@ -123,11 +135,32 @@ def _some_columns(features: NDArray[Any]) -> NDArray[np.float64]:
     return features[:, ::step].astype(np.float64)
 
 
-def _one_of_each(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return one row of each group in random order, of at most ``MAX_IMAGES`` groups."""
-    order = rng.permutation(len(groups))
-    _, first = np.unique(groups[order], return_index=True)
-    return rng.permutation(order[first])[:MAX_IMAGES]
+def _chosen(sample: Sample, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return positions in random order, one of each known identity, at most ``MAX_IMAGES``."""
+    order = rng.permutation(len(sample.rows))
+    if sample.groups is not None:
+        _, first = np.unique(sample.groups[order], return_index=True)
+        order = rng.permutation(order[first])
+    return order[:MAX_IMAGES]
+
+
+def _clusters(features: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return a cluster number for each image: pictures of one identity are mostly in one.
+
+    Few clusters, so that an identity is rarely divided; enough of them to leave some out.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    count = int(np.clip(len(features) // _CLUSTER_SIZE, _MIN_CLUSTERS, _MAX_CLUSTERS))
+    clusters = fcluster(linkage(_standard(features), "ward"), count, criterion="maxclust")
+    return np.unique(clusters, return_inverse=True)[1]
+
+
+def _standard(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    centred = features - features.mean(axis=0)
+    scale = centred.std(axis=0)
+    standard: NDArray[np.float64] = centred / np.where(scale > 1e-9, scale, 1.0)
+    return standard
 
 
 def _shuffled(labels: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -136,7 +169,7 @@ def _shuffled(labels: NDArray[np.float64], rng: np.random.Generator) -> NDArray[
 
 
 def _folds(labels: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a fold for each image, each with its share of both sets."""
+    """Return a fold for each unit, each with its share of both sets."""
     folds = np.empty(len(labels), dtype=np.int64)
     for label in (0.0, 1.0):
         rows = np.flatnonzero(labels == label)
@@ -157,9 +190,7 @@ def _cross_validated_aucs(
         labels: ``[n, p]`` of 0 and 1.
         folds: ``[n]``.
     """
-    centred = features - features.mean(axis=0)
-    scale = centred.std(axis=0)
-    standard = centred / np.where(scale > 1e-9, scale, 1.0)
+    standard = _standard(features)
     kernel = standard @ standard.T / standard.shape[1]
     ridge = _RIDGE * np.trace(kernel) / len(kernel)
     aucs = np.zeros(labels.shape[1])

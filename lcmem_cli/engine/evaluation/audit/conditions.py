@@ -63,7 +63,7 @@ def _compare(first: ImageSet, second: ImageSet, seed: int) -> Comparability:
             Sample(
                 features=images.features,
                 rows=rows,
-                groups=images.groups[rows],
+                groups=images.groups[rows] if images.summary.num_identities else None,
                 files=[images.files[image] for image in images.first_image[rows]],
             )
         )
