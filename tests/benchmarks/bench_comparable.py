@@ -48,7 +48,8 @@ def halves(groups, seed):
 
 
 def part(features, groups, files, rows):
-    return Sample(features=features, rows=rows, groups=groups[rows], files=[files[r] for r in rows])
+    known = None if groups is None else groups[rows]
+    return Sample(features=features, rows=rows, groups=known, files=[files[r] for r in rows])
 
 
 def line(name, what, found):
