@@ -11,8 +11,10 @@ def main() -> None:
     """Run the command line."""
     _open_closed_streams()
     from lcmem_cli.cli import interrupts
+    from lcmem_cli.engine.distributed import keep_freed_memory
 
     interrupts.install()
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # names of files need not fit a terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "report": {"report", "data"},
     "evaluation": {
         "evaluation",
+        "training",
         "report",
         "verification",
         "detectors",

@@ -73,15 +73,15 @@ def test_a_state_of_another_run_is_not_continued(image_folder, tmp_path):
     ]  # fmt: skip
     options = {"basedir": None, "output": tmp_path / "codec"}
     first = load_config("mini/codec", CodecConfig, overrides=settings)
-    result = autoencoder.train_codec_on(first, image_folder, **options)
+    result = autoencoder.train_codec(first, image_folder, **options)
     written = json.loads((tmp_path / "codec" / "training.json").read_text())
     assert written["val_psnr"] == result.val_psnr and written["steps"] == 1
     assert {p.name for p in (tmp_path / "codec" / "codec").iterdir()} == {
         "config.json", "diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     assert not list((tmp_path / "codec").glob("tmp*"))
-    autoencoder.train_codec_on(first, image_folder, resume=True, **options)  # writes it anew
+    autoencoder.train_codec(first, image_folder, resume=True, **options)  # writes it anew
     (tmp_path / "codec" / "run.json").unlink()
     other = load_config("mini/codec", CodecConfig, overrides=[*settings, "runtime.seed=5"])
-    with pytest.raises(InputError, match="is of another run"):
-        autoencoder.train_codec_on(other, image_folder, **options)
+    with pytest.raises(InputError, match="belongs to a run with another config"):
+        autoencoder.train_codec(other, image_folder, **options)

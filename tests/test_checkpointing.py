@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from lcmem_cli.engine import config as cfg
-from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import ConfigError, InputError
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, use_checkpointing
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.run import open_training_folder
-from lcmem_cli.engine.training.step import forward_backward
+from lcmem_cli.engine.training.step import StepPlan, forward_backward
 
 
 def network(backbone, drop_path_rate=0.0, inner_stride=None):
@@ -31,9 +30,7 @@ def loss_of(a, b, head):
 def step(model, parts):
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 6, 4, 32, 32, generator=generator)
-    return forward_backward(
-        model, loss_of, a, b, num_pairs=6, ranks=Ranks(), parts=parts, step_seed=3
-    )
+    return forward_backward(model, loss_of, a, b, StepPlan(num_pairs=6, parts=parts, step_seed=3))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -86,6 +86,20 @@ def test_keys_that_do_not_fit_together_are_refused(values, word):
         cfg.validate(values, source="x")
 
 
+def test_what_does_not_fit_is_told_beside_what_is_wrong_by_itself():
+    values = {
+        "kind": "finetune",
+        "schedule": {"batch_size": 0, "accumulate": 3, "keep": "last"},
+        "retention": {"instance_weight": 1.0},
+        "los": {},
+    }
+    with pytest.raises(ConfigError) as caught:
+        cfg.validate(values, source="x")
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "schedule.batch_size", "los", "retention.instance_weight", "schedule.keep",
+    ]  # fmt: skip
+
+
 def test_command_line_wins_over_file_over_default(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('kind = "finetune"\n[loss]\nalpha = 0.5\n[runtime]\nseed = 3\n')

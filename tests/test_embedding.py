@@ -411,7 +411,8 @@ def test_latents_are_encoded_in_batches_that_fit(
     codec = load_codec(str(tiny_codec), posterior=posterior)
 
     def store(name: str, batch_size: int) -> torch.Tensor:
-        encode_latents(manifest, codec, tmp_path / name, image_size=16, batch_size=batch_size)
+        how = Compute(batch_size=batch_size)
+        encode_latents(manifest, codec, tmp_path / name, how, image_size=16)
         return LatentStore.open(tmp_path / name).latents(range(40))
 
     monkeypatch.setattr(latent_store, "_LIGHT_BYTES", 0)  # as on a card: not in decoding threads
@@ -459,7 +460,7 @@ def test_no_files_and_no_room(monkeypatch: pytest.MonkeyPatch, paths: list[Path]
 def test_the_allocator_is_left_alone_where_the_user_has_set_it(monkeypatch):
     import ctypes
 
-    from lcmem_cli.engine.distributed import keep_freed_memory
+    from lcmem_cli.engine.distributed import keep_freed_memory, resolve_device
 
     asked = []
 
@@ -472,6 +473,7 @@ def test_the_allocator_is_left_alone_where_the_user_has_set_it(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
+    assert resolve_device("cpu") == "cpu" and not asked
     keep_freed_memory()
     assert dict(asked) == {-3: 2**30, -1: 2**31 - 1}
     asked.clear()

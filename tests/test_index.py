@@ -21,6 +21,8 @@ from lcmem_cli.engine.evaluation.indexing import add_to_index, query_index
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
+from lcmem_cli.engine.store import index as index_store
+from lcmem_cli.engine.store.search import TopK
 
 
 @pytest.fixture
@@ -139,6 +141,45 @@ def test_damaged_features_are_named(image_folder, tmp_path, detector, place):
     features.write_bytes(data[:-100])
     with pytest.raises(CorruptFileError, match=r"features\.bin"):
         Index.open(tmp_path / "index")
+
+
+def test_a_large_index_is_opened_without_reading_all_of_it(tmp_path, detector, monkeypatch):
+    monkeypatch.setattr(index_store, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(index_store, "_SAMPLED_BLOCKS", 5)
+    index = Index.create(tmp_path, detector="ncc", fingerprint=detector.fingerprint)
+    rows = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+    names = [str(number) for number in range(400)]
+    index.append([(name, name, name, None) for name in names], names, rows)
+    features = tmp_path / "features.bin"
+    data = bytearray(features.read_bytes())
+    data[50 * 16] ^= 1  # of row 50, which is in none of the five blocks
+    features.write_bytes(data)
+    opened = Index.open(tmp_path)
+
+    class Answering:
+        name, fingerprint = "ncc", detector.fingerprint
+
+        def top_k(self, queries, bank, k):
+            return TopK(np.ones((1, 1)), queries[:, :1].astype(np.int64))
+
+    assert opened.search(Answering(), np.array([[7]]), 1)[0][0].path == "7"
+    for read in (lambda: opened.search(Answering(), np.array([[51]]), 1), opened.verify):
+        with pytest.raises(CorruptFileError, match=r"features\.bin: .* 00000000\.json"):
+            read()
+
+
+def test_index_check_reads_all_of_it(run_cli, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_store, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(index_store, "_SAMPLED_BLOCKS", 5)
+    index = tmp_path / "index"
+    run_cli("index", "build", image_folder, "-o", index, "--detector", "phash")
+    assert json.loads(run_cli("index", "check", index, "--json").stdout)["verified"]
+    features = index / "features.bin"
+    data = bytearray(features.read_bytes())
+    data[len(data) // 3] ^= 1
+    features.write_bytes(data)
+    run_cli("index", "info", index)
+    assert "do not match their checksum" in run_cli("index", "check", index, exit_code=1).stderr
 
 
 def test_a_missing_or_damaged_segment_is_named(image_folder, tmp_path, detector, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Listener, draw_identity
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -38,7 +39,10 @@ def encode(image_folder, tiny_codec):
             str(tiny_codec), device="cpu", posterior=posterior, input_range=input_range
         )
         manifest = load_manifest(image_folder, max_missing=5)
-        return encode_latents(manifest, codec, output, image_size=size, workers=1, **options)
+        how = {k: options.pop(k) for k in ("batch_size", "reporter") if k in options}
+        return encode_latents(
+            manifest, codec, output, Compute(workers=1, **how), image_size=size, **options
+        )
 
     return run
 
@@ -267,7 +271,7 @@ def test_a_damaged_shard_is_named_and_made_anew(encode, tmp_path, damage):
 def test_a_damaged_index_or_plan_is_named(encode, tmp_path):
     encode(tmp_path / "store")
     (tmp_path / "store" / "index.parquet").write_bytes(b"PAR1")
-    with pytest.raises(CorruptFileError, match="index is damaged"):
+    with pytest.raises(CorruptFileError, match=r"index\.parquet: missing or damaged"):
         LatentStore.open(tmp_path / "store")
     (tmp_path / "store" / "plan.json").write_text("{")
     with pytest.raises(CorruptFileError, match=r"plan\.json"):
@@ -330,18 +334,12 @@ def test_an_image_that_is_gone_leaves_its_latents(image_folder, tiny_codec, tmp_
     assert num_encoded() == 0
 
 
-def test_a_store_of_an_earlier_version_is_kept_and_read(encode, tmp_path):
+def test_a_store_of_another_format_is_refused(encode, tmp_path):
     encode(tmp_path / "store")
-    for side in (tmp_path / "store" / "shards").glob("*.json"):
-        values = json.loads(side.read_text())
-        del values["contents"]
-        side.write_text(json.dumps(values))
-    listening = Listener()
-    assert encode(tmp_path / "store", reporter=listening).num_encoded_now == 0
-    assert "does not know the files that it was made from" in listening.warnings[0]
-    store = LatentStore.open(tmp_path / "store")
-    assert set(store.contents) == {None}
-    store.check_unchanged({store.records[0].path: "another"})
+    meta = tmp_path / "store" / "meta.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="format 2, this lcmem reads 1"):
+        LatentStore.open(tmp_path / "store")
 
 
 def test_an_unreadable_shard_is_empty_and_not_fatal(encode, image_folder, tmp_path):

@@ -319,6 +319,23 @@ def test_a_lost_rank_ends_the_others_in_one_line(server, latents, store, tmp_pat
         assert contents(output) == contents(store)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_waited_for_some_minutes_only(server, latents, tmp_path, rank):
+    started = server.start_ranks(
+        2, *latents(tmp_path / "out"),
+        at=("lcmem_cli.engine.distributed:launched", 1, f"hold-rank-{1 - rank}"),
+        patches={"lcmem_cli.engine.distributed:RENDEZVOUS_SECONDS": 2.0},
+    )  # fmt: skip
+    started[1 - rank].wait_until_held()
+    started[1 - rank].send(signal.SIGKILL)
+    began = time.monotonic()
+    done = started[rank].wait()
+    assert time.monotonic() - began < 30 and done.code == 1
+    # Before it torch's own library may have written what it tried.
+    last = done.stderr.splitlines()[-1]
+    assert f"process {rank} of 2 has waited 2 s for the others to start" in last
+
+
 FAILING = """
 import os, sys
 from lcmem_cli.engine.store import latents

@@ -13,17 +13,19 @@ from scipy.special import logit
 from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.adapted import picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.recalibrate import Whitening, adapt, recalibrate
+from lcmem_cli.engine.evaluation.recalibrate import CalibrationRequest, recalibrate
 from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.whitening import SPREAD, whitened_projection
+from lcmem_cli.engine.training.last_layer import Whitening, adapt
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
@@ -202,12 +204,13 @@ def test_thresholds_are_fitted_to_kinds_that_the_last_layer_does_not_know(
         lines.append(f"{record.path},{record.id},{record.split},{kind}")
     filelist = image_folder / "two.csv"
     filelist.write_text("\n".join(lines))
-    options = {"output": tmp_path / "out.safetensors", "device": "cpu"}
-    result = recalibrate(tmp_path / "start.safetensors", filelist, whitened=True, **options)
+    start, out = tmp_path / "start.safetensors", tmp_path / "out.safetensors"
+    request = CalibrationRequest(checkpoint=start, filelist=filelist, output=out, whitened=True)
+    result = recalibrate(request, Compute(device="cpu"))
     loaded = load_checkpoint(tmp_path / "out.safetensors")
     manifest = load_manifest(filelist)
     start = load_checkpoint(tmp_path / "start.safetensors")
-    whitening = Whitening.of(start, manifest.select("TRAIN"), device="cpu")
+    whitening = Whitening.of(start, manifest.select("TRAIN"), Compute(device="cpu"))
     assert whitening.fitted().fingerprint == loaded.fingerprint
     scores, adapted_scores, labels = [], [], []
     for name, other in (("even", "odd"), ("odd", "even")):
@@ -270,11 +273,11 @@ def test_whitening_refuses_what_it_cannot_do(run_cli, image_folder, tmp_path):
         kind = "rare" if single else "common"
         lines.append(f"{record.path},{record.id},{record.split},{kind}")
     (image_folder / "rare.csv").write_text("\n".join(lines))
+    start, out = tmp_path / "start.safetensors", tmp_path / "out.safetensors"
+    listed = image_folder / "rare.csv"
+    rare = CalibrationRequest(checkpoint=start, filelist=listed, output=out, whitened=True)
     with pytest.raises(InputError, match="without data set common only 1 TRAIN images are left"):
-        recalibrate(
-            tmp_path / "start.safetensors", image_folder / "rare.csv", whitened=True,
-            output=tmp_path / "out.safetensors",
-        )  # fmt: skip
+        recalibrate(rare)
     for options, reason in (
         (("--whiten", "--adapt"), "leave --adapt out"),
         (("--bands", 3), "--bands has no effect without --whiten"),

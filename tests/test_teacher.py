@@ -16,8 +16,8 @@ from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, normalise
 from lcmem_cli.engine.models.whitening import SPREAD
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone
+from lcmem_cli.engine.training.inputs import load_teacher
 from lcmem_cli.engine.training.loop import freeze_statistics
-from lcmem_cli.engine.training.stages import load_teacher
 from lcmem_cli.engine.training.teacher import Member, Retention, Teacher, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("no_drawing")

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from lcmem_cli.engine import config as cfg
-from lcmem_cli.engine.check import check_run
+from lcmem_cli.engine.check import CheckRequest, check_run
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import ConfigError, MissingExtraError
 from lcmem_cli.engine.training import trackers
@@ -102,7 +102,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, run_cli, tmp_path):
     assert "lcmem[wandb]" in refused.stderr and not (tmp_path / "run").exists()
     problems = [
         finding
-        for finding in check_run(config="finetune", overrides=[chosen]).findings
+        for finding in check_run(CheckRequest(config="finetune", overrides=[chosen])).findings
         if finding.level == "problem"
     ]
     assert [finding.group for finding in problems] == ["trackers"]

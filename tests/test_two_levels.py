@@ -12,13 +12,13 @@ import torch
 from conftest import random_checkpoint
 from torch.nn import functional as F
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.detectors.export import export_checkpoint
 from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import CheckpointError, InputError
-from lcmem_cli.engine.evaluation.recalibrate import adapt
 from lcmem_cli.engine.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -26,6 +26,7 @@ from lcmem_cli.engine.models.checkpoint import (
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork, TwoLevelBackbone
 from lcmem_cli.engine.training.initialise import align_stem, copy_backbone, project_features
+from lcmem_cli.engine.training.last_layer import adapt
 from lcmem_cli.engine.training.teacher import Member, Teacher, normalise_pixels
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
@@ -212,7 +213,9 @@ def test_directions_that_edits_move_count_less_at_the_start(image_folder):
     plain, pooled = Teacher.fit([member], paths, num_features=8, seed=1)
     aware, _ = Teacher.fit([member], paths, num_features=8, seed=1, altered=strong)
     assert torch.equal(plain.mean, aware.mean)
-    again, _ = Teacher.fit([member], paths, num_features=8, seed=1, altered=strong, workers=0)
+    again, _ = Teacher.fit(
+        [member], paths, num_features=8, seed=1, altered=strong, compute=Compute(workers=0)
+    )
     assert torch.equal(aware.start, again.start)
     # Copies altered with other seeds than those that it was fitted to.
     copies = torch.cat(
@@ -242,7 +245,8 @@ def test_two_processes_alter_and_pool_what_one_does(image_folder):
             return [value, sent[0]]
 
     def pool(ranks):
-        return member.pool(paths, transform=lambda x, row: strong(x, seed=row), ranks=ranks)
+        compute = Compute(ranks=ranks)
+        return member.pool(paths, compute, transform=lambda x, row: strong(x, seed=row))
 
     with contextlib.suppress(ValueError):  # its own part stands in for its partner's here
         pool(Scripted(1, 2))

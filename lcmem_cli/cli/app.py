@@ -24,7 +24,7 @@ from lcmem_cli.cli.detectors import detectors
 from lcmem_cli.cli.export import export
 from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.cli.hub import pull, push
-from lcmem_cli.cli.index import add_to_index, build_index, index_info, query_index
+from lcmem_cli.cli.index import add_to_index, build_index, check_index, index_info, query_index
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
 from lcmem_cli.cli.manifest import manifest
@@ -57,6 +57,7 @@ INDEX_COMMANDS: Commands = {
     "build": build_index,
     "add": add_to_index,
     "info": index_info,
+    "check": check_index,
     "query": query_index,
 }
 CONFIG_COMMANDS: Commands = {

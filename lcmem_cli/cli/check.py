@@ -57,19 +57,17 @@ def check(options: CheckOptions) -> None:
         lcmem check --config stage1 --latents latents -o run
         lcmem check --filelist list.csv --detectors lcmem,byol --images all
     """
-    from lcmem_cli.engine.check import check_run
+    from lcmem_cli.engine.check import CheckRequest, check_run
     from lcmem_cli.engine.detectors.options import split_names
 
     values = options.arguments()
-    images = values.pop("images")
-    result = check_run(
-        **{
-            **values,
-            "overrides": options.overrides or [],
-            "detectors": split_names(options.detectors or ""),
-            "num_images": None if images == ALL else int(images),
-        }
-    )
+    images, reporter = values.pop("images"), values.pop("reporter")
+    values |= {
+        "overrides": options.overrides or [],
+        "detectors": split_names(options.detectors or ""),
+        "num_images": None if images == ALL else int(images),
+    }
+    result = check_run(CheckRequest(**values), reporter)
 
     def human() -> None:
         rows = [(f.group, f.level, f.what, f.remedy) for f in result.findings]

@@ -132,10 +132,13 @@ def calibrate(options: CalibrateOptions) -> None:
         lcmem calibrate model.safetensors --filelist list.csv -o my.safetensors
         lcmem calibrate embedded --filelist list.csv --adapt -o my.safetensors
     """
-    from lcmem_cli.engine.evaluation.recalibrate import recalibrate
+    from lcmem_cli.engine.compute import Compute
+    from lcmem_cli.engine.evaluation.recalibrate import CalibrationRequest, recalibrate
     from lcmem_cli.engine.results import named_thresholds
 
-    result = recalibrate(**options.arguments())
+    values = options.arguments()
+    compute = Compute(**{name: values.pop(name) for name in ("device", "workers", "reporter")})
+    result = recalibrate(CalibrationRequest(**values), compute)
 
     def human() -> None:
         named = named_thresholds(result.thresholds, result.adapted_thresholds)

@@ -87,27 +87,43 @@ def add_to_index(options: AddOptions) -> None:
     Examples:
         lcmem index add index more-images
     """
-    from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.store.index import detector_of_index
 
-    _fill(options, Index.open(options.index).detector, only_listed=False)
+    _fill(options, detector_of_index(options.index), only_listed=False)
 
 
 def index_info(options: IndexInfoOptions) -> None:
-    """Print what an index holds, after comparing it with its checksums.
+    """Print what an index holds.
 
     Examples:
         lcmem index info index
     """
+    _describe(options, verify=False)
+
+
+def check_index(options: IndexInfoOptions) -> None:
+    """Compare all of an index with its checksums; exit code 1 if it is damaged.
+
+    Examples:
+        lcmem index check index
+    """
+    _describe(options, verify=True)
+
+
+def _describe(options: IndexInfoOptions, *, verify: bool) -> None:
     from lcmem_cli.engine.store.index import Index
 
-    require_one_process("index info")
+    require_one_process("index check" if verify else "index info")
     opened = Index.open(options.index)
+    if verify:
+        opened.verify()
     values = {
         "folder": str(options.index),
         "detector": opened.detector,
         "fingerprint": opened.fingerprint,
         "num_images": len(opened),
         "num_distinct": opened.num_rows,
+        **({"verified": True} if verify else {}),
     }
 
     def human() -> None:
@@ -126,13 +142,13 @@ def query_index(options: QueryOptions) -> None:
     """
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import query_index
-    from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.store.index import detector_of_index
 
     require_one_process("index query")
     result = query_index(
         options.index,
         options.image,
-        load_detector(Index.open(options.index).detector, device=options.device),
+        load_detector(detector_of_index(options.index), device=options.device),
         top_k=options.top_k,
         approximate=options.approximate,
         verify=options.verify is not False,

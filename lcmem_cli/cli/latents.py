@@ -72,14 +72,11 @@ def latents(options: LatentsOptions) -> None:
             device=resolve_device(options.device),
         ),
         options.output,
+        compute,
         image_size=options.size,
-        batch_size=compute.batch_size,
-        workers=compute.workers,
         seed=options.seed,
         max_unreadable=options.max_unreadable,
         package=options.package,
-        ranks=compute.ranks,
-        reporter=compute.reporter,
     )
 
     def human() -> None:

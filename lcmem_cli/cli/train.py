@@ -90,12 +90,10 @@ def train_codec(options: TrainCodecOptions) -> None:
         lcmem train-codec --filelist list.csv -o codec
     """
     from lcmem_cli.engine.config import CodecConfig
-    from lcmem_cli.engine.training.autoencoder import train_codec_on
+    from lcmem_cli.engine.training.autoencoder import train_codec as run
 
     resolved = options.load_config(CodecConfig)
-    result = train_codec_on(
-        resolved, options.filelist, basedir=options.basedir, **options.arguments()
-    )
+    result = run(resolved, options.filelist, basedir=options.basedir, **options.arguments())
 
     def human() -> None:
         render.line(f"codec      {result.codec.describe()}")

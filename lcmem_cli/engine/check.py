@@ -14,16 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lcmem_cli.engine.config import (
-    CodecConfig,
-    FinetuneConfig,
-    SamplingSection,
-    Stage1Config,
-    apply_overrides,
-    find_config,
-    read_toml,
-    validate,
-)
+from lcmem_cli.engine import config as configs
+from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.config import AnyConfig, CodecConfig, FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
@@ -35,31 +28,19 @@ from lcmem_cli.engine.models.checkpoint import Checkpoint, load_checkpoint
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, CodecSpec
 from lcmem_cli.engine.models.codec_loading import load_codec, load_codec_of, needs_download
 from lcmem_cli.engine.models.hub import locate_checkpoint
-from lcmem_cli.engine.models.siamese import resolve_backbone
+from lcmem_cli.engine.models.siamese import SiameseNetwork, resolve_backbone
 from lcmem_cli.engine.models.weights import cached_weights
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
-from lcmem_cli.engine.training import autoencoder
+from lcmem_cli.engine.training import autoencoder, inputs
 from lcmem_cli.engine.training.loop import resolve_precision
 from lcmem_cli.engine.training.run import check_continues, readable_part
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
-from lcmem_cli.engine.training.stages import (
-    OTHER_LIST,
-    check_stage1_inputs,
-    check_store,
-    embeddable_codec,
-    finetune_network,
-    is_other_list,
-    load_teacher,
-    stage1_network,
-    teacher_file,
-)
 from lcmem_cli.engine.training.teacher import load_pretrained
 from lcmem_cli.engine.training.trackers import check_trackers
 
 Level = Literal["problem", "warning", "fine"]
-AnyConfig = CodecConfig | Stage1Config | FinetuneConfig
 DEFAULT_IMAGES = 64
 _FLOAT_BYTES = 4
 _SMALL_FILES_BYTES = 64 << 20  # plots, tables, the report page
@@ -102,26 +83,11 @@ class CheckResult(Result):
     unreadable: tuple[Unreadable, ...]
 
 
-def check_run(
-    *,
-    config: str | None = None,
-    overrides: Sequence[str] = (),
-    filelist: Path | None = None,
-    basedir: Path | None = None,
-    checkpoint: str | Path | None = None,
-    latents: Path | None = None,
-    detectors: Sequence[str] = (),
-    num_images: int | None = DEFAULT_IMAGES,
-    output: Path | None = None,
-    resume: bool = False,
-    device: str = "auto",
-    reporter: Reporter = SILENT,
-) -> CheckResult:
-    """Read what a run would read and return all that would fail; nothing is written.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """What a run would be given. What is not given is not checked.
 
-    What is not given is not checked. With nothing given, the embedded model is.
-
-    Args:
+    Attributes:
         config: name or path of a training config.
         overrides: ``section.key=value`` strings.
         filelist: CSV, Parquet or folder of images.
@@ -133,71 +99,71 @@ def check_run(
         output: folder of the run.
         resume: whether a run there is to be continued.
         device: ``auto`` takes the config's.
+    """
+
+    config: str | None = None
+    overrides: Sequence[str] = ()
+    filelist: Path | None = None
+    basedir: Path | None = None
+    checkpoint: str | Path | None = None
+    latents: Path | None = None
+    detectors: Sequence[str] = ()
+    num_images: int | None = DEFAULT_IMAGES
+    output: Path | None = None
+    resume: bool = False
+    device: str = "auto"
+
+
+def check_run(request: CheckRequest, reporter: Reporter = SILENT) -> CheckResult:
+    """Read what a run would read and return all that would fail; nothing is written.
+
+    Args:
+        request: what is to be checked; the embedded model, where it names nothing.
         reporter: receives progress.
 
     Example:
-        >>> check_run(config="finetune", filelist=Path("filelist.csv")).num_problems
+        >>> check_run(CheckRequest(config="finetune", filelist=Path("filelist.csv"))).num_problems
         0
     """
-    work = _Check(num_images, reporter)
-    if overrides and config is None:
-        work.add("config", "warning", "--set has no effect without --config", "pass --config too")
-    if basedir is not None and filelist is None:
-        work.add(
-            "filelist", "warning", "--basedir has no effect without --filelist", "pass it too"
-        )  # fmt: skip
-    settings = None if config is None else work.config(config, overrides)
-    if device == "auto" and settings is not None:
-        device = settings.runtime.device
-    manifest = None if filelist is None else work.filelist(filelist, basedir)
-    if manifest is not None:
-        if not isinstance(settings, CodecConfig):  # which compares no images
-            work.splits(manifest, settings)
-        work.images(manifest)
-    if checkpoint is None and not (config or filelist or latents or detectors):
-        checkpoint = EMBEDDED
-    file, start = None, None
-    if checkpoint is not None:
-        file = work.locate(checkpoint)
-    if file is not None:
-        start = work.checkpoint(file, needs_thresholds=settings is None)
-    store = None if latents is None else work.latents(latents)
-    num_parameters = 0
-    if isinstance(settings, Stage1Config):
-        num_parameters = work.stage1(
-            settings, store, has_latents=latents is not None, has_images=filelist is not None
-        )
-    if isinstance(settings, FinetuneConfig):
-        num_parameters = work.finetune(settings, file, start)
-    if isinstance(settings, CodecConfig):
-        num_parameters = work.codec_training(settings, manifest)
-    work.fit(settings, manifest, store, file, start)
-    work.detectors(detectors)
-    work.trackers(settings)
-    work.device(settings, device)
-    if output is not None:
-        work.output(output, _estimate(settings, num_parameters), settings, resume=resume)
-    if resume and (output is None or settings is None):
-        work.add(
-            "output", "warning", "--resume has no effect without --output and --config",
-            "pass them too",
-        )  # fmt: skip
+    work = _Check(request, reporter)
+    work.vain_options()
+    work.read_inputs()
+    work.training()
+    work.fit()
+    work.detectors()
+    work.trackers()
+    work.device()
+    work.output()
     return work.result()
 
 
 class _Check:
-    """Collects findings.
+    """Reads what a request names and collects findings.
 
     Args:
-        num_images: images to decode; ``None`` is all.
+        request: what is to be checked.
         reporter: receives progress.
+
+    Attributes:
+        settings: the config, where it is valid.
+        manifest: the images, where the list can be read.
+        store: the latents, where they can be read.
+        file: of the checkpoint, where there is one.
+        start: the checkpoint, where it can be read.
+        num_parameters: of the network that would be trained, as far as it is known.
     """
 
-    def __init__(self, num_images: int | None, reporter: Reporter) -> None:
-        self.num_images, self.reporter = num_images, reporter
+    def __init__(self, request: CheckRequest, reporter: Reporter) -> None:
+        self.request, self.reporter = request, reporter
         self.findings: list[Finding] = []
         self.num_decoded = 0
         self.unreadable: tuple[Unreadable, ...] = ()
+        self.settings: AnyConfig | None = None
+        self.manifest: Manifest | None = None
+        self.store: LatentStore | None = None
+        self.file: Path | None = None
+        self.start: Checkpoint | None = None
+        self.num_parameters = 0
 
     def result(self) -> CheckResult:
         levels = collections.Counter(finding.level for finding in self.findings)
@@ -213,6 +179,15 @@ class _Check:
     def add(self, group: str, level: Level, what: str, remedy: str = "") -> None:
         self.findings.append(Finding(group=group, level=level, what=what, remedy=remedy))
 
+    def problem(self, group: str, what: str, remedy: str) -> None:
+        self.add(group, "problem", what, remedy)
+
+    def warning(self, group: str, what: str, remedy: str) -> None:
+        self.add(group, "warning", what, remedy)
+
+    def fine(self, group: str, what: str) -> None:
+        self.add(group, "fine", what)
+
     @contextlib.contextmanager
     def guard(self, group: str, remedy: str, *, level: Level = "problem") -> Iterator[None]:
         """Turn what a loader raises into findings, and go on after the block."""
@@ -224,32 +199,74 @@ class _Check:
         except (LcmemError, OSError) as error:
             self.add(group, level, str(error), remedy)
 
+    def vain_options(self) -> None:
+        """Tell which parts of the request have no effect without others."""
+        given = self.request
+        if given.overrides and given.config is None:
+            self.warning("config", "--set has no effect without --config", "pass --config too")
+        if given.basedir is not None and given.filelist is None:
+            self.warning("filelist", "--basedir has no effect without --filelist", "pass it too")
+
+    def read_inputs(self) -> None:
+        """Read what the request names."""
+        given = self.request
+        if given.config is not None:
+            self.settings = self.config(given.config, given.overrides)
+        if given.filelist is not None:
+            self.manifest = self.filelist(given.filelist, given.basedir)
+        if self.manifest is not None:
+            if not isinstance(self.settings, CodecConfig):  # which compares no images
+                self.splits(self.manifest, self.settings)
+            self.images(self.manifest)
+        checkpoint = given.checkpoint
+        if checkpoint is None and not (
+            given.config or given.filelist or given.latents or given.detectors
+        ):
+            checkpoint = EMBEDDED
+        if checkpoint is not None:
+            self.file = self.locate(checkpoint)
+        if self.file is not None:
+            self.start = self.checkpoint(self.file, needs_thresholds=self.settings is None)
+        if given.latents is not None:
+            self.store = self.latents(given.latents)
+
+    def training(self) -> None:
+        """Check what the config's training needs."""
+        if isinstance(self.settings, Stage1Config):
+            self.stage1(self.settings)
+        if isinstance(self.settings, FinetuneConfig):
+            self.finetune(self.settings)
+        if isinstance(self.settings, CodecConfig):
+            self.codec_training(self.settings)
+
     def config(self, name: str, overrides: Sequence[str]) -> AnyConfig | None:
         path = None
         with self.guard("config", "pass a file, or one of those that lcmem config ls shows"):
-            path = find_config(name)
+            path = configs.find_config(name)
         if path is None:
             return None
         with self.guard("config", f"edit {path}, or pass --set section.key=value"):
-            config = validate(apply_overrides(read_toml(path), overrides), source=str(path))
-            self.add("config", "fine", f"{path}: valid {config.kind} config")
+            config = configs.validate(
+                configs.apply_overrides(configs.read_toml(path), overrides), source=str(path)
+            )
+            self.fine("config", f"{path}: valid {config.kind} config")
             return config
         return None
 
     def filelist(self, source: Path, basedir: Path | None) -> Manifest | None:
         manifest, problems = inspect_manifest(source, basedir=basedir)
         for problem in problems:
-            self.add("filelist", "problem", problem, f"correct {source}, or pass another --basedir")
+            self.problem("filelist", problem, f"correct {source}, or pass another --basedir")
         if manifest is not None and not problems:
             counts = collections.Counter(record.split for record in manifest.records)
             shown = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
-            self.add("filelist", "fine", f"{source}: {len(manifest):,} images ({shown})")
+            self.fine("filelist", f"{source}: {len(manifest):,} images ({shown})")
         return manifest
 
     def splits(self, manifest: Manifest, config: Stage1Config | FinetuneConfig | None) -> None:
         """Check what training and evaluation need of each split."""
         trains = config is not None
-        sampling = SamplingSection() if config is None else config.sampling
+        sampling = configs.SamplingSection() if config is None else config.sampling
         size = len(manifest) if config is None else config.schedule.batch_size
         batches: dict[str, list[PairBatch]] = {}
         for split in SPLITS:
@@ -261,17 +278,18 @@ class _Check:
             images = collections.Counter(record.identity for record in part)
             single = sum(count == 1 for count in images.values())
             if single and not sampling.unsupervised:
-                self.add(
-                    "filelist", "warning",
+                self.warning(
+                    "filelist",
                     f"{split}: {single:,} of {len(images):,} identities have no second image",
                     "they give no positive pair; add images, or take these ids out",
-                )  # fmt: skip
+                )
             if split == "TEST":
                 if single == len(images):
-                    self.add(
-                        "filelist", "warning", "TEST: no pair of one identity, for a benchmark",
+                    self.warning(
+                        "filelist",
+                        "TEST: no pair of one identity, for a benchmark",
                         "list ids with two images or more in TEST",
-                    )  # fmt: skip
+                    )
                 continue
             with self.guard(
                 "filelist", f"list more ids in {split}", level="problem" if trains else "warning"
@@ -293,24 +311,25 @@ class _Check:
         if not there:
             return
         drawn = Manifest(tuple(there), manifest.basedir, manifest.source)
-        kept, self.unreadable = readable_part(drawn, -1, self.reporter)
+        kept, self.unreadable = readable_part(drawn, Compute(reporter=self.reporter))
         self.num_decoded = len(kept)
         if not self.unreadable:
-            self.add("images", "fine", f"{len(kept):,} of {len(manifest):,} decoded")
+            self.fine("images", f"{len(kept):,} of {len(manifest):,} decoded")
             return
         shown = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.unreadable[:_SHOWN])
         more = "; ..." if len(self.unreadable) > _SHOWN else ""
-        self.add(
-            "images", "problem",
+        self.problem(
+            "images",
             f"{len(self.unreadable):,} of {len(there):,} drawn cannot be read: {shown}{more}",
             "replace these files or take them out of the list, or run with --max-unreadable",
-        )  # fmt: skip
+        )
 
     def _draw(self, count: int) -> list[int]:
-        if self.num_images is None or self.num_images >= count:
+        wanted = self.request.num_images
+        if wanted is None or wanted >= count:
             return list(range(count))
         rng = np.random.default_rng(0)
-        return sorted(rng.choice(count, self.num_images, replace=False).tolist())
+        return sorted(rng.choice(count, wanted, replace=False).tolist())
 
     def locate(self, name: str | Path) -> Path | None:
         with self.guard("checkpoint", "name a file, or get it on a machine with internet"):
@@ -321,10 +340,10 @@ class _Check:
         with self.guard("checkpoint", "get the file again, or make it with lcmem convert"):
             loaded = load_checkpoint(path)
             loaded.build(source=str(path))
-            self.add(
-                "checkpoint", "fine",
+            self.fine(
+                "checkpoint",
                 f"{path}: {loaded.stage}, {loaded.image_size} px, fingerprint {loaded.fingerprint}",
-            )  # fmt: skip
+            )
             self._thresholds(path, loaded, needed=needs_thresholds)
             self._codec(path, loaded)
             return loaded
@@ -337,9 +356,9 @@ class _Check:
                 threshold.check(loaded.fingerprint)
             names = ", ".join(threshold.name for threshold in loaded.thresholds)
             if names:
-                self.add("checkpoint", "fine", f"thresholds {names}")
+                self.fine("checkpoint", f"thresholds {names}")
             elif needed:
-                self.add("checkpoint", "warning", "no thresholds: scores without verdict", remedy)
+                self.warning("checkpoint", "no thresholds: scores without verdict", remedy)
 
     def _codec(self, path: Path, loaded: Checkpoint) -> None:
         spec = loaded.codec
@@ -348,7 +367,7 @@ class _Check:
             return
         with self.guard("codec", "pass the folder of the codec that it needs with --codec"):
             codec = load_codec_of(loaded, source=str(path))
-            self.add("codec", "fine", codec.spec.describe())
+            self.fine("codec", codec.spec.describe())
 
     def absent(self, group: str, what: str, remedy: str) -> None:
         """Record weights that would have to be downloaded."""
@@ -365,39 +384,34 @@ class _Check:
         with self.guard("latents", "run the same lcmem latents command again"):
             store = LatentStore.open(folder)
             store.measure()
-            if self.num_images is None:
+            if self.request.num_images is None:
                 store.verify()
-            for row in [] if self.num_images is None else self._draw(len(store)):
+            for row in [] if self.request.num_images is None else self._draw(len(store)):
                 store.latents([row])  # compares its shard with the checksum
-            self.add(
-                "latents", "fine",
+            self.fine(
+                "latents",
                 f"{folder}: {len(store):,} of {store.image_size} px by {store.spec.describe()}",
-            )  # fmt: skip
+            )
             return store
         return None
 
-    def stage1(
-        self,
-        config: Stage1Config,
-        store: LatentStore | None,
-        *,
-        has_latents: bool,
-        has_images: bool,
-    ) -> int:
-        """Check what ``train-stage1`` needs; return the number of the network's parameters."""
-        spec = None if store is None else store.spec
+    def stage1(self, config: Stage1Config) -> None:
+        """Check what ``train-stage1`` needs."""
+        store, spec = self.store, None if self.store is None else self.store.spec
+        has_latents = self.request.latents is not None
+        has_images = self.request.filelist is not None
         if has_latents or has_images:
             vain = has_latents and config.codec.name == PIXELS
             with self.guard(
                 "inputs", "give train-stage1 what its config trains on",
                 level="problem" if vain else "warning",
             ):  # fmt: skip
-                check_stage1_inputs(config, has_latents=has_latents, has_images=has_images)
+                inputs.check_stage1_inputs(config, has_latents=has_latents, has_images=has_images)
         if store is not None:
             with self.guard("latents", "change the config, or make the latents anew"):
-                check_store(config, store)
+                inputs.check_store(config, store)
             with self.guard("codec", "restore the codec, or make the latents anew"):
-                embeddable_codec(store)
+                inputs.embeddable_codec(store)
         elif not has_latents:
             spec = self._config_codec(config)
         backbone = None
@@ -409,9 +423,8 @@ class _Check:
         for name, file in config.retention.panel.items():
             with self.guard("network", f"set retention.panel to a file of {name}'s weights"):
                 load_pretrained(name, Path(file))
-        if spec is None or backbone is None:
-            return 0
-        return self._stage1_network(config, spec, store)
+        if spec is not None and backbone is not None:
+            self._stage1_network(config, spec)
 
     def _config_codec(self, config: Stage1Config) -> CodecSpec | None:
         name, revision = config.codec.name, config.codec.revision
@@ -420,27 +433,28 @@ class _Check:
             return None
         with self.guard("codec", "set codec.name to a diffusers folder, a hub id or 'embedded'"):
             codec = load_codec(name, revision=revision, input_range=config.codec.input_range)
-            self.add("codec", "fine", codec.spec.describe())
+            self.fine("codec", codec.spec.describe())
             return codec.spec
         return None
 
-    def _stage1_network(
-        self, config: Stage1Config, spec: CodecSpec, store: LatentStore | None
-    ) -> int:
-        random = config.network.model_copy(update={"weights": "random"})
+    def _stage1_network(self, config: Stage1Config, spec: CodecSpec) -> None:
+        store = self.store
         if store is None and config.network.normalisation == "dataset":
-            self.add(
-                "network", "warning", "not tried: its normalisation is by statistics of latents",
+            self.warning(
+                "network",
+                "not tried: its normalisation is by statistics of latents",
                 "pass --latents too",
-            )  # fmt: skip
-            return 0
+            )
+            return
         size = config.image.size if store is None else store.image_size
+        random = config.network.model_copy(update={"weights": "random"})
         with self.guard("network", "correct the key that it is about"):
-            built = stage1_network(config.model_copy(update={"network": random}), spec, size, store)
-            count = sum(value.numel() for value in built.parameters())
-            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
-            return count
-        return 0
+            config = config.model_copy(update={"network": random})
+            self._count(inputs.stage1_network(config, spec, size, store))
+
+    def _count(self, network: SiameseNetwork) -> None:
+        self.num_parameters = sum(value.numel() for value in network.parameters())
+        self.fine("network", f"{network.spec.backbone}: {self.num_parameters:,} parameters")
 
     def _weights(self, config: Stage1Config, backbone: str) -> None:
         """Check the weights that a backbone, by timm's name, begins with."""
@@ -451,66 +465,64 @@ class _Check:
             return
         hub_id = _timm_hub_id(backbone)
         if not hub_id:
-            self.add(
-                "network", "problem", f"{backbone}: timm has no pretrained weights",
+            self.problem(
+                "network",
+                f"{backbone}: timm has no pretrained weights",
                 'set network.weights to a file, or to "random"',
-            )  # fmt: skip
+            )
         elif cached_weights(hub_id) is None:
             self.absent("network", f"weights {hub_id}", "set network.weights to a file")
 
-    def finetune(self, config: FinetuneConfig, path: Path | None, start: Checkpoint | None) -> int:
-        """Check what ``finetune`` needs; return the number of the network's parameters."""
+    def finetune(self, config: FinetuneConfig) -> None:
+        """Check what ``finetune`` needs."""
+        path, start = self.file, self.start
         if path is None:
-            self.add(
-                "inputs", "warning", "fine-tuning starts from a checkpoint, which was not given",
+            self.warning(
+                "inputs",
+                "fine-tuning starts from a checkpoint, which was not given",
                 "pass --checkpoint to have it checked too",
-            )  # fmt: skip
+            )
         if path is None or start is None:
-            return 0
+            return
         with self.guard("network", "correct the key that it is about, or leave it unset"):
-            built = finetune_network(config, start, source=str(path))
-            count = sum(value.numel() for value in built.parameters())
-            self.add("network", "fine", f"{built.spec.backbone}: {count:,} parameters")
+            built = inputs.finetune_network(config, start, source=str(path))
+            self._count(built)
             if config.retention.weight:
                 with self.guard("inputs", "set retention.teacher, or retention.weight = 0"):
-                    load_teacher(teacher_file(config, path), built)
-            return count
-        return 0
+                    inputs.load_teacher(inputs.teacher_file(config, path), built)
 
-    def codec_training(self, config: CodecConfig, manifest: Manifest | None) -> int:
-        """Check what ``train-codec`` needs; return the number of the codec's parameters."""
+    def codec_training(self, config: CodecConfig) -> None:
+        """Check what ``train-codec`` needs."""
         counts = {"TRAIN": 1, "VAL": 1}
-        if manifest is not None:
+        if self.manifest is not None:
             for split in counts:
-                counts[split] = sum(record.split == split for record in manifest.records)
+                counts[split] = sum(record.split == split for record in self.manifest.records)
         with self.guard("inputs", "change the config, or the splits of the filelist"):
             autoencoder.check_inputs(config, counts["TRAIN"], counts["VAL"])
         with self.guard("network", "change the section [model]"):
             model = autoencoder.build_autoencoder(config)
-            return sum(value.numel() for value in model.parameters())
-        return 0
+            self.num_parameters = sum(value.numel() for value in model.parameters())
 
-    def fit(
-        self,
-        config: AnyConfig | None,
-        manifest: Manifest | None,
-        store: LatentStore | None,
-        path: Path | None,
-        start: Checkpoint | None,
-    ) -> None:
+    def fit(self) -> None:
         """Check that the inputs belong together."""
+        config, manifest, store, start = self.settings, self.manifest, self.store, self.start
         if store is not None and manifest is not None and store.manifest_digest != manifest.digest:
             self._fit_latents(config, manifest, store)
         if start is None:
             return
         if store is not None and config is None:
             with self.guard("latents", "encode the images with the checkpoint's codec and size"):
-                check_latents(LCMemDetector(start, name=str(path)), store)
-        if isinstance(config, FinetuneConfig) and manifest and is_other_list(start, manifest):
-            self.add(
-                "checkpoint", "warning", OTHER_LIST.format(source=path),
+                check_latents(LCMemDetector(start, name=str(self.file)), store)
+        if (
+            isinstance(config, FinetuneConfig)
+            and manifest
+            and inputs.is_other_list(start, manifest)
+        ):
+            self.warning(
+                "checkpoint",
+                inputs.OTHER_LIST.format(source=self.file),
                 "use the filelist of stage 1, or do not rely on the TEST results",
-            )  # fmt: skip
+            )
 
     def _fit_latents(
         self, config: AnyConfig | None, manifest: Manifest, store: LatentStore
@@ -522,114 +534,140 @@ class _Check:
         lacking = listed - encoded - left_out
         if lacking:
             self.add(
-                "latents", "warning" if isinstance(config, Stage1Config) else "problem",
+                "latents",
+                "warning" if isinstance(config, Stage1Config) else "problem",
                 f"{store.folder}: has no latents of {len(lacking):,} of {len(listed):,} listed "
                 f"images, such as {min(lacking)!r}",
                 "make them with lcmem latents on the same filelist",
-            )  # fmt: skip
+            )
         unlisted = encoded - listed
         if unlisted:
             self.add(
-                "latents", "problem" if aligns else "warning",
+                "latents",
+                "problem" if aligns else "warning",
                 f"{store.folder}: {len(unlisted):,} of its {len(encoded):,} images are not in the "
                 f"filelist, such as {min(unlisted)!r}",
                 "use the filelist that the latents were made of",
-            )  # fmt: skip
+            )
         if not lacking and not unlisted:
-            self.add(
-                "latents", "warning",
+            self.warning(
+                "latents",
                 f"{store.folder}: ids or splits differ from the filelist's; training uses those "
                 "of the store",
                 "make the latents anew where the filelist is right",
-            )  # fmt: skip
+            )
 
-    def detectors(self, names: Sequence[str]) -> None:
+    def detectors(self) -> None:
         """Check that each detector can be loaded."""
-        for name in names:
+        for name in self.request.detectors:
             with self.guard("detectors", "see: lcmem detectors"):
-                kind, target, options = check_name(name)
-                status, _ = kind.status()
-                here = bool(options.get("weights")) or Path(target or "nosuch").exists()
-                if kind.name == "timm" and not here:
-                    hub_id = _timm_hub_id(target)  # without one, loading says what is wrong
-                    here = not hub_id or cached_weights(hub_id) is not None
-                if status == "needs a download" and not here:
-                    self.absent("detectors", name, f"fetch its weights first ({kind.weights})")
-                    continue
-                detector = load_detector(name)
-                if isinstance(detector, LCMemDetector):
-                    spec = detector.checkpoint.codec
-                    inside = detector.checkpoint.codec_state is not None
-                    if not inside and needs_download(options.get("codec") or spec.name):
-                        self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
-                        continue
-                    _ = detector.codec
-                self.add(
-                    "detectors", "fine",
-                    f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
-                )  # fmt: skip
+                self._detector(name)
 
-    def trackers(self, config: AnyConfig | None) -> None:
+    def _detector(self, name: str) -> None:
+        kind, target, options = check_name(name)
+        status, _ = kind.status()
+        here = bool(options.get("weights")) or Path(target or "nosuch").exists()
+        if kind.name == "timm" and not here:
+            hub_id = _timm_hub_id(target)  # without one, loading says what is wrong
+            here = not hub_id or cached_weights(hub_id) is not None
+        if status == "needs a download" and not here:
+            self.absent("detectors", name, f"fetch its weights first ({kind.weights})")
+            return
+        detector = load_detector(name)
+        if isinstance(detector, LCMemDetector):
+            spec = detector.checkpoint.codec
+            inside = detector.checkpoint.codec_state is not None
+            if not inside and needs_download(options.get("codec") or spec.name):
+                self.absent("detectors", f"{name}: codec {spec.name}", "pass ?codec=FOLDER")
+                return
+            _ = detector.codec
+        self.fine(
+            "detectors",
+            f"{name}: {detector.input_size} px, fingerprint {detector.fingerprint[:12]}",
+        )
+
+    def trackers(self) -> None:
+        config = self.settings
         if config is not None and config.runtime.trackers:
             with self.guard("trackers", "install it, or leave it out of runtime.trackers"):
                 check_trackers(config.runtime)
-                self.add("trackers", "fine", ", ".join(config.runtime.trackers))
+                self.fine("trackers", ", ".join(config.runtime.trackers))
 
-    def device(self, config: AnyConfig | None, device: str) -> None:
+    def device(self) -> None:
+        config, device = self.settings, self.request.device
+        if device == "auto" and config is not None:
+            device = config.runtime.device
         with self.guard("device", "choose another device: auto, cpu, cuda or mps"):
             found = resolve_device(device)
-            self.add("device", "fine", f"{device}: computes on {found}")
+            self.fine("device", f"{device}: computes on {found}")
             if config is not None and not isinstance(config, CodecConfig):
                 with self.guard("device", 'set runtime.mixed_precision to "auto"'):
                     resolve_precision(config.runtime, torch.device(found))
 
-    def output(
-        self, folder: Path, num_bytes: int, config: AnyConfig | None, *, resume: bool
-    ) -> None:
-        """Check that a run can write its folder; only a nameless file is made, and vanishes."""
+    def output(self) -> None:
+        """Check that a run can write its folder, and whether one was begun there."""
+        folder, config = self.request.output, self.settings
+        if folder is not None and self._has_room(folder):
+            self._what_is_there(folder)
+        if self.request.resume and (folder is None or config is None):
+            self.warning(
+                "output",
+                "--resume has no effect without --output and --config",
+                "pass them too",
+            )
+
+    def _has_room(self, folder: Path) -> bool:
+        """Check permission and space; only a nameless file is made, and vanishes."""
         there = folder.absolute()
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():
-            self.add("output", "problem", f"{there}: is no folder", "choose another --output")
-            return
+            self.problem("output", f"{there}: is no folder", "choose another --output")
+            return False
         try:
             with tempfile.TemporaryFile(dir=there):
                 free = shutil.disk_usage(there).free
         except OSError as error:
-            self.add(
-                "output", "problem", f"{there}: cannot write here ({error.strerror or error})",
+            self.problem(
+                "output",
+                f"{there}: cannot write here ({error.strerror or error})",
                 "choose another --output, or change its permissions",
-            )  # fmt: skip
-            return
+            )
+            return False
+        num_bytes = _estimate(self.settings, self.num_parameters)
         room = f"{free / 1e9:,.1f} GB free, about {num_bytes / 1e9:,.2f} GB needed"
         if num_bytes > free:
-            self.add("output", "problem", f"{there}: {room}", "choose a folder on a larger disk")
+            self.problem("output", f"{there}: {room}", "choose a folder on a larger disk")
         else:
-            self.add("output", "fine", f"{folder}: {room}")
+            self.fine("output", f"{folder}: {room}")
+        return True
+
+    def _what_is_there(self, folder: Path) -> None:
         if (folder / LOCK_NAME).exists():
             with self.guard("output", "wait for that process"), folder_lock(folder):
                 pass
-        if config is not None and self._run_there(folder, config, resume=resume):
+        if self.settings is not None and self._run_there(folder, self.settings):
             return
         if folder.is_dir() and any(p.name != LOCK_NAME for p in folder.iterdir()):
-            self.add(
-                "output", "warning", f"{folder}: is not empty",
+            self.warning(
+                "output",
+                f"{folder}: is not empty",
                 "results of another study would be refused; choose another folder",
-            )  # fmt: skip
+            )
 
-    def _run_there(self, folder: Path, config: AnyConfig, *, resume: bool) -> bool:
+    def _run_there(self, folder: Path, config: AnyConfig) -> bool:
         """Check whether a training may go on in a folder; return whether one was begun there."""
         with self.guard("output", "continue it with the config in it, or choose another folder"):
             if not check_continues(folder, config):
                 return False
-            if resume:
-                self.add("output", "fine", f"{folder}: holds a run that can go on")
+            if self.request.resume:
+                self.fine("output", f"{folder}: holds a run that can go on")
             else:
-                self.add(
-                    "output", "problem", f"{folder}: holds a training run already",
+                self.problem(
+                    "output",
+                    f"{folder}: holds a training run already",
                     "continue it with --resume, or choose another folder",
-                )  # fmt: skip
+                )
         return True
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lcmem_cli.engine.errors import ConfigError, InputError, nearest
 
@@ -33,6 +34,29 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class _MisfitError(ValueError):
+    """Keys of a config that do not fit together; one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+class Config(Section):
+    """Base of the configs: what concerns two keys at once is told of all of them together."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Config:
+        problems = list(self.misfits())
+        if problems:
+            raise _MisfitError(problems)
+        return self
+
+    def misfits(self) -> Iterator[str]:
+        """Yield problems that concern two keys at once, and options without effect."""
+        raise NotImplementedError
 
 
 class ImageSection(Section):
@@ -255,7 +279,7 @@ class CodecScheduleSection(Section):
     """Of Adam, decayed to zero along a cosine."""
 
 
-class CodecConfig(Section):
+class CodecConfig(Config):
     """Everything ``lcmem train-codec`` needs beside its data."""
 
     kind: Literal["codec"]
@@ -266,8 +290,28 @@ class CodecConfig(Section):
     runtime: RuntimeSection = RuntimeSection()
     input_range: Literal["symmetric", "unit"] = "symmetric"
 
+    def misfits(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        model, runtime = self.model, self.runtime
+        bad = [count for count in model.block_channels if count <= 0 or count % model.norm_groups]
+        if bad:
+            yield f"model.norm_groups: {model.norm_groups} must divide every entry, not {bad}"
+        if model.layers_per_block == 0 and len(set(model.block_channels)) > 1:
+            yield (
+                "model.layers_per_block: without residual blocks nothing changes the number of "
+                "channels; make all entries of block_channels equal, or set 1"
+            )
+        if model.layers_per_block > 0 and model.start == "pixels":
+            yield 'model.layers_per_block: start = "pixels" needs 0'
+        if runtime.trackers:
+            yield "runtime.trackers: has no effect on train-codec; see its history.csv"
+        if runtime.checkpointing:
+            yield "runtime.checkpointing: has no effect on train-codec"
+        if runtime.compile:
+            yield "runtime.compile: has no effect on train-codec"
 
-class Stage1Config(Section):
+
+class Stage1Config(Config):
     """Everything ``lcmem train-stage1`` needs beside its data."""
 
     kind: Literal["stage1"]
@@ -281,6 +325,37 @@ class Stage1Config(Section):
     optimiser: OptimiserSection = OptimiserSection()
     schedule: ScheduleSection = ScheduleSection()
     runtime: RuntimeSection = RuntimeSection()
+
+    def misfits(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        network, augmentation, retention = self.network, self.augmentation, self.retention
+        pixels = self.codec.name == "none"
+        if pixels != (network.normalisation == "imagenet"):
+            yield (
+                'network.normalisation: "imagenet" goes with codec.name = "none", and only with it'
+            )
+        if augmentation.preset != "none" and not pixels:
+            yield (
+                "augmentation.preset: has no effect on stored latents; use finetune, or "
+                'codec.name = "none"'
+            )
+        if network.align_stem and network.weights == "random":
+            yield "network.align_stem: needs pretrained network.weights to align to"
+        if network.align_stem and network.weights == "timm":
+            yield "network.align_stem: needs network.weights to be a file"
+        if network.align_stem and pixels:
+            yield 'network.align_stem: has no effect with codec.name = "none"'
+        if network.align_altered != "none" and not network.align_stem:
+            yield "network.align_altered: needs network.align_stem"
+        if network.inner_bands and not network.inner_stride:
+            yield "network.inner_bands: needs network.inner_stride"
+        if augmentation.working_size and augmentation.preset == "none":
+            yield 'augmentation.working_size: has no effect with preset = "none"'
+        if retention.teacher is not None:
+            yield "retention.teacher: has no effect in stage 1, which makes the teacher"
+        if retention.weight and not network.align_stem:
+            yield "retention.weight: needs network.align_stem, which makes the teacher"
+        yield from _pair_misfits(self)
 
 
 class RegularisationSection(Section):
@@ -301,7 +376,7 @@ class FinetuneImageSection(Section):
     """Side in pixels; unset: the checkpoint's. A convolutional backbone takes any."""
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(Config):
     """Everything ``lcmem finetune`` needs beside its data and the stage-1 checkpoint."""
 
     kind: Literal["finetune"]
@@ -315,12 +390,36 @@ class FinetuneConfig(Section):
     schedule: ScheduleSection = ScheduleSection(epochs=20, patience=5, batch_size=64)
     runtime: RuntimeSection = RuntimeSection()
 
+    def misfits(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        if self.retention.teacher is not None and not self.retention.weight:
+            yield "retention.teacher: needs retention.weight above 0"
+        if self.retention.panel:
+            yield "retention.panel: has no effect in finetune; the teacher holds its panel"
+        yield from _pair_misfits(self)
 
-AnyConfig = Annotated[
-    Union[CodecConfig, Stage1Config, FinetuneConfig], Field(discriminator="kind")  # noqa: UP007
-]
+
+def _pair_misfits(config: Stage1Config | FinetuneConfig) -> Iterator[str]:
+    """Yield what does not fit together in either stage that learns from pairs."""
+    retention, schedule = config.retention, config.schedule
+    if retention.panel and not retention.weight:
+        yield "retention.panel: needs retention.weight above 0"
+    if retention.instance_weight and not retention.weight:
+        yield "retention.instance_weight: needs retention.weight above 0"
+    if schedule.keep == "last" and schedule.patience:
+        yield 'schedule.keep: "last" needs schedule.patience = 0, no early stopping'
+    if config.loss.negatives == "all" and config.loss.alpha == 0:
+        yield "loss.negatives: has no effect with loss.alpha = 0"
+    if schedule.batch_size % schedule.accumulate:
+        yield (
+            f"schedule.accumulate: {schedule.accumulate} must divide schedule.batch_size = "
+            f"{schedule.batch_size}"
+        )
+
+
+AnyConfig = CodecConfig | Stage1Config | FinetuneConfig
 ConfigT = TypeVar("ConfigT", CodecConfig, Stage1Config, FinetuneConfig)
-KINDS: dict[str, type[Section]] = {
+KINDS: dict[str, type[AnyConfig]] = {
     "codec": CodecConfig,
     "stage1": Stage1Config,
     "finetune": FinetuneConfig,
@@ -415,7 +514,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return result
 
 
-def validate(values: dict[str, Any], *, source: str) -> CodecConfig | Stage1Config | FinetuneConfig:
+def validate(values: dict[str, Any], *, source: str) -> AnyConfig:
     """Validate a TOML tree.
 
     Raises:
@@ -429,22 +528,24 @@ def validate(values: dict[str, Any], *, source: str) -> CodecConfig | Stage1Conf
         raise ConfigError(
             source, [f"kind: must be one of {', '.join(sorted(KINDS))}, not {shown}; {hint}"]
         )
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyConfig)
-    problems: list[str] = []
-    config = None
     try:
-        config = adapter.validate_python(values)
+        return KINDS[kind].model_validate(values)
     except ValidationError as error:
-        problems = [_describe(item, KINDS[kind]) for item in error.errors()]
-    problems.extend(_cross_checks(values if config is None else config.model_dump(mode="json")))
-    if config is None or problems:
-        problems = list(dict.fromkeys(problems))
-        more = len(problems) - MAX_PROBLEMS
-        raise ConfigError(
-            source, problems[:MAX_PROBLEMS] + ([f"and {more:,} more"] if more > 0 else [])
-        )
-    assert isinstance(config, (CodecConfig, Stage1Config, FinetuneConfig))
-    return config
+        problems = _problems(error, KINDS[kind])
+        wrong = [item["loc"] for item in error.errors() if item["loc"]]
+    # Pydantic compares keys with each other only where each is right by itself, so those that are
+    # not are left out to learn what else is wrong; what is said of their defaults does not count.
+    if wrong:
+        names = [".".join(map(str, place[:2])) for place in wrong]
+        try:
+            KINDS[kind].model_validate(_without(values, wrong))
+        except ValidationError as error:
+            others = _problems(error, KINDS[kind])
+            problems += [line for line in others if not any(name in line for name in names)]
+    more = len(problems) - MAX_PROBLEMS
+    raise ConfigError(
+        source, problems[:MAX_PROBLEMS] + ([f"and {more:,} more"] if more > 0 else [])
+    )
 
 
 def load_config(name: str, kind: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
@@ -512,10 +613,33 @@ def _check_extent(values: dict[str, Any], source: str) -> None:
         waiting.extend((f"{key}.{name}", depth + 1, child) for name, child in items)
 
 
+def _without(values: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """Return a tree without the keys at, or around, some places."""
+    result = copy.deepcopy(values)
+    for place in places:
+        node: Any = result
+        for part in place[:-1]:
+            if not isinstance(node.get(part), dict):
+                node.pop(part, None)
+                break
+            node = node[part]
+        else:
+            node.pop(place[-1], None)
+    return result
+
+
+def _problems(error: ValidationError, root: type[Section]) -> list[str]:
+    """Return one line for each problem that pydantic found."""
+    problems: list[str] = []
+    for item in error.errors():
+        misfit = item.get("ctx", {}).get("error")
+        found = misfit.problems if isinstance(misfit, _MisfitError) else [_describe(item, root)]
+        problems += [problem for problem in found if problem not in problems]
+    return problems
+
+
 def _describe(item: Any, root: type[Section]) -> str:
     location = [str(part)[:_SHOWN] for part in item["loc"]]
-    if location and location[0] in KINDS:
-        location = location[1:]  # the discriminator that pydantic puts first
     key = ".".join(location) or "(top level)"
     if item["type"] == "extra_forbidden":
         section = root
@@ -527,80 +651,3 @@ def _describe(item: Any, root: type[Section]) -> str:
     given = item.get("input")
     shown = f", not {given!r}"[:120] if not isinstance(given, dict) else ""
     return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}"
-
-
-def _cross_checks(values: dict[str, Any]) -> list[str]:
-    """Return problems that concern two keys at once, and options without effect."""
-
-    def get(section: str, key: str, default: Any = None) -> Any:
-        node = values.get(section)
-        return node.get(key, default) if isinstance(node, dict) else default
-
-    problems = []
-    if values.get("kind") == "codec":
-        groups, channels = get("model", "norm_groups", 8), get("model", "block_channels")
-        if isinstance(groups, int) and groups > 0 and isinstance(channels, (list, tuple)):
-            bad = [c for c in channels if isinstance(c, int) and (c <= 0 or c % groups)]
-            if bad:
-                problems.append(f"model.norm_groups: {groups} must divide every entry, not {bad}")
-        if get("model", "layers_per_block", 1) == 0 and isinstance(channels, (list, tuple)):
-            if len(set(channels)) > 1:
-                problems.append(
-                    "model.layers_per_block: without residual blocks nothing changes the number of "
-                    "channels; make all entries of block_channels equal, or set 1"
-                )
-        elif get("model", "start") == "pixels":
-            problems.append('model.layers_per_block: start = "pixels" needs 0')
-        if get("runtime", "trackers"):
-            problems.append("runtime.trackers: has no effect on train-codec; see its history.csv")
-        for key in ("checkpointing", "compile"):
-            if get("runtime", key):
-                problems.append(f"runtime.{key}: has no effect on train-codec")
-    if values.get("kind") == "stage1":
-        pixels = get("codec", "name") == "none"
-        if pixels != (get("network", "normalisation") == "imagenet"):
-            problems.append(
-                'network.normalisation: "imagenet" goes with codec.name = "none", and only with it'
-            )
-        if get("augmentation", "preset") not in (None, "none") and not pixels:
-            problems.append(
-                "augmentation.preset: has no effect on stored latents; use finetune, or "
-                'codec.name = "none"'
-            )
-        weights = get("network", "weights", "random")
-        if get("network", "align_stem", 0) and weights == "random":
-            problems.append("network.align_stem: needs pretrained network.weights to align to")
-        if get("network", "align_stem", 0) and weights == "timm":
-            problems.append("network.align_stem: needs network.weights to be a file")
-        if get("network", "align_stem", 0) and pixels:
-            problems.append('network.align_stem: has no effect with codec.name = "none"')
-        altered = get("network", "align_altered", "none") != "none"
-        if altered and not get("network", "align_stem", 0):
-            problems.append("network.align_altered: needs network.align_stem")
-        if get("network", "inner_bands") and not get("network", "inner_stride"):
-            problems.append("network.inner_bands: needs network.inner_stride")
-        if get("augmentation", "working_size") and get("augmentation", "preset") in (None, "none"):
-            problems.append('augmentation.working_size: has no effect with preset = "none"')
-        if get("retention", "teacher") is not None:
-            problems.append("retention.teacher: has no effect in stage 1, which makes the teacher")
-        if get("retention", "weight", 0) and not get("network", "align_stem", 0):
-            problems.append("retention.weight: needs network.align_stem, which makes the teacher")
-    else:
-        if get("retention", "teacher") is not None and not get("retention", "weight", 0):
-            problems.append("retention.teacher: needs retention.weight above 0")
-        if get("retention", "panel"):
-            problems.append(
-                "retention.panel: has no effect in finetune; the teacher holds its panel"
-            )
-    if get("retention", "panel") and not get("retention", "weight", 0):
-        problems.append("retention.panel: needs retention.weight above 0")
-    if get("retention", "instance_weight", 0) and not get("retention", "weight", 0):
-        problems.append("retention.instance_weight: needs retention.weight above 0")
-    if get("schedule", "keep") == "last" and get("schedule", "patience", 25):
-        problems.append('schedule.keep: "last" needs schedule.patience = 0, no early stopping')
-    if get("loss", "negatives") == "all" and get("loss", "alpha") == 0:
-        problems.append("loss.negatives: has no effect with loss.alpha = 0")
-    batch, parts = get("schedule", "batch_size"), get("schedule", "accumulate", 1)
-    if isinstance(batch, int) and isinstance(parts, int) and parts > 0 and batch % parts:
-        problems.append(f"schedule.accumulate: {parts} must divide schedule.batch_size = {batch}")
-    return problems

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lcmem_cli.engine.errors import InputError, ProcessLostError
+from lcmem_cli.engine.errors import InputError, ProcessLostError, first_line
 
 Item = TypeVar("Item")
+RENDEZVOUS_SECONDS = 300.0
+"""Within which all processes have to come together: they start at once and load the same code."""
 _PATIENCE = datetime.timedelta(days=1)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -105,16 +107,28 @@ def current_ranks(device: str = "auto") -> Ranks:
     Raises:
         ProcessLostError: the processes that the launcher started do not form one group.
     """
-    _, expected = launched()
+    rank, expected = launched()
     if expected <= 1:
         return Ranks()
     import torch
+    import torch.distributed as dist
     from accelerate import PartialState
 
+    if dist.is_initialized():
+        return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
     # Without CUDA it has to be told, or each process is a group of its own.
     cpu = device == "cpu" or not torch.cuda.is_available()
-    # A process that ends takes the job with it, so nothing is gained by giving up on a slow one.
-    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    try:
+        state = PartialState(cpu=cpu, timeout=datetime.timedelta(seconds=RENDEZVOUS_SECONDS))
+        if dist.is_initialized():
+            dist.barrier()  # a first exchange, because some backends connect only then
+            _set_timeout(_PATIENCE)
+    except RuntimeError as error:
+        raise ProcessLostError(
+            f"process {rank} of {expected} has waited {RENDEZVOUS_SECONDS:.0f} s for the others to "
+            "start; one of them has ended, and its own message says why, or MASTER_ADDR and "
+            f"MASTER_PORT do not reach it; start the job again ({first_line(error)})"
+        ) from error
     if state.num_processes != expected:
         raise ProcessLostError(
             f"the launcher started {expected} processes, of which {state.num_processes} formed a "
@@ -122,6 +136,19 @@ def current_ranks(device: str = "auto") -> Ranks:
         )
     atexit.register(_leave)
     return Ranks(rank=state.process_index, size=state.num_processes)
+
+
+def _set_timeout(timeout: datetime.timedelta) -> None:
+    """Set how long a collective operation waits for the slowest process.
+
+    A process that ends closes its connections, which ends the others at once, so that nothing is
+    gained by giving up on one that is slow.
+    """
+    try:
+        from torch.distributed import set_timeout
+    except ImportError:  # called so before it became public
+        from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+    set_timeout(timeout)
 
 
 def launched() -> tuple[int, int]:
@@ -190,7 +217,8 @@ def keep_freed_memory() -> None:
 
     By default every large tensor is mapped anew, and the system clears each of its pages when it is
     first written: about half of the time of embedding on a CPU. With another C library nothing
-    changes, nor where the user has set one of glibc's variables.
+    changes, nor where the user has set one of glibc's variables. It changes the whole process, so
+    only a program that owns its process calls it, not the library.
     """
     import ctypes
     import platform
@@ -220,6 +248,4 @@ def resolve_device(device: str) -> str:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     if device == "mps" and not has_mps:
         raise InputError("--device mps: this machine has no Apple GPU; try cpu")
-    if device == "cpu":
-        keep_freed_memory()
     return device

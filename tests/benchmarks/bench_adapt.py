@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, perturb
@@ -35,9 +36,9 @@ from lcmem_cli.engine.evaluation.calibration import (
     fit_threshold,
     required_null_size,
 )
-from lcmem_cli.engine.evaluation.recalibrate import Whitening
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
+from lcmem_cli.engine.training.last_layer import Whitening
 
 IMAGES = (0, 20, 100, None)
 """To adapt to; 0: not adapted, ``None``: all."""
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("filelist", type=Path)
     manifest = load_manifest(parser.parse_args().filelist)
     whitening = Whitening.of(
-        load_checkpoint(locate_checkpoint(None)), manifest.select("TRAIN"), device="cpu"
+        load_checkpoint(locate_checkpoint(None)), manifest.select("TRAIN"), Compute(device="cpu")
     )
     scored, flagged = {}, {}
     for name in dict.fromkeys(record.ds_name for record in manifest.records):

@@ -22,24 +22,23 @@ from pathlib import Path
 import torch
 
 from lcmem_cli.engine.config import (
-    LossSection,
+    FinetuneConfig,
     OptimiserSection,
-    RuntimeSection,
     SamplingSection,
     ScheduleSection,
 )
 from lcmem_cli.engine.data.augment import Augmentation
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
-from lcmem_cli.engine.distributed import Ranks, available_cpus, resolve_device
+from lcmem_cli.engine.distributed import available_cpus, keep_freed_memory
 from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec, SiameseNetwork
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
-from lcmem_cli.engine.training.loop import Trainer
+from lcmem_cli.engine.training.loop import Pairs, Trainer
 from lcmem_cli.engine.training.sampling import PairSampler
 from lcmem_cli.engine.training.sources import ImageSource, LatentSource, PairSource
-from lcmem_cli.engine.training.step import forward_backward
+from lcmem_cli.engine.training.step import StepPlan, forward_backward
 
 BATCH = 32
 
@@ -90,16 +89,14 @@ def trainer(
 ) -> Trainer:
     """Return a trainer of one epoch over all identities."""
     sampler = PairSampler(manifest.records, SamplingSection(), batch_size=BATCH, seed=0)
-    return Trainer(
-        network,
-        train=(source, sampler),
-        validation=(source, sampler),
-        loss=LossSection(),
+    pairs = Pairs(source=source, sampler=sampler)
+    config = FinetuneConfig(
+        kind="finetune",
         optimiser=OptimiserSection(freeze_statistics=True),
         schedule=ScheduleSection(epochs=1, batch_size=BATCH),
-        runtime=RuntimeSection(),
-        folder=folder,
-        run_digest="benchmark",
+    )
+    return Trainer(
+        network, config, train=pairs, validation=pairs, folder=folder, run_digest="benchmark"
     )
 
 
@@ -114,7 +111,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only-latents", action="store_true")
     options = parser.parse_args()
-    resolve_device("cpu")
+    keep_freed_memory()
     listed = load_manifest(options.filelist)
     step = max(1, len(listed) // options.images)
     manifest = Manifest(listed.records[::step][: options.images], listed.basedir, listed.source)
@@ -162,7 +159,7 @@ def main() -> None:
             num_workers=available_cpus(),
         )
         fixed = trainer(InMemory((first, first)), unique, network, folder)
-        steps = len(fixed.train_sampler.epoch(0))
+        steps = len(fixed.train.sampler.epoch(0))
 
         def bare_steps(encode: bool) -> None:
             network.train()
@@ -171,7 +168,7 @@ def main() -> None:
                 if encode:
                     both = torch.cat([images[:BATCH], images[:BATCH]])
                     pair = codec.encode(both).clone().chunk(2)
-                forward_backward(network, fixed._loss_of, *pair, num_pairs=BATCH, ranks=Ranks())
+                forward_backward(network, fixed._loss_of, *pair, StepPlan(num_pairs=BATCH))
                 fixed.adam.step()
                 fixed.adam.zero_grad(set_to_none=True)
 

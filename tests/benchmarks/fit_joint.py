@@ -24,7 +24,7 @@ from lcmem_cli.engine.data.pairs import pairs_within
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, JointDetector, Scale
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.evaluation.recalibrate import Whitening
+from lcmem_cli.engine.training.last_layer import Whitening
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
 MIN_NEGATIVES = 300

@@ -40,7 +40,8 @@ PATCHES = {
     "lcmem_cli.engine.store.latents:SHARD_RECORDS": 5,
     "lcmem_cli.engine.evaluation.indexing:IMAGES_PER_SEGMENT": 5,
     "lcmem_cli.engine.detectors.embedding:_ROUND_IMAGES": 8,
-    "lcmem_cli.engine.training.loop:SECONDS_BETWEEN_STATES": 0.0,
+    "lcmem_cli.engine.training.state:SECONDS_BETWEEN_STATES": 0.0,
+    "lcmem_cli.engine.distributed:RENDEZVOUS_SECONDS": 30.0,
 }
 RESULTS = {
     "latents": ("meta.json", "plan.json", "index.parquet", "shards"),

@@ -17,7 +17,6 @@ Beside them:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import stat
@@ -39,10 +38,11 @@ from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.memory import LARGE_PIXELS, room_for
 from lcmem_cli.engine.data.pixels import UnusableValuesError, from_image, from_values
 from lcmem_cli.engine.errors import UnreadableImageError
-from lcmem_cli.engine.files import sha256_file
+from lcmem_cli.engine.files import sha256_bytes, sha256_file
 
 # Pillow refuses more than this when it opens a file, before it decodes.
 MAX_PIXELS = 2 * 89_478_485
+MAX_BYTES_AT_ONCE = 256 << 20
 DECODING_VERSION = 2
 """Raised where a rule changes the pixels of files that could be read before."""
 DEPTH_NOTE = "lcmem_depth"
@@ -218,7 +218,34 @@ def content_hash(path: Path) -> str:
         content = sha256_file(file)
     except OSError as error:
         raise UnreadableImageError(path, _reason(error, file)) from error
-    return hashlib.sha256(f"{content}#{frame + 1}".encode()).hexdigest() if frame else content
+    return _of_frame(content, frame)
+
+
+def read_once(path: Path) -> tuple[bytes | None, str]:
+    """Return a file's bytes and ``content_hash`` of these very bytes.
+
+    A file may be replaced between two readings. What is kept under a content's hash has to be made
+    of the bytes that were hashed, so they are read once for both.
+
+    Returns:
+        ``None`` for the bytes of a file of more than ``MAX_BYTES_AT_ONCE``.
+
+    Raises:
+        UnreadableImageError: the file cannot be read.
+    """
+    file, frame = split_frame(path)
+    try:
+        if _check_regular(file) > MAX_BYTES_AT_ONCE:
+            return None, content_hash(path)
+        data = file.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(path, _reason(error, file)) from error
+    return data, _of_frame(sha256_bytes(data), frame)
+
+
+def _of_frame(content: str, frame: int) -> str:
+    """Return the hash of one image of a file: of the first one that of the file."""
+    return sha256_bytes(f"{content}#{frame + 1}".encode()) if frame else content
 
 
 def why_missing(path: Path) -> str:

@@ -21,6 +21,7 @@ from lcmem_cli.engine.data.images import (
     content_hash,
     load_image,
     pixels_to_tensor,
+    read_once,
     resized_pixels,
 )
 from lcmem_cli.engine.data.looks import look_at
@@ -31,6 +32,7 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
+CHANGED = "has changed while it was read; run the same command again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,15 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
+        contents: SHA-256 of the bytes that each image was decoded from; none where they are no
+            images.
         remarks: ``[len(indices), 7]``, see ``Remarks``; of no rows where they are no images.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
+    contents: list[str] = dataclasses.field(default_factory=list)
     remarks: Remarks = dataclasses.field(default_factory=lambda: no_remarks(0))
 
 
@@ -57,6 +62,7 @@ class _Loaded:
 
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
+    content: str = ""
     reason: str | None = None
     remark: tuple[int, ...] = NOTHING_REMARKABLE
 
@@ -68,6 +74,7 @@ def iter_images(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
+    expected: Sequence[str] | None = None,
     edit: Edit | None = None,
 ) -> Iterator[LoadedBatch]:
     """Load images in order; the next batch is decoded while the caller works on this one.
@@ -83,6 +90,7 @@ def iter_images(
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
             returns what is to stand in its place. It runs in the decoding thread.
+        expected: SHA-256 that each file had before; one that has another now is unreadable.
         edit: gets a decoded image and its position, and returns what is to be resized.
 
     Yields:
@@ -90,8 +98,14 @@ def iter_images(
     """
 
     def load(index: int) -> _Loaded:
+        path = paths[index]
         try:
-            image = load_image(paths[index], size=size)
+            data, content = read_once(path)
+            if expected is not None and content != expected[index]:
+                return _Loaded(reason=CHANGED)
+            image = load_image(path, data=data, size=size)
+            if data is None and content_hash(path) != content:
+                return _Loaded(reason=CHANGED)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
         notes = image.info
@@ -109,8 +123,9 @@ def iter_images(
             int(look.is_page),
         )
         if transform is None:
-            return _Loaded(pixels=pixels, remark=remark)
-        return _Loaded(image=transform(pixels_to_tensor(pixels), index), remark=remark)
+            return _Loaded(pixels=pixels, content=content, remark=remark)
+        made = transform(pixels_to_tensor(pixels), index)
+        return _Loaded(image=made, content=content, remark=remark)
 
     outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
     try:
@@ -180,6 +195,7 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
     return LoadedBatch(
         indices=[index for index, _ in readable],
         images=batch,
+        contents=[outcome.content for _, outcome in readable],
         unreadable=[
             (index, outcome.reason)
             for index, outcome in zip(part, outcomes, strict=True)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ MAX_BYTES_IN_MEMORY = 256 << 20
 _ROUND_IMAGES = 512
 _ROUND_BYTES = 64 << 20
 
-Load = Callable[[Sequence[Path]], Iterator[LoadedBatch]]
+Load = Callable[[Sequence[Path], Sequence[str]], Iterator[LoadedBatch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,15 @@ def embed_files(
     paths: Sequence[Path],
     compute: Compute = DEFAULT_COMPUTE,
     *,
+    contents: Sequence[str | None] | None = None,
     with_blank: bool = True,
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, cost nothing more.
 
     Files that cannot be read, or that the network gives no finite features for, are listed, never
     skipped silently. Memory holds one round of images and the features, which go to a temporary
-    file where they are large.
+    file where they are large. Features are kept under the hash of the very bytes that they were
+    made of: a file that was replaced between hashing and decoding is listed, too.
 
     Args:
         detector: what embeds.
@@ -90,6 +92,7 @@ def embed_files(
         compute: how it is done. Features change by rounding at most with the batch size. The cache
             is filled as the work goes on, so that a killed run continues; each process gets the
             whole result, and the first one's cache is used for all.
+        contents: SHA-256 of each file, where they are known; ``None`` for those that are not.
         with_blank: keep images that show nothing but one colour; otherwise ``left_out`` lists them.
 
     Raises:
@@ -98,9 +101,13 @@ def embed_files(
     """
     batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
 
-    def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
+    def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
         return iter_images(
-            files, detector.input_size, workers=compute.num_workers, batch_size=batching.loaded
+            files,
+            detector.input_size,
+            workers=compute.num_workers,
+            batch_size=batching.loaded,
+            expected=expected,
         )
 
     return _embed(
@@ -111,6 +118,7 @@ def embed_files(
         key=lambda content: content,
         batching=batching,
         description=f"embedding ({detector.name})",
+        contents=contents,
         tells=True,
         with_blank=with_blank,
     )
@@ -152,13 +160,14 @@ def embed_perturbed(
         assert setting is not None
         return perturb(image, setting.transform, setting.strength, seed=seed, round_trip=round_trip)
 
-    def load(files: Sequence[Path]) -> Iterator[LoadedBatch]:
+    def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
         batches = iter_images(
             files,
             working_size,
             workers=compute.num_workers,
             batch_size=batching.loaded,
             transform=None if setting is None else edit,
+            expected=expected,
         )
         for batch in batches:
             yield dataclasses.replace(batch, images=resize_batch(batch.images, detector.input_size))
@@ -190,19 +199,25 @@ def _embed(
     description: str,
     tells: bool,
     with_blank: bool = True,
+    contents: Sequence[str | None] | None = None,
 ) -> EmbeddedFiles:
-    hashes, failed_files = hash_files(paths, compute)
+    hashes: list[str | None] = [None] * len(paths) if contents is None else list(contents)
+    unknown = [index for index, content in enumerate(hashes) if content is None]
+    found, failed = hash_files([paths[index] for index in unknown], compute)
+    for index, content in zip(unknown, found, strict=True):
+        hashes[index] = content
+    failed_files = {unknown[place]: reason for place, reason in failed.items()}
     first: dict[str, int] = {}
     for index, content in enumerate(hashes):
         if content is not None:
             first.setdefault(content, index)
     work = _Features(detector, [key(content) for content in first], compute)
-    files = [paths[index] for index in first.values()]
+    files = {row: (paths[index], content) for row, (content, index) in enumerate(first.items())}
     todo = work.fill_from_cache()
     passes = work.compute(todo, files, load, batching=batching, description=description)
     if tells:
         used = [row for row in range(len(files)) if row not in work.failed]
-        for text in remarks_texts([files[row] for row in used], work.remarks[used]):
+        for text in remarks_texts([files[row][0] for row in used], work.remarks[used]):
             compute.reporter.warn(text)
     blank = {} if with_blank else work.take_out_blank()
     row_of = dict(zip(first, work.close_gaps(), strict=True))
@@ -273,7 +288,7 @@ class _Features:
     def compute(
         self,
         todo: Sequence[int],
-        files: Sequence[Path],
+        files: Mapping[int, tuple[Path, str]],
         load: Load,
         *,
         batching: Batching,
@@ -281,11 +296,18 @@ class _Features:
     ) -> int:
         """Embed rows in rounds; after each, all processes hold the rows of all.
 
+        Args:
+            todo: rows to embed.
+            files: file and content of each row.
+            load: decodes files of known contents.
+            batching: images at a time.
+            description: of the work, for the user.
+
         Returns:
             Images embedded, over all processes.
         """
         mine = list(self.ranks.share(todo))
-        batches = load([files[row] for row in mine])
+        batches = load([files[row][0] for row in mine], [files[row][1] for row in mine])
         per_round = max(1, self.round_images // batching.loaded)
         most = -(-len(todo) // self.ranks.size)
         num_rounds = -(-most // (per_round * batching.loaded))

@@ -194,6 +194,8 @@ class _Addition:
     ) -> None:
         self.index = Index.open(folder)
         self.index.check(detector.fingerprint)
+        if compute.ranks.is_main:
+            self.index.verify()  # nothing is added to what is damaged
         self.unreadable: list[Unreadable] = []
         self.num_added = self.encoder_passes = 0
         self._records = manifest.records
@@ -241,9 +243,9 @@ class _Addition:
             self._detector,
             [self._paths[place] for place in missing],
             self._compute,
+            contents=[self._contents[place] for place in missing],
             with_blank=False,
         )
-        # A file that has changed since it was hashed is added with the content that was embedded.
         content_of = dict(zip(missing, embedded.content_hashes, strict=True))
         row_of = dict(zip(embedded.content_hashes, embedded.rows.tolist(), strict=True))
         images = []

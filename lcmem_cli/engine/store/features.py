@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.data.images import DECODING_VERSION
 from lcmem_cli.engine.data.remarks import Remarks, no_remarks
 from lcmem_cli.engine.files import atomic_path
+from lcmem_cli.engine.store.integrity import row_checksums
 
 MAX_CACHED_FEATURES = 16_384
 _SUFFIX = ".safetensors"
@@ -112,7 +112,7 @@ class FeatureCache:
         places = [self._find(content) for content in hashes]
         rows = [self._read(place) for place in places if place is not None]
         found = np.asarray([place is not None for place in places], dtype=bool)
-        return (np.stack(rows) if rows else np.zeros((0, 0), np.float32)), found
+        return (np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)), found
 
     def remarks(self, hashes: Sequence[str]) -> Remarks:
         """Return what is to be known of some images, ``[n, 7]``; of unknown ones nothing."""
@@ -144,9 +144,7 @@ class FeatureCache:
             return
         features = np.ascontiguousarray(features)
         keys = np.asarray([list(bytes.fromhex(content)) for content in hashes], dtype=np.uint8)
-        sums = np.asarray(
-            [_checksum(key, row) for key, row in zip(keys, features, strict=True)], np.uint32
-        )
+        sums = row_checksums(keys, features)
         if remarks is None:
             remarks = no_remarks(len(keys))
         name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
@@ -167,8 +165,7 @@ class FeatureCache:
             if shard.metadata().get("fingerprint") != self.fingerprint:
                 return
             keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
-            rows = shard.get_slice("features")
-            remarks = shard.get_tensor("remarks")
+            rows, remarks = shard.get_slice("features"), shard.get_tensor("remarks")
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
         number = len(self._shards)
@@ -177,7 +174,7 @@ class FeatureCache:
             self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
 
     def _read(self, place: _Place) -> NDArray[Any]:
-        row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1][0]
+        row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1]
         return row
 
     def _find(self, content: str) -> _Place | None:
@@ -188,14 +185,10 @@ class FeatureCache:
             if place not in self._checked:
                 key = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)
                 expected = self._shards[place.shard].checksums[place.row]
-                if _checksum(key, self._read(place)) != expected:
+                if row_checksums(key[None], self._read(place))[0] != expected:
                     places.pop(0)
                     continue
                 self._checked.add(place)
             return place
         self._places.pop(content, None)
         return None
-
-
-def _checksum(key: NDArray[np.uint8], row: NDArray[Any]) -> int:
-    return zlib.crc32(row.tobytes(), zlib.crc32(key.tobytes()))

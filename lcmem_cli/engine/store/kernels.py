@@ -162,14 +162,19 @@ def quantise(
         out: ``[n, d]`` uint8, written.
         error: ``[n]`` float64, written: ``Σ_k |w_k| |value_k - grid value_k|``.
     """
+    width = values.shape[1]
+    inverse, off = 1 / step, np.empty(width)
     for i in range(start, stop):
-        total = 0.0
-        for k in range(values.shape[1]):
+        # The sum has a loop of its own: its additions wait for each other, the rest need not.
+        for k in range(width):
             value = np.float64(values[i, k])
-            place = np.floor((value - low[k]) / step[k] + 0.5)
+            place = np.floor((value - low[k]) * inverse[k] + 0.5)
             place = min(max(place, 0.0), 255.0)
             out[i, k] = np.uint8(place)
-            total += size[k] * abs(value - (low[k] + place * step[k]))
+            off[k] = size[k] * abs(value - (low[k] + place * step[k]))
+        total = 0.0
+        for k in range(width):
+            total += off[k]
         error[i] = total
 
 

@@ -14,44 +14,41 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import tarfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
 from lcmem_cli.engine.data.images import is_readable
 from lcmem_cli.engine.data.loading import LoadedBatch, Transform, hash_files, iter_images
 from lcmem_cli.engine.data.manifest import Manifest, Record
 from lcmem_cli.engine.data.remarks import is_remarkable, no_remarks, remarks_texts
-from lcmem_cli.engine.distributed import Ranks, one_torch_thread, resolve_workers
-from lcmem_cli.engine.errors import (
-    CorruptFileError,
-    InputError,
-    LcmemError,
-    NotFiniteError,
-)
+from lcmem_cli.engine.distributed import Ranks, one_torch_thread
+from lcmem_cli.engine.documents import FileName, read_document
+from lcmem_cli.engine.errors import InputError, LcmemError, NotFiniteError
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
-from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
+from lcmem_cli.engine.store.integrity import check_file, naming_damage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 META_NAME, PLAN_NAME, INDEX_NAME, SHARD_FOLDER = "meta.json", "plan.json", "index.parquet", "shards"
 SHARD_RECORDS = 256
 SHARD_BYTES = 1 << 26
 STD_FLOOR = 1e-12
 _LIGHT_BYTES = 16 << 20
 _COLUMNS = ("path", "id", "Split", "ds_name")
-_CONTENT, _CONTENTS = "content", "contents"
+_CONTENT = "content"
+_REMEDY = "run the same lcmem latents command again, which makes it anew"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +80,69 @@ class EncodingResult(Result):
     package: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _LeftOut:
+    """An image that gave no latent."""
+
+    path: FileName
+    reason: FileName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ListedShard:
+    """A shard in the list of a finished store."""
+
+    file: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Meta:
+    """What ``meta.json`` of a finished store says; ``codec`` is a ``CodecSpec``."""
+
+    format: Literal[1]
+    codec: dict[str, Any]
+    image_size: int
+    manifest_digest: str
+    index_sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    unreadable: tuple[_LeftOut, ...]
+    shards: tuple[_ListedShard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Side:
+    """What stands beside a shard.
+
+    Attributes:
+        file: its name.
+        sha256: of it.
+        rows: of the list, one a latent.
+        contents: SHA-256 of each of these rows' files.
+        unreadable: images of the shard that gave no latent.
+        pixels: over all its latents.
+        sum: per channel.
+        sum_of_squares: per channel.
+    """
+
+    file: str
+    sha256: str
+    rows: list[int]
+    contents: list[str]
+    unreadable: list[_LeftOut]
+    pixels: int
+    sum: list[float]
+    sum_of_squares: list[float]
+
+
 class LatentStore:
     """A finished store, opened for reading; a shard is compared with its checksum on first use.
 
     Attributes:
         folder: where it is.
         records: images in the store, in list order.
-        contents: SHA-256 of the file that each image's latent was made from; ``None`` in a store
-            that does not know (written by an earlier version).
+        contents: SHA-256 of the file that each image's latent was made from.
         spec: codec that made the latents.
         image_size: side in pixels of what was encoded.
         mean: per channel ``[C]``.
@@ -99,25 +151,23 @@ class LatentStore:
         unreadable: images left out.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], table: Any) -> None:
+    def __init__(self, folder: Path, meta: _Meta, table: Any) -> None:
         self.folder = folder
-        self.spec = CodecSpec(**meta["codec"])
-        self.image_size = int(meta["image_size"])
-        self.mean = tuple(float(v) for v in meta["mean"])
-        self.std = tuple(float(v) for v in meta["std"])
-        self.manifest_digest = str(meta["manifest_digest"])
-        self.unreadable = tuple(Unreadable(**u) for u in meta["unreadable"])
-        self._shards = [(str(shard["file"]), str(shard["sha256"])) for shard in meta["shards"]]
-        for name, _ in self._shards:
-            if Path(name).name != name:
-                raise ValueError(f"shard {name!r} lies outside of the store")
+        self.spec = CodecSpec(**meta.codec)
+        self.image_size, self.manifest_digest = meta.image_size, meta.manifest_digest
+        self.mean, self.std = meta.mean, meta.std
+        self.unreadable = tuple(Unreadable(path=u.path, reason=u.reason) for u in meta.unreadable)
+        self._shards = meta.shards
+        for shard in self._shards:
+            if Path(shard.file).name != shard.file:
+                raise ValueError(f"shard {shard.file!r} lies outside of the store")
         self._verified: set[int] = set()
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         self.records = tuple(
             Record(*(_to_text(value) for value in row))  # type: ignore[arg-type]
             for row in zip(*(columns[name] for name in _COLUMNS), strict=True)
         )
-        self.contents = tuple(columns.get(_CONTENT) or [None] * len(self.records))
+        self.contents: tuple[str, ...] = tuple(columns[_CONTENT])
         self._shard = np.asarray(columns["shard"], dtype=np.int64)
         self._row = np.asarray(columns["row"], dtype=np.int64)
         # Shards stay mapped, a few hundred at most, so that reading costs no open call.
@@ -131,29 +181,16 @@ class LatentStore:
             InputError: there is none, or its encoding was not finished.
             CorruptFileError: its index is damaged.
         """
-        import pyarrow.lib
         import pyarrow.parquet
 
         if not (folder / META_NAME).is_file():
             state = "its encoding was not finished: run lcmem latents again"
             hint = state if (folder / PLAN_NAME).is_file() else "make one with: lcmem latents"
             raise InputError(f"{folder}: no latent store there; {hint}")
-        try:
-            meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-            if meta["format"] != FORMAT_VERSION:
-                raise InputError(f"{folder}: latent store format {meta['format']} is not known")
-            index = folder / INDEX_NAME
-            if sha256_file(index) != meta.get("index_sha256", sha256_file(index)):
-                raise ValueError(f"{INDEX_NAME} does not match its checksum")
-            return cls(folder, meta, pyarrow.parquet.read_table(index))
-        except (
-            ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError,
-            pyarrow.lib.ArrowException,
-        ) as error:  # fmt: skip
-            raise CorruptFileError(
-                f"{folder}: the index is damaged: {error}; run the same lcmem latents command "
-                "again, which makes it anew"
-            ) from error
+        meta = read_document(folder / META_NAME, _Meta, remedy=_REMEDY)
+        with naming_damage(folder / INDEX_NAME, _REMEDY):
+            check_file(folder / INDEX_NAME, meta.index_sha256)
+            return cls(folder, meta, pyarrow.parquet.read_table(folder / INDEX_NAME))
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -181,7 +218,7 @@ class LatentStore:
         changed = [
             record.path
             for record, before in zip(self.records, self.contents, strict=True)
-            if None not in (before, now := contents.get(record.path)) and now != before
+            if (now := contents.get(record.path)) is not None and now != before
         ]
         if changed:
             raise InputError(
@@ -198,9 +235,9 @@ class LatentStore:
         """
         side = self.image_size // self.spec.downsampling
         counts = np.bincount(self._shard, minlength=len(self._shards))
-        for number, (name, _) in enumerate(self._shards):
-            path = self.folder / SHARD_FOLDER / name
-            with _naming_shard(path):
+        for number in range(len(self._shards)):
+            path = self._path(number)
+            with naming_damage(path, _REMEDY):
                 found = np.load(path, mmap_mode="r", allow_pickle=False).shape
                 wanted = (int(counts[number]), self.spec.latent_channels, side, side)
                 if found != wanted:
@@ -219,71 +256,48 @@ class LatentStore:
         """Return the rows of one split."""
         return [row for row, record in enumerate(self.records) if record.split == split]
 
-    def _verify(self, number: int) -> Path:
-        name, checksum = self._shards[number]
-        path = self.folder / SHARD_FOLDER / name
+    def _path(self, number: int) -> Path:
+        return self.folder / SHARD_FOLDER / self._shards[number].file
+
+    def _verify(self, number: int) -> None:
         if number not in self._verified:
-            with _naming_shard(path):
-                if sha256_file(path) != checksum:
-                    raise ValueError("the content does not match its checksum")
+            with naming_damage(self._path(number), _REMEDY):
+                check_file(self._path(number), self._shards[number].sha256)
             self._verified.add(number)
-        return path
 
     def _open_shard(self, number: int) -> NDArray[np.float32]:
-        path = self._verify(number)
-        shard: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._verify(number)
+        shard: NDArray[np.float32] = np.load(self._path(number), mmap_mode="r", allow_pickle=False)
         return shard
-
-
-@contextlib.contextmanager
-def _naming_shard(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a shard into an error that names it and says what to do."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(
-            f"{path}: missing or damaged ({error}); run the same lcmem latents command again, "
-            "which makes this shard anew"
-        ) from error
 
 
 def encode_latents(
     manifest: Manifest,
     codec: Codec,
     output: Path,
+    compute: Compute = DEFAULT_COMPUTE,
     *,
     image_size: int,
-    batch_size: int = 16,
-    workers: int = -1,
     seed: int = 0,
     max_unreadable: int = 0,
     package: bool = False,
-    ranks: Ranks | None = None,
-    reporter: Reporter = SILENT,
 ) -> EncodingResult:
     """Encode every image of a list, continuing what an earlier run left unfinished.
 
     Shards that are there and match their checksum are kept; the others are made anew, and so are
-    those that lack an image which can be read by now, or hold one whose file has changed (not in a
-    store of an earlier version, which does not know). A shard's
-    bytes depend neither on the number of processes nor on where an earlier run was stopped. While
-    the codec works on a batch, the next is decoded and the last shard is written. A light codec on
-    a CPU works in the decoding threads, each on one image, so that all cores are busy with whatever
-    is to be done.
+    those that lack an image which can be read by now, or hold one whose file has changed. A shard's
+    bytes depend neither on the number of processes nor on where an earlier run was stopped.
 
     Args:
         manifest: images to encode.
         codec: frozen encoder.
         output: folder of the store.
+        compute: how it is done. The batch size is that of a codec call, or of what is decoded ahead
+            where the codec is light; latents do not depend on it.
         image_size: side in pixels that images are resized to.
-        batch_size: images per codec call, see ``Batching``, or those that are decoded ahead where
-            the codec is light; latents do not depend on it.
-        workers: decoding threads, which also run a light codec; -1 from the CPUs.
         seed: of posterior samples; each image has its own.
         max_unreadable: tolerated unreadable images.
         package: also write ``<output>.tar.gz``.
-        ranks: processes that share the shards.
-        reporter: receives progress.
 
     Raises:
         InputError: the folder holds latents of another codec, size or list, or the codec does not
@@ -292,69 +306,35 @@ def encode_latents(
         NotFiniteError: the codec gives NaN or infinity for an image; names it.
     """
     codec.check_sides(image_size, image_size)  # before anything is written
-    ranks = ranks or Ranks()
-    reporter = reporter if ranks.is_main else SILENT
+    ranks = compute.ranks
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
         plan = _plan(manifest, codec, image_size=image_size, seed=seed)
         if ranks.is_main:
             _check_plan(output, plan)
         ranks.barrier()  # the plan is there
         shards = _Shards(output, len(manifest), plan["shard_records"])
-        paths, threads = manifest.paths(), resolve_workers(workers, ranks.local_size)
-        looked_at = [
-            _look(shards, number, paths, threads) for number in ranks.share(range(len(shards)))
-        ]
-        found = [shard for part in ranks.gather(looked_at) for shard in part if shard is not None]
-        known = {shard.number for shard in found if shard.is_finished}
-        if ranks.is_main:
-            _tell_what_is_there(shards, found, reporter)
-        made = _encode_shards(
-            ranks.share([number for number in range(len(shards)) if number not in known]),
-            shards,
-            manifest,
-            codec,
-            image_size=image_size,
-            batch_size=batch_size,
-            workers=threads,
-            seed=seed,
-            reporter=reporter,
-        )
-        made_by_all = ranks.gather(made)  # also waits for every process
-        encoded_now = sum(count for count, _ in made_by_all)
-        told = [item for _, remarkable in made_by_all for item in remarkable]
-        remarks = no_remarks(len(told))
-        for place, (_, remark) in enumerate(told):
-            remarks[place] = remark
-        for text in remarks_texts([paths[row] for row, _ in told], remarks):
-            reporter.warn(text)
+        missing = _missing(shards, manifest, compute)
+        encoder = _Encoder(manifest, codec, shards, image_size, seed, compute)
+        made = ranks.gather(encoder.run(ranks.share(missing)))  # also waits for every process
+        _tell_remarks(manifest, [item for _, told in made for item in told], compute.reporter)
         if ranks.is_main:
             _write_meta(manifest, codec, shards, image_size)
         ranks.barrier()
-        return _finish(
-            shards,
-            num_encoded_now=encoded_now,
-            max_unreadable=max_unreadable,
-            archive=Path(f"{output.resolve()}.tar.gz") if package else None,
-            is_main=ranks.is_main,
-        )
+        store = LatentStore.open(output)
+        check_unreadable(store.unreadable, max_unreadable)
+        archive = Path(f"{output.resolve()}.tar.gz") if package else None
+        if archive is not None and ranks.is_main:
+            _write_package(shards, archive)
+    return _result(store, len(shards), sum(count for count, _ in made), archive)
 
 
-def _finish(
-    shards: _Shards,
-    *,
-    num_encoded_now: int,
-    max_unreadable: int,
-    archive: Path | None,
-    is_main: bool,
+def _result(
+    store: LatentStore, num_shards: int, num_encoded_now: int, archive: Path | None
 ) -> EncodingResult:
-    store = LatentStore.open(shards.folder)
-    check_unreadable(store.unreadable, max_unreadable)
-    if archive is not None and is_main:
-        _write_package(shards, archive)
     return EncodingResult(
-        folder=str(shards.folder),
+        folder=str(store.folder),
         num_images=len(store),
-        num_shards=len(shards),
+        num_shards=num_shards,
         num_encoded_now=num_encoded_now,
         codec=store.spec,
         image_size=store.image_size,
@@ -363,6 +343,25 @@ def _finish(
         unreadable=store.unreadable,
         package=None if archive is None else str(archive),
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Shard:
+    """A shard before it is written.
+
+    Attributes:
+        number: of the shard.
+        batches: its latents, ``[n, C, h, w]`` each, at least one.
+        rows: of the list, one a latent.
+        contents: SHA-256 of each of these rows' files.
+        unreadable: images of the shard that gave no latent.
+    """
+
+    number: int
+    batches: list[NDArray[np.float32]]
+    rows: list[int] = dataclasses.field(default_factory=list)
+    contents: list[str] = dataclasses.field(default_factory=list)
+    unreadable: list[_LeftOut] = dataclasses.field(default_factory=list)
 
 
 class _Shards:
@@ -395,117 +394,121 @@ class _Shards:
         """Return the file that tells what the latents are of."""
         return self.folder / SHARD_FOLDER / f"{number:06d}.json"
 
-    def side(self, number: int) -> dict[str, Any]:
+    def side(self, number: int) -> _Side:
         """Return what stands in the side file."""
-        values: dict[str, Any] = json.loads(self.side_path(number).read_text(encoding="utf-8"))
-        return values
+        return read_document(self.side_path(number), _Side, remedy=_REMEDY)
 
-    def is_whole(self, number: int) -> bool:
-        """Return whether a shard is there and matches its checksum."""
+    def whole(self, number: int) -> _Side | None:
+        """Return what is told of a shard that is there and matches its checksum."""
         try:
-            checksum: str = self.side(number)["sha256"]
-            return sha256_file(self.path(number)) == checksum
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            side = self.side(number)
+            check_file(self.path(number), side.sha256)
+        except (LcmemError, OSError, ValueError):
+            return None
+        return side
 
-    def write(
-        self,
-        number: int,
-        batches: Sequence[NDArray[np.float32]],
-        kept: list[int],
-        contents: list[str | None],
-        unreadable: list[dict[str, str]],
-    ) -> None:
+    def write(self, shard: _Shard) -> None:
         """Write a shard; its side file comes last, so that a shard that has one is complete.
 
         The file is what ``np.save`` would make of all batches, without a copy of them.
-
-        Args:
-            number: of the shard.
-            batches: its latents, ``[n, C, h, w]`` each, at least one.
-            kept: rows of the list that they belong to.
-            contents: SHA-256 of each of these rows' files.
-            unreadable: images of the shard that gave none.
         """
-        path = self.path(number)
-        channels, height, width = batches[0].shape[1:]
+        path = self.path(shard.number)
+        channels, height, width = shard.batches[0].shape[1:]
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,
             {
-                "descr": np.lib.format.dtype_to_descr(batches[0].dtype),
+                "descr": np.lib.format.dtype_to_descr(shard.batches[0].dtype),
                 "fortran_order": False,
-                "shape": (len(kept), channels, height, width),
+                "shape": (len(shard.rows), channels, height, width),
             },
         )
         digest = hashlib.sha256()
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            for part in (header.getbuffer(), *(batch.data for batch in batches)):
+            for part in (header.getbuffer(), *(batch.data for batch in shard.batches)):
                 file.write(part)
                 digest.update(part)
         total, squares = np.zeros(channels), np.zeros(channels)
-        for latent in itertools.chain.from_iterable(batches):
+        for latent in itertools.chain.from_iterable(shard.batches):
             exact = latent.astype(np.float64)
             total += exact.sum(axis=(1, 2))
             squares += np.square(exact).sum(axis=(1, 2))
-        write_json(
-            self.side_path(number),
-            {
-                "file": path.name,
-                "sha256": digest.hexdigest(),
-                "rows": kept,
-                _CONTENTS: contents,
-                "unreadable": unreadable,
-                "pixels": len(kept) * height * width,
-                "sum": total.tolist(),
-                "sum_of_squares": squares.tolist(),
-            },
+        side = _Side(
+            file=path.name,
+            sha256=digest.hexdigest(),
+            rows=shard.rows,
+            contents=shard.contents,
+            unreadable=shard.unreadable,
+            pixels=len(shard.rows) * height * width,
+            sum=total.tolist(),
+            sum_of_squares=squares.tolist(),
         )
+        write_json(self.side_path(shard.number), dataclasses.asdict(side))
 
 
-class _Found(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
     """A whole shard that an earlier run left.
 
     Attributes:
         number: of the shard.
         is_finished: whether it need not be made anew.
         num_changed: files that are not what they were when it was made.
-        knows_files: whether it says what they were; an earlier version's does not.
     """
 
     number: int
     is_finished: bool
     num_changed: int
-    knows_files: bool
 
 
-def _look(shards: _Shards, number: int, paths: Sequence[Path], workers: int) -> _Found | None:
+def _tell_remarks(
+    manifest: Manifest, told: Sequence[tuple[int, list[int]]], reporter: Reporter
+) -> None:
+    paths, remarks = manifest.paths(), no_remarks(len(told))
+    for place, (_, remark) in enumerate(told):
+        remarks[place] = remark
+    for text in remarks_texts([paths[row] for row, _ in told], remarks):
+        reporter.warn(text)
+
+
+def _missing(shards: _Shards, manifest: Manifest, compute: Compute) -> list[int]:
+    """Return the shards that have to be made, the same in every process, and tell the others."""
+    ranks = compute.ranks
+    looked_at = [
+        _look(shards, number, manifest, compute) for number in ranks.share(range(len(shards)))
+    ]
+    # Gathered, because all have to share the same list: one that looked later might find more.
+    found = [shard for part in ranks.gather(looked_at) for shard in part if shard is not None]
+    if ranks.is_main:
+        _tell_what_is_there(shards, found, compute.reporter)
+    known = {shard.number for shard in found if shard.is_finished}
+    return [number for number in range(len(shards)) if number not in known]
+
+
+def _look(shards: _Shards, number: int, manifest: Manifest, compute: Compute) -> _Found | None:
     """Return what is left of a shard, ``None`` where it is missing or damaged."""
-    if not shards.is_whole(number):
+    side = shards.whole(number)
+    if side is None:
         return None
-    side = shards.side(number)
-    now, _ = hash_files([paths[row] for row in side["rows"]], Compute(workers=workers))
-    before = side.get(_CONTENTS, now)
-    num_changed = sum(a is not None and a != b for a, b in zip(now, before, strict=True))
-    lacking = sorted(set(shards.rows(number)) - set(side["rows"]))
+    paths = manifest.paths()
+    alone = dataclasses.replace(
+        compute, ranks=Ranks(), workers=compute.num_workers
+    )  # the others look at other shards
+    now, _ = hash_files([paths[row] for row in side.rows], alone)
+    num_changed = sum(a is not None and a != b for a, b in zip(now, side.contents, strict=True))
+    lacking = sorted(set(shards.rows(number)) - set(side.rows))
     return _Found(
         number=number,
         is_finished=not num_changed and not any(is_readable(paths[row]) for row in lacking),
         num_changed=num_changed,
-        knows_files=_CONTENTS in side,
     )
 
 
 def _tell_what_is_there(shards: _Shards, found: Sequence[_Found], reporter: Reporter) -> None:
     """Report shards that an earlier run left, and those that are made anew."""
-    finished = [shard for shard in found if shard.is_finished]
-    if finished:
-        reporter.event("continuing", shards_found=len(finished), shards=len(shards))
-    if not all(shard.knows_files for shard in finished):
-        reporter.warn(
-            f"{shards.folder}: made by an earlier version, it does not know the files that it was "
-            "made from; where images have changed, remove it and run lcmem latents again"
-        )
+    num_finished = sum(shard.is_finished for shard in found)
+    if num_finished:
+        reporter.event("continuing", shards_found=num_finished, shards=len(shards))
     num_changed = sum(shard.num_changed for shard in found)
     if num_changed:
         reporter.warn(
@@ -525,90 +528,108 @@ def _tell_what_is_there(shards: _Shards, found: Sequence[_Found], reporter: Repo
         )
 
 
-def _encode_shards(
-    numbers: Sequence[int],
-    shards: _Shards,
-    manifest: Manifest,
-    codec: Codec,
-    *,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    reporter: Reporter,
-) -> tuple[int, list[tuple[int, list[int]]]]:
-    """Encode and write some shards.
+class _Encoder:
+    """Encodes and writes shards.
 
-    Returns:
-        How many images were encoded; and those of which there is something to say, with it.
+    While the codec works on a batch, the next is decoded and the last shard is written. A light
+    codec on a CPU works in the decoding threads, each on one image, so that all cores are busy with
+    whatever is to be done.
+
+    Args:
+        manifest: the images.
+        codec: what encodes them.
+        shards: where the latents go.
+        image_size: side in pixels.
+        seed: of posterior samples.
+        compute: how it is done.
     """
-    paths = manifest.paths()
-    batching = Batching(batch_size, codec.device, reporter=reporter)
-    encode = functools.partial(_encode, codec, seed=seed)
-    stop = threading.Event()
-    is_light = codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
 
-    contents: dict[int, list[str | None]] = {}
+    def __init__(
+        self,
+        manifest: Manifest,
+        codec: Codec,
+        shards: _Shards,
+        image_size: int,
+        seed: int,
+        compute: Compute,
+    ) -> None:
+        self.manifest, self.shards, self.compute = manifest, shards, compute
+        self.image_size = image_size
+        self.paths = manifest.paths()
+        self.batching = Batching(compute.batch_size, codec.device, reporter=compute.reporter)
+        self.encode = functools.partial(_encode, codec, seed=seed)
+        self.is_light = (
+            codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
+        )
+        self.nothing = np.zeros(
+            (0, codec.spec.latent_channels, *_side(codec, image_size)), dtype=np.float32
+        )
+        self.stop = threading.Event()
+        self.num_encoded = 0
+        self.remarkable: list[tuple[int, list[int]]] = []
 
-    def load() -> Iterator[tuple[int, LoadedBatch]]:
+    def run(self, numbers: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+        """Encode and write some shards.
+
+        Returns:
+            How many images were encoded; and those of which there is something to say, with it.
+        """
+        writing: Future[None] | None = None
+        total = sum(len(self.shards.rows(number)) for number in numbers)
+        with (
+            one_torch_thread() if self.is_light else contextlib.nullcontext(),
+            ThreadPoolExecutor(1) as writer,
+            self.compute.reporter.task("latents", total, unit="image") as task,
+            contextlib.closing(_one_ahead(self._load(numbers), self.stop)) as loaded,
+        ):
+            for number, batches in itertools.groupby(loaded, lambda item: item[0]):
+                shard = _Shard(number=number, batches=[self.nothing])
+                for _, batch in batches:
+                    self._add(shard, batch)
+                    task.advance(len(batch.indices) + len(batch.unreadable))
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self.shards.write, shard)
+            if writing is not None:
+                writing.result()
+        return self.num_encoded, self.remarkable
+
+    def _load(self, numbers: Sequence[int]) -> Iterator[tuple[int, LoadedBatch]]:
         # Batches never span shards, so their composition does not depend on what is left to do.
         for number in numbers:
-            rows = shards.rows(number)
-            names = [manifest.records[row].path for row in rows]
-            # Before they are decoded: a file that changes meanwhile is found out by the next run.
-            contents[number], _ = hash_files([paths[row] for row in rows], Compute(workers=workers))
+            rows = self.shards.rows(number)
+            names = [self.manifest.records[row].path for row in rows]
             batches = iter_images(
-                [paths[row] for row in rows],
-                image_size,
-                workers=workers,
-                batch_size=batching.loaded,
-                transform=_each(encode, names, stop) if is_light else None,
+                [self.paths[row] for row in rows],
+                self.image_size,
+                workers=self.compute.num_workers,
+                batch_size=self.batching.loaded,
+                transform=_each(self.encode, names, self.stop) if self.is_light else None,
             )
             for batch in batches:
                 yield number, batch
 
-    num_encoded = 0
-    remarkable: list[tuple[int, list[int]]] = []
-    writing: Future[None] | None = None
-    nothing = np.zeros((0, codec.spec.latent_channels, *_side(codec, image_size)), np.float32)
-    total = sum(len(shards.rows(number)) for number in numbers)
-    with (
-        one_torch_thread() if is_light else contextlib.nullcontext(),
-        ThreadPoolExecutor(1) as writer,
-        reporter.task("latents", total, unit="image") as task,
-        contextlib.closing(_one_ahead(load(), stop)) as loaded,
-    ):
-        for number, batches in itertools.groupby(loaded, lambda item: item[0]):
-            rows = shards.rows(number)
-            collected = [nothing]
-            kept: list[int] = []
-            unreadable: list[dict[str, str]] = []
-            for _, batch in batches:
-                unreadable += [
-                    {"path": manifest.records[rows[i]].path, "reason": reason}
-                    for i, reason in batch.unreadable
-                ]
-                remarkable += [
-                    (rows[i], remark.tolist())
-                    for i, remark in zip(batch.indices, batch.remarks, strict=True)
-                    if is_remarkable(remark)
-                ]
-                names = [manifest.records[rows[i]].path for i in batch.indices]
-                if names and is_light:
-                    collected.append(batch.images.numpy())
-                elif names:
-                    collected.append(batching.call(encode, batch.images, names))
-                kept += [rows[i] for i in batch.indices]
-                task.advance(len(batch.indices) + len(batch.unreadable))
-            if writing is not None:
-                writing.result()
-            hashes = contents.pop(number)
-            known = [hashes[row - rows.start] for row in kept]
-            writing = writer.submit(shards.write, number, collected, kept, known, unreadable)
-            num_encoded += len(kept)
-        if writing is not None:
-            writing.result()
-    return num_encoded, remarkable
+    def _add(self, shard: _Shard, batch: LoadedBatch) -> None:
+        """Add the images of a batch to the shard that they belong to."""
+        rows = self.shards.rows(shard.number)
+        kept = [rows[index] for index in batch.indices]
+        names = [self.manifest.records[row].path for row in kept]
+        if names and self.is_light:
+            shard.batches.append(batch.images.numpy())
+        elif names:
+            shard.batches.append(self.batching.call(self.encode, batch.images, names))
+        shard.rows += kept
+        shard.contents += batch.contents
+        shard.unreadable += [
+            _LeftOut(path=self.manifest.records[rows[index]].path, reason=reason)
+            for index, reason in batch.unreadable
+        ]
+        self.num_encoded += len(kept)
+        self.remarkable += [
+            (row, remark.tolist())
+            for row, remark in zip(kept, batch.remarks, strict=True)
+            if is_remarkable(remark)
+        ]
 
 
 def _each(
@@ -705,13 +726,10 @@ def _check_plan(output: Path, plan: dict[str, Any]) -> None:
     """
     path = output / PLAN_NAME
     if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in plan if known.get(key) != plan[key]]
-        except (ValueError, AttributeError) as error:
-            raise CorruptFileError(
-                f"{path}: damaged ({error}); remove the folder and run lcmem latents again"
-            ) from error
+        known = read_document(
+            path, dict[str, Any], remedy="remove the folder and run lcmem latents again"
+        )
+        different = [key for key in plan if known.get(key) != plan[key]]
         if different:
             details = "\n".join(
                 f"  {key}: {_short(known.get(key))} there, {_short(plan[key])} now"
@@ -733,21 +751,17 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
     import pyarrow
     import pyarrow.parquet
 
-    listed, unreadable, rows, contents = [], [], [], []
+    sides = [shards.side(number) for number in range(len(shards))]
     channels = codec.spec.latent_channels
     total, square, pixels = np.zeros(channels), np.zeros(channels), 0
-    for number in range(len(shards)):
-        side = shards.side(number)
-        listed.append({"file": side["file"], "sha256": side["sha256"]})
-        unreadable += side["unreadable"]
-        rows += [(r, number, i) for i, r in enumerate(side["rows"])]
-        contents += side.get(_CONTENTS, [None] * len(side["rows"]))
-        total += np.asarray(side["sum"])  # in shard order: the same for any number of processes
-        square += np.asarray(side["sum_of_squares"])
-        pixels += side["pixels"]
+    for side in sides:  # in shard order: the same for any number of processes
+        total += np.asarray(side.sum)
+        square += np.asarray(side.sum_of_squares)
+        pixels += side.pixels
     mean = total / max(pixels, 1)
     std = np.sqrt(np.maximum(square / max(pixels, 1) - np.square(mean), STD_FLOOR**2))
-    records = [manifest.records[r] for r, _, _ in rows]
+    records = [manifest.records[row] for side in sides for row in side.rows]
+    counts = [len(side.rows) for side in sides]
     table = pyarrow.table(
         {
             # Bytes, because file names need not be text.
@@ -755,27 +769,25 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
                 column: pyarrow.array([_to_bytes(r[place]) for r in records], pyarrow.binary())
                 for place, column in enumerate(_COLUMNS)
             },
-            _CONTENT: pyarrow.array(contents, pyarrow.string()),
-            "shard": pyarrow.array([s for _, s, _ in rows], pyarrow.int64()),
-            "row": pyarrow.array([i for _, _, i in rows], pyarrow.int64()),
+            _CONTENT: pyarrow.array([c for side in sides for c in side.contents], pyarrow.string()),
+            "shard": pyarrow.array(np.repeat(np.arange(len(sides)), counts), pyarrow.int64()),
+            "row": pyarrow.array([i for n in counts for i in range(n)], pyarrow.int64()),
         }
     )
     with atomic_path(shards.folder / INDEX_NAME) as temporary:
         pyarrow.parquet.write_table(table, temporary)
-    write_json(
-        shards.folder / META_NAME,
-        {
-            "format": FORMAT_VERSION,
-            "codec": dataclasses.asdict(codec.spec),
-            "image_size": image_size,
-            "manifest_digest": manifest.digest,
-            "index_sha256": sha256_file(shards.folder / INDEX_NAME),
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "unreadable": unreadable,
-            "shards": listed,
-        },
+    meta = _Meta(
+        format=FORMAT_VERSION,
+        codec=dataclasses.asdict(codec.spec),
+        image_size=image_size,
+        manifest_digest=manifest.digest,
+        index_sha256=sha256_file(shards.folder / INDEX_NAME),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        unreadable=tuple(item for side in sides for item in side.unreadable),
+        shards=tuple(_ListedShard(file=side.file, sha256=side.sha256) for side in sides),
     )
+    write_json(shards.folder / META_NAME, dataclasses.asdict(meta))
 
 
 def _write_package(shards: _Shards, archive: Path) -> None:

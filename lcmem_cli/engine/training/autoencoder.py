@@ -7,15 +7,12 @@ adversarial and perceptual parts, which latents for comparison do not need.
 
 from __future__ import annotations
 
-import collections
 import csv
 import dataclasses
 import io
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +20,25 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
-from lcmem_cli.engine.distributed import resolve_device, resolve_workers
-from lcmem_cli.engine.errors import InputError, TrainingDivergedError
+from lcmem_cli.engine.distributed import resolve_device
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import naming_target, write_json, write_text
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
 from lcmem_cli.engine.report.plots import plot_codec_losses
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, check_unreadable
 from lcmem_cli.engine.training.run import open_training_folder, readable_part
-from lcmem_cli.engine.training.state import read_state, unreadable_state, write_state
+from lcmem_cli.engine.training.sources import load_ahead
+from lcmem_cli.engine.training.state import StateFile
 
-STATE_NAME = "state.pt"
 CODEC_FOLDER = "codec"
 RESULT_NAME = "training.json"
 HISTORY_NAME = "history.csv"
 STEPS_BETWEEN_RECORDS = 50
-SECONDS_BETWEEN_STATES = 60.0
 MAX_VALIDATION_IMAGES = 256
 CONSTANT = 20.0
 """Of the two constant channels of a group where the encoder starts from pixels; those hold values
@@ -49,7 +46,6 @@ in [-1, 1]."""
 ALMOST_LINEAR = 8.0
 """Within 2 of this SiLU is within 0.015 of its argument."""
 START_LOG_VARIANCE = -6.0
-_BATCHES_AHEAD = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +106,7 @@ def start_from_pixels(model: Any) -> None:
     Raises:
         InputError: there are fewer channels than values in a block of pixels.
     """
+    # Longer than others: one derivation, of which no part has a meaning by itself.
     encoder = model.encoder
     groups, channels = encoder.conv_norm_out.num_groups, encoder.conv_norm_out.num_channels
     members = torch.arange(channels).reshape(groups, -1)
@@ -162,7 +159,7 @@ def start_from_pixels(model: Any) -> None:
     model.quant_conv.bias.zero_()
 
 
-def train_codec_on(
+def train_codec(
     config: CodecConfig,
     filelist: Path,
     *,
@@ -172,71 +169,40 @@ def train_codec_on(
     max_unreadable: int = 0,
     reporter: Reporter = SILENT,
 ) -> CodecTrainingResult:
-    """Train a codec on the TRAIN images of a list; see ``train_codec``.
-
-    Raises:
-        UnreadableLimitError: more unreadable images than tolerated.
-    """
-    manifest, unreadable = readable_part(
-        load_manifest(filelist, basedir=basedir, max_missing=max_unreadable),
-        config.runtime.num_workers,
-        reporter,
-    )
-    check_unreadable(unreadable, max_unreadable)
-    return train_codec(
-        config,
-        train_paths=manifest.select("TRAIN").paths(),
-        val_paths=manifest.select("VAL").paths(),
-        data_digest=manifest.digest,
-        output=output,
-        resume=resume,
-        reporter=reporter,
-    )
-
-
-def train_codec(
-    config: CodecConfig,
-    *,
-    train_paths: Sequence[Path],
-    val_paths: Sequence[Path],
-    data_digest: str,
-    output: Path,
-    resume: bool = False,
-    reporter: Reporter = SILENT,
-) -> CodecTrainingResult:
-    """Train an autoencoder and write it as a diffusers folder, ``output/codec``.
+    """Train an autoencoder on the TRAIN images of a list; write a diffusers folder.
 
     Args:
         config: shape, loss and schedule.
-        train_paths: readable training images.
-        val_paths: readable images that the reconstruction error is measured on.
-        data_digest: identifies the image list.
-        output: run folder.
+        filelist: images with splits; the reconstruction error is measured on VAL.
+        basedir: folder that its paths start from.
+        output: run folder; the codec is its folder ``codec``.
         resume: continue a run that stopped.
+        max_unreadable: tolerated unreadable images.
         reporter: receives progress.
 
     Raises:
+        UnreadableLimitError: more unreadable images than tolerated.
         InputError: no images, sizes that do not fit, or a folder of another run.
         TrainingDivergedError: the loss became NaN or infinite.
     """
+    # A codec is small and trained by one process, whatever the launcher has started.
+    compute = Compute(
+        device=config.runtime.device, workers=config.runtime.num_workers, reporter=reporter
+    )
+    listed = load_manifest(filelist, basedir=basedir, max_missing=max_unreadable)
+    manifest, unreadable = readable_part(listed, compute)
+    check_unreadable(unreadable, max_unreadable)
+    train_paths, val_paths = (manifest.select(split).paths() for split in ("TRAIN", "VAL"))
     check_inputs(config, len(train_paths), len(val_paths))
-    with open_training_folder(output, config, data_digest, resume=resume) as run_digest:
-        trainer = _CodecTrainer(config, list(train_paths), output, run_digest, reporter)
+    with open_training_folder(output, config, manifest.digest, resume=resume) as run_digest:
+        trainer = _CodecTrainer(config, train_paths, output, run_digest, compute)
         trainer.run()
         trainer.model.eval()
         count = min(len(val_paths), MAX_VALIDATION_IMAGES)
         rng = np.random.default_rng(config.runtime.seed)
         drawn = np.sort(rng.choice(len(val_paths), count, replace=False))
         error, psnr = _reconstruction_error(trainer, [val_paths[row] for row in drawn])
-        folder = output / CODEC_FOLDER
-        model: Any = trainer.model.cpu()
-        with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
-            made = Path(temporary) / CODEC_FOLDER
-            model.save_pretrained(made)
-            if folder.exists():
-                folder.rename(Path(temporary) / "former")
-            made.rename(folder)
-        codec = Codec(model, name=str(folder), input_range=config.input_range)
+        codec = _write_codec(trainer.model.cpu(), output, config)
         result = CodecTrainingResult(
             codec=codec.spec,
             num_encoder_parameters=sum(v.numel() for v in codec.encoder_state().values()),
@@ -246,6 +212,18 @@ def train_codec(
         )
         write_json(output / RESULT_NAME, result.to_dict())
         return result
+
+
+def _write_codec(model: Any, output: Path, config: CodecConfig) -> Codec:
+    """Write a diffusers folder in the place of a former one, whole or not at all."""
+    folder = output / CODEC_FOLDER
+    with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
+        made = Path(temporary) / CODEC_FOLDER
+        model.save_pretrained(made)
+        if folder.exists():
+            folder.rename(Path(temporary) / "former")
+        made.rename(folder)
+    return Codec(model, name=str(folder), input_range=config.input_range)
 
 
 def check_inputs(config: CodecConfig, num_train: int, num_val: int) -> None:
@@ -277,11 +255,11 @@ class _CodecTrainer:
         paths: list[Path],
         folder: Path,
         run_digest: str,
-        reporter: Reporter,
+        compute: Compute,
     ) -> None:
-        self.config, self.paths, self.folder = config, paths, folder
-        self.run_digest, self.reporter = run_digest, reporter
-        self.device = torch.device(resolve_device(config.runtime.device))
+        self.config, self.paths, self.folder, self.compute = config, paths, folder, compute
+        self.device = torch.device(resolve_device(compute.device))
+        self.file = StateFile(folder, run_digest, self.device)
         self.model: Any = build_autoencoder(config).to(self.device)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=config.schedule.learning_rate)
         self.step = 0
@@ -294,8 +272,7 @@ class _CodecTrainer:
         self.model.train()
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)
-        last_saved = time.monotonic()
-        with self.reporter.task("codec", schedule.steps, unit="step") as task:
+        with self.compute.reporter.task("codec", schedule.steps, unit="step") as task:
             task.advance(self.step)
             for images in self._stream():
                 error, divergence = self._train_step(images)
@@ -307,9 +284,8 @@ class _CodecTrainer:
                     count = (self.step - 1) % STEPS_BETWEEN_RECORDS + 1
                     self.history.append([self.step, *(value / count for value in self.sums)])
                     self.sums = [0.0, 0.0]
-                if time.monotonic() - last_saved > SECONDS_BETWEEN_STATES:
+                if self.file.is_due:
                     self._save()
-                    last_saved = time.monotonic()
         self._save()
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -337,11 +313,9 @@ class _CodecTrainer:
         divergence = posterior.kl().sum() / inputs[:, 0].numel()
         loss = error + self.config.loss.kl_weight * divergence
         if not math.isfinite(float(loss.detach())):
-            path = self.folder / STATE_NAME
-            kept = f"the last good state is {path}" if path.is_file() else "none was saved before"
-            raise TrainingDivergedError(
-                f"the loss became {float(loss.detach())} at step {self.step + 1}; {kept}. Try a "
-                "smaller schedule.learning_rate in another folder"
+            raise self.file.diverged(
+                f"the loss became {float(loss.detach())} at step {self.step + 1}",
+                "a smaller schedule.learning_rate",
             )
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -352,9 +326,15 @@ class _CodecTrainer:
     def _stream(self) -> Iterator[torch.Tensor]:
         """Yield batches of random crops; each is a function of the seed and the step."""
         schedule = self.config.schedule
-        workers = resolve_workers(self.config.runtime.num_workers)
 
-        def crop(index: int, seed: int) -> torch.Tensor:
+        def draw(step: int) -> list[tuple[int, int]]:
+            rng = np.random.default_rng([self.config.runtime.seed, step])
+            rows = rng.integers(0, len(self.paths), schedule.batch_size)
+            seeds = rng.integers(0, 2**63 - 1, schedule.batch_size)
+            return list(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+        def crop(drawn: tuple[int, int]) -> torch.Tensor:
+            index, seed = drawn
             image = to_tensor(load_image(self.paths[index]), self.config.image.size)
             rng = np.random.default_rng(seed)
             room = self.config.image.size - schedule.crop_size
@@ -362,51 +342,30 @@ class _CodecTrainer:
             piece = image[:, top : top + schedule.crop_size, left : left + schedule.crop_size]
             return piece.flip(-1) if rng.random() < 0.5 else piece
 
-        waiting: collections.deque[list[Future[torch.Tensor]]] = collections.deque()
-        pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            for step in range(self.step, schedule.steps):
-                rng = np.random.default_rng([self.config.runtime.seed, step])
-                rows = rng.integers(0, len(self.paths), schedule.batch_size)
-                seeds = rng.integers(0, 2**63 - 1, schedule.batch_size)
-                waiting.append(
-                    [pool.submit(crop, int(r), int(s)) for r, s in zip(rows, seeds, strict=True)]
-                )
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield torch.stack([future.result() for future in waiting.popleft()])
-            while waiting:
-                yield torch.stack([future.result() for future in waiting.popleft()])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        steps = (draw(step) for step in range(self.step, schedule.steps))
+        for crops in load_ahead(crop, steps, workers=self.compute.num_workers):
+            yield torch.stack(crops)
 
     def _save(self) -> None:
-        payload = {
-            "run_digest": self.run_digest,
-            "step": self.step,
-            "history": self.history,
-            "sums": self.sums,
-            "model": self.model.state_dict(),
-            "adam": self.adam.state_dict(),
-        }
-        write_state(self.folder / STATE_NAME, payload)
+        self.file.save(
+            {
+                "step": self.step,
+                "history": self.history,
+                "sums": self.sums,
+                "model": self.model.state_dict(),
+                "adam": self.adam.state_dict(),
+            }
+        )
 
     def _restore(self) -> None:
-        path = self.folder / STATE_NAME
-        if not path.is_file():
-            return
-        try:
-            payload = read_state(path, self.device)
-            if payload["run_digest"] != self.run_digest:
-                raise InputError(
-                    f"{path}: is of another run (config or data); choose another folder"
-                )
+        def take(payload: dict[str, Any]) -> None:
             self.model.load_state_dict(payload["model"])
             self.adam.load_state_dict(payload["adam"])
             self.step, self.history = payload["step"], payload["history"]
             self.sums = payload["sums"]
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise unreadable_state(path, error) from error
-        self.reporter.event("resumed", step=self.step)
+
+        if self.file.restore(take):
+            self.compute.reporter.event("resumed", step=self.step)
 
 
 @torch.inference_mode()
@@ -414,7 +373,7 @@ def _reconstruction_error(trainer: _CodecTrainer, paths: Sequence[Path]) -> tupl
     """Return mean absolute error and PSNR of reconstructions on the scale [0, 1]."""
     absolute, squared, count = 0.0, 0.0, 0
     symmetric = trainer.config.input_range == "symmetric"
-    with trainer.reporter.task("reconstructions", len(paths), unit="image") as task:
+    with trainer.compute.reporter.task("reconstructions", len(paths), unit="image") as task:
         for path in paths:
             image = to_tensor(load_image(path), trainer.config.image.size)[None].to(trainer.device)
             inputs = image * 2 - 1 if symmetric else image

@@ -65,6 +65,7 @@ def align_stem(
     Raises:
         InputError: the two convolutions do not end at the same resolution.
     """
+    # Longer than others: sums, solution and residual of one regression share all their values.
     stem, pretrained_stem = first_convolution(network.backbone), first_convolution(pretrained)
     kernel = stem.kernel_size[0]
     padding = kernel // 2

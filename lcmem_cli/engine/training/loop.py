@@ -13,35 +13,37 @@ import dataclasses
 import functools
 import io
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.config import (
-    LossSection,
+    FinetuneConfig,
     OptimiserSection,
     RuntimeSection,
-    ScheduleSection,
+    Stage1Config,
 )
-from lcmem_cli.engine.distributed import Ranks
-from lcmem_cli.engine.errors import InputError, TrainingDivergedError
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
-from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.training.batch_norm import synchronise_batch_norm
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.sources import PairSource
-from lcmem_cli.engine.training.state import read_state, unreadable_state, write_state
-from lcmem_cli.engine.training.step import embed_batch_for_loss, forward_backward, rank_slice
+from lcmem_cli.engine.training.state import StateFile
+from lcmem_cli.engine.training.step import (
+    StepPlan,
+    embed_batch_for_loss,
+    forward_backward,
+    rank_slice,
+)
 from lcmem_cli.engine.training.teacher import Retention
 from lcmem_cli.engine.training.trackers import Log
 
-STATE_NAME = "state.pt"
 HISTORY_NAME = "history.csv"
-SECONDS_BETWEEN_STATES = 60.0
+_REMEDY = "a smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0,"
 _NUM_SUMS = len(TrainingLoss._fields) + 1  # each part of the loss, and the pairs
 
 
@@ -92,75 +94,76 @@ class _State:
     best_loss: float = math.inf
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs of one split: which are drawn, and where their latents come from."""
+
+    source: PairSource
+    sampler: PairSampler
+
+
 class Trainer:
     """Trains a Siamese network in a run folder.
 
     Args:
         network: on the training device; changed in place.
-        train: source and sampler of the training pairs.
-        validation: source and sampler of the validation pairs.
-        loss: see ``LossSection``.
-        optimiser: see ``OptimiserSection``.
-        schedule: see ``ScheduleSection``.
-        runtime: see ``RuntimeSection``.
-        folder: run folder; holds ``state.pt`` and ``history.csv``.
-        run_digest: identifies config, data and initial weights; a state of another is refused.
+        config: resolved.
+        train: training pairs.
+        validation: validation pairs.
+        folder: run folder; holds the state and ``history.csv``.
+        run_digest: see ``StateFile``.
         retention: holds features near a teacher's, if wanted.
-        log: takes each epoch's record, if wanted.
-        ranks: processes that share the work.
-        reporter: receives progress.
+        compute: how it is done.
     """
 
     def __init__(
         self,
         network: SiameseNetwork,
+        config: Stage1Config | FinetuneConfig,
         *,
-        train: tuple[PairSource, PairSampler],
-        validation: tuple[PairSource, PairSampler],
-        loss: LossSection,
-        optimiser: OptimiserSection,
-        schedule: ScheduleSection,
-        runtime: RuntimeSection,
+        train: Pairs,
+        validation: Pairs,
         folder: Path,
         run_digest: str,
         retention: Retention | None = None,
-        log: Log | None = None,
-        ranks: Ranks | None = None,
-        reporter: Reporter = SILENT,
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> None:
-        self.network = network
+        self.network, self.folder = network, folder
         self.device = next(network.parameters()).device
         if self.device.type == "cpu":
             network.to(memory_format=torch.channels_last)
-        self.train_source, self.train_sampler = train
-        self.val_source, val_sampler = validation
-        self.val_batches = val_sampler.validation()
-        self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
+        self.train, self.validation = train, validation
+        self.val_batches = validation.sampler.validation()
+        self.loss, self.optimiser, self.schedule = config.loss, config.optimiser, config.schedule
         self.retention = retention.to(self.device) if retention else None
-        self.log = log
-        self.ranks = ranks or Ranks()
-        self.folder, self.run_digest, self.reporter = folder, run_digest, reporter
+        self.ranks, self.reporter = compute.ranks, compute.reporter
+        self.file = StateFile(folder, run_digest, self.device)
         self.state = _State()
         self.synchronised = (
             self.ranks.size > 1
-            and not optimiser.freeze_statistics
+            and not self.optimiser.freeze_statistics
             and synchronise_batch_norm(network)
         )
-        self.adam = _build_adam(network, optimiser)
+        self.adam = _build_adam(network, self.optimiser)
         self.base_rates = [group["lr"] for group in self.adam.param_groups]
-        self.ema = copy.deepcopy(network).requires_grad_(False) if optimiser.ema_decay else None
+        self.ema: SiameseNetwork | None = None
+        if self.optimiser.ema_decay:
+            self.ema = copy.deepcopy(network).requires_grad_(False)
         self.best: dict[str, torch.Tensor] = {}
-        precision = resolve_precision(runtime, self.device)
+        precision = resolve_precision(config.runtime, self.device)
         self.autocast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        if runtime.compile:
+        if config.runtime.compile:
             network.backbone.compile()
-        batches = self.train_sampler.epoch(0)
+        batches = train.sampler.epoch(0)
         check_batches(batches, self.val_batches)
         self.steps_per_epoch = len(batches)
 
-    def run(self) -> TrainingOutcome:
+    def run(self, log: Log | None = None) -> TrainingOutcome:
         """Train to the end, continuing from a saved state if there is one.
+
+        Args:
+            log: takes each epoch's record, if wanted.
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite.
@@ -170,26 +173,28 @@ class Trainer:
         while not self._is_over():
             self._train_epoch()
             self._finish_epoch()
-        records = tuple(EpochRecord(**_record(row)) for row in self.state.history)
+            if log is not None:
+                log(self.state.history[-1])
+            self._save()
+        rows: list[dict[str, Any]] = [{**r, "epoch": int(r["epoch"])} for r in self.state.history]
         return TrainingOutcome(
             state=self.best,
-            history=records,
+            history=tuple(EpochRecord(**row) for row in rows),
             best_epoch=self.state.best_epoch,
             stopped_early=self.state.epoch < self.schedule.epochs,
         )
 
     def _train_epoch(self) -> None:
         state = self.state
-        batches = self.train_sampler.epoch(state.epoch)
+        batches = self.train.sampler.epoch(state.epoch)
         remaining = batches[state.step :]
         parts = [rank_slice(len(batch), self.ranks) for batch in remaining]
         self.network.train()
         freeze_statistics(self.network, trained=self.optimiser.freeze_statistics)
-        last_saved = time.monotonic()
         description = f"epoch {state.epoch + 1}/{self.schedule.epochs}"
         with self.reporter.task(description, len(batches), unit="step") as task:
             task.advance(state.step)
-            stream = self.train_source.stream(remaining, parts)
+            stream = self.train.source.stream(remaining, parts)
             for batch, (first, second) in zip(remaining, stream, strict=True):
                 loss = self._step(batch, first, second)
                 values = [float(part) for part in loss]
@@ -201,9 +206,8 @@ class Trainer:
                 if self.retention is not None:
                     shown["retention"] = values[3]
                 task.advance(**shown)
-                if time.monotonic() - last_saved > SECONDS_BETWEEN_STATES:
+                if self.file.is_due:
                     self._save()
-                    last_saved = time.monotonic()
 
     def _step(self, batch: PairBatch, first: torch.Tensor, second: torch.Tensor) -> TrainingLoss:
         number = self.state.epoch * self.steps_per_epoch + self.state.step
@@ -220,6 +224,26 @@ class Trainer:
             functools.partial(self._loss_of, batch=batch),
             first.to(self.device, non_blocking=True),
             second.to(self.device, non_blocking=True),
+            self._plan(batch),
+        )
+        where = f"at epoch {self.state.epoch + 1}, step {self.state.step + 1}"
+        if not math.isfinite(float(loss.total)):
+            raise self.file.diverged(f"the loss became {float(loss.total)} {where}", _REMEDY)
+        self.scaler.unscale_(self.adam)  # does nothing when disabled
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.optimiser.clip_norm or math.inf
+        )
+        # With gradient scaling an overflow is normal, and the scaler leaves the step out.
+        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):
+            raise self.file.diverged(f"the gradient became {float(norm)} {where}", _REMEDY)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        if self.ema is not None:
+            update_average(self.ema, self.network, self.optimiser.ema_decay, number)
+        return loss
+
+    def _plan(self, batch: PairBatch) -> StepPlan:
+        return StepPlan(
             num_pairs=len(batch),
             ranks=self.ranks,
             synchronised=self.synchronised,
@@ -228,31 +252,6 @@ class Trainer:
             autocast=self._autocast,
             scale=self.scaler.get_scale(),
         )
-        where = f"at epoch {self.state.epoch + 1}, step {self.state.step + 1}"
-        if not math.isfinite(float(loss.total)):
-            raise self._diverged(f"the loss became {float(loss.total)} {where}")
-        self.scaler.unscale_(self.adam)  # does nothing when disabled
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.network.parameters(), self.optimiser.clip_norm or math.inf
-        )
-        # With gradient scaling an overflow is normal, and the scaler leaves the step out.
-        if not self.scaler.is_enabled() and not math.isfinite(float(norm)):
-            raise self._diverged(f"the gradient became {float(norm)} {where}")
-        self.scaler.step(self.adam)
-        self.scaler.update()
-        if self.ema is not None:
-            update_average(self.ema, self.network, self.optimiser.ema_decay, number)
-        return loss
-
-    def _diverged(self, what: str) -> TrainingDivergedError:
-        path = self.folder / STATE_NAME
-        kept = "no good state was saved before"
-        if path.is_file():
-            kept = f"the last good state, of which --resume continues, is {path}"
-        return TrainingDivergedError(
-            f"{what}; {kept}. Try a smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0, "
-            "in another folder"
-        )
 
     def _finish_epoch(self) -> None:
         state = self.state
@@ -260,7 +259,9 @@ class Trainer:
         kept = self.ema or self.network
         val = self._validate(kept)
         if not math.isfinite(val[0]):
-            raise self._diverged(f"the VAL loss became {val[0]} after epoch {state.epoch + 1}")
+            raise self.file.diverged(
+                f"the VAL loss became {val[0]} after epoch {state.epoch + 1}", _REMEDY
+            )
         state.history.append(
             {
                 "epoch": state.epoch,
@@ -289,24 +290,16 @@ class Trainer:
         state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * _NUM_SUMS
         if self.ranks.is_main:
             self._write_history()
-        if self.log is not None:
-            self.log(state.history[-1])
-        self._save()
 
     @torch.no_grad()
     def _validate(self, network: SiameseNetwork) -> list[float]:
         network.eval()
         parts = [rank_slice(len(batch), self.ranks) for batch in self.val_batches]
         sums, count = [0.0, 0.0, 0.0], 0
-        stream = self.val_source.stream(self.val_batches, parts)
+        stream = self.validation.source.stream(self.val_batches, parts)
         for batch, (first, second) in zip(self.val_batches, stream, strict=True):
             features = embed_batch_for_loss(
-                network,
-                first.to(self.device),
-                second.to(self.device),
-                num_pairs=len(batch),
-                ranks=self.ranks,
-                autocast=self._autocast,
+                network, first.to(self.device), second.to(self.device), self._plan(batch)
             )
             loss = self._loss_of(*features, network.head)
             for index, part in enumerate(loss[:3]):
@@ -351,28 +344,20 @@ class Trainer:
     def _save(self) -> None:
         if not self.ranks.is_main:
             return
-        payload = {
-            "run_digest": self.run_digest,
-            "progress": dataclasses.asdict(self.state),
-            "network": self.network.state_dict(),
-            "adam": self.adam.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best": self.best,
-        }
-        write_state(self.folder / STATE_NAME, payload)
+        self.file.save(
+            {
+                "progress": dataclasses.asdict(self.state),
+                "network": self.network.state_dict(),
+                "adam": self.adam.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+            }
+        )
 
     def _restore(self) -> None:
-        path = self.folder / STATE_NAME
-        if not path.is_file():
-            return
-        try:
-            payload = read_state(path, self.device)
-            if payload["run_digest"] != self.run_digest:
-                raise InputError(
-                    f"{path}: belongs to a run with another config, data or initial weights; "
-                    "resume with what that run was started with, or choose another folder"
-                )
+        # Every draw is a function of seed, epoch and step, so no generator's state is saved.
+        def take(payload: dict[str, Any]) -> None:
             self.state = _State(**payload["progress"])
             self.network.load_state_dict(payload["network"])
             self.adam.load_state_dict(payload["adam"])
@@ -380,8 +365,9 @@ class Trainer:
                 self.ema.load_state_dict(payload["ema"])
             self.scaler.load_state_dict(payload["scaler"])
             self.best = {k: v.cpu() for k, v in payload["best"].items()}
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise unreadable_state(path, error) from error
+
+        if not self.file.restore(take):
+            return
         if self._is_over():
             self.reporter.event("already trained", epochs=self.state.epoch)
         else:
@@ -472,7 +458,3 @@ def resolve_precision(runtime: RuntimeSection, device: torch.device) -> str:
     if device.type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def _record(row: dict[str, float]) -> dict[str, Any]:
-    return {**row, "epoch": int(row["epoch"])}

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import Section, resumable_settings
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
-from lcmem_cli.engine.distributed import Ranks, resolve_workers
-from lcmem_cli.engine.errors import CorruptFileError, InputError
+from lcmem_cli.engine.distributed import Ranks
+from lcmem_cli.engine.documents import read_document
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock, write_json
-from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.runs import write_run_files
 
 RUN_NAME = "run.json"
 _CHECK_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What ``run.json`` says of the run of a folder."""
+
+    run_digest: str
+    settings: dict[str, Any]
+    data_digest: str
 
 
 @contextlib.contextmanager
@@ -49,9 +60,9 @@ def open_training_folder(
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
-    run = {"settings": resumable_settings(config), "data_digest": data_digest}
-    text = json.dumps(list(run.values()), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    settings = resumable_settings(config)
+    text = json.dumps([settings, data_digest], sort_keys=True)
+    run = _Record(hashlib.sha256(text.encode()).hexdigest(), settings, data_digest)
     lock = folder_lock(output) if ranks.is_main else contextlib.nullcontext()
     with lock:
         record = output / RUN_NAME
@@ -62,14 +73,14 @@ def open_training_folder(
                     f"{output}: holds a training run already; continue it with --resume, or choose "
                     "another folder"
                 )
-            if known.get("run_digest") != digest:
+            if known.run_digest != run.run_digest:
                 raise _another_run(output, known, config)
         ranks.barrier()
         if ranks.is_main:
             write_run_files(output, config.model_dump(mode="json"))
-            write_json(record, {"run_digest": digest, **run})
+            write_json(record, dataclasses.asdict(run))
         ranks.barrier()
-        yield digest
+        yield run.run_digest
 
 
 def check_continues(output: Path, config: Section) -> bool:
@@ -90,26 +101,19 @@ def check_continues(output: Path, config: Section) -> bool:
     return True
 
 
-def _another_run(output: Path, known: dict[str, Any], config: Section) -> InputError:
+def _another_run(output: Path, known: _Record, config: Section) -> InputError:
     """Say in what the run of a folder differs from the one that is started now."""
     differing = _what_differs(known, config)
-    if differing:
-        what = f"another {', '.join(differing)}"
-    elif known.get("settings"):
-        what = "other data or initial weights"
-    else:  # an older lcmem did not write its settings down
-        what = "another config, data or weights"
+    what = f"another {', '.join(differing)}" if differing else "other data or initial weights"
     return InputError(
         f"{output}: holds a run with {what} than given now; resume with the same, or choose "
         "another folder"
     )
 
 
-def _what_differs(known: dict[str, Any], config: Section) -> list[str]:
+def _what_differs(known: _Record, config: Section) -> list[str]:
     """Name the settings in which a recorded run differs from a config, with both values."""
-    there, now = _flat(known.get("settings")), _flat(resumable_settings(config))
-    if not there:
-        return []
+    there, now = _flat(known.settings), _flat(resumable_settings(config))
     return [
         f"{key} ({there.get(key, 'unset')} there, {now.get(key, 'unset')} now)"
         for key in sorted(dict(there.items() ^ now.items()))
@@ -126,25 +130,16 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(known, dict):
-            return known
-        reason = "not an object"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
-    raise CorruptFileError(f"{path}: damaged ({reason}); choose another folder, or remove this one")
+def _read_record(path: Path) -> _Record:
+    return read_document(path, _Record, remedy="choose another folder, or remove this one")
 
 
-def readable_part(
-    manifest: Manifest, num_workers: int, reporter: Reporter
-) -> tuple[Manifest, tuple[Unreadable, ...]]:
+def readable_part(manifest: Manifest, compute: Compute) -> tuple[Manifest, tuple[Unreadable, ...]]:
     """Decode every image once, so that no training dies of one hours later."""
     bad: dict[int, str] = {}
-    with reporter.task("checking images", len(manifest), unit="image") as task:
+    with compute.reporter.task("checking images", len(manifest), unit="image") as task:
         for batch in iter_images(
-            manifest.paths(), _CHECK_SIZE, workers=resolve_workers(num_workers), batch_size=64
+            manifest.paths(), _CHECK_SIZE, workers=compute.num_workers, batch_size=64
         ):
             bad.update(batch.unreadable)
             task.advance(len(batch.indices) + len(batch.unreadable))

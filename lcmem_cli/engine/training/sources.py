@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +20,37 @@ from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training.sampling import PairBatch
 
 LatentPair = tuple[torch.Tensor, torch.Tensor]
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 _BATCHES_AHEAD = 2
+
+
+def load_ahead(
+    load: Callable[[Item], Loaded], batches: Iterable[Sequence[Item]], *, workers: int
+) -> Iterator[list[Loaded]]:
+    """Load batches item by item, in order, while the caller works on an earlier one.
+
+    Args:
+        load: makes one item.
+        batches: items of each batch.
+        workers: threads; 0 loads in the calling thread. Each computes in one thread of torch, as
+            the training needs the other cores.
+    """
+    if workers == 0:
+        for items in batches:
+            yield [load(item) for item in items]
+        return
+    waiting: collections.deque[list[Future[Loaded]]] = collections.deque()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for items in batches:
+            waiting.append([pool.submit(load, item) for item in items])
+            if len(waiting) > _BATCHES_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class PairSource(abc.ABC):
@@ -50,20 +81,15 @@ class LatentSource(PairSource):
     def stream(self, batches: Sequence[PairBatch], part: Sequence[slice]) -> Iterator[LatentPair]:
         """Yield stored latents."""
 
-        def load(number: int) -> LatentPair:
-            batch, piece = batches[number], part[number]
+        def load(item: tuple[PairBatch, slice]) -> LatentPair:
+            batch, piece = item
             first = [self.rows[i] for i in batch.first[piece]]
             second = [self.rows[i] for i in batch.second[piece]]
             return self.store.latents(first), self.store.latents(second)
 
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            waiting: collections.deque[Future[LatentPair]] = collections.deque()
-            for number in range(len(batches)):
-                waiting.append(pool.submit(load, number))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        whole = ([item] for item in zip(batches, part, strict=True))
+        for (pair,) in load_ahead(load, whole, workers=1):
+            yield pair
 
 
 class ImageSource(PairSource):
@@ -96,8 +122,13 @@ class ImageSource(PairSource):
         self.working_size = working_size or image_size
         self.num_workers = num_workers
 
-    def pair(self, first: int, second: int, seed: int) -> LatentPair:
-        """Return the two images of one pair, ``[3, image_size, image_size]`` in [0, 1] each."""
+    def pair(self, rows: tuple[int, int, int]) -> LatentPair:
+        """Return the two images of one pair, ``[3, image_size, image_size]`` in [0, 1] each.
+
+        Args:
+            rows: of the first and the second image, and the seed of the augmentation.
+        """
+        first, second, seed = rows
         return self._image(first, None), self._image(second, seed)
 
     def _image(self, row: int, seed: int | None) -> torch.Tensor:
@@ -116,25 +147,12 @@ class ImageSource(PairSource):
 
     def stream(self, batches: Sequence[PairBatch], part: Sequence[slice]) -> Iterator[LatentPair]:
         """Yield latents encoded on the fly; decoding runs ahead in threads."""
-        if self.num_workers == 0:
-            for batch, piece in zip(batches, part, strict=True):
-                rows = zip(batch.first[piece], batch.second[piece], batch.seeds[piece], strict=True)
-                yield self._encode([self.pair(int(a), int(b), int(s)) for a, b, s in rows])
-            return
-        pool = ThreadPoolExecutor(
-            self.num_workers, initializer=torch.set_num_threads, initargs=(1,)
+        items = (
+            list(zip(*(v[piece].tolist() for v in (b.first, b.second, b.seeds)), strict=True))
+            for b, piece in zip(batches, part, strict=True)
         )
-        waiting: collections.deque[list[Future[LatentPair]]] = collections.deque()
-        try:
-            for batch, piece in zip(batches, part, strict=True):
-                rows = zip(batch.first[piece], batch.second[piece], batch.seeds[piece], strict=True)
-                waiting.append([pool.submit(self.pair, int(a), int(b), int(s)) for a, b, s in rows])
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield self._encode([future.result() for future in waiting.popleft()])
-            while waiting:
-                yield self._encode([future.result() for future in waiting.popleft()])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for pairs in load_ahead(self.pair, items, workers=self.num_workers):
+            yield self._encode(pairs)
 
     def _encode(self, pairs: list[LatentPair]) -> LatentPair:
         empty = torch.zeros(0, 3, self.image_size, self.image_size)

@@ -12,6 +12,7 @@ without a graph, then once more part by part with their share of the gradient.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,27 +33,11 @@ def rank_slice(num_pairs: int, ranks: Ranks) -> slice:
     return slice(start, start + base + (ranks.rank < extra))
 
 
-def forward_backward(
-    network: SiameseNetwork,
-    loss_of: LossOf,
-    latents_a: torch.Tensor,
-    latents_b: torch.Tensor,
-    *,
-    num_pairs: int,
-    ranks: Ranks,
-    synchronised: bool = False,
-    parts: int = 1,
-    step_seed: int = 0,
-    autocast: Autocast = contextlib.nullcontext,
-    scale: float = 1.0,
-) -> TrainingLoss:
-    """Compute the loss of the whole batch and leave its gradient in the parameters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """How one step is computed.
 
-    Args:
-        network: in training mode; existing gradients are added to.
-        loss_of: the loss of two feature matrices and the head.
-        latents_a: this process's part of the first images' latents, ``[b, C, h, w]``.
-        latents_b: the same of the second images.
+    Attributes:
         num_pairs: pairs of the whole batch, over all processes.
         ranks: the processes.
         synchronised: the network waits for the other processes, so that each has to run it equally
@@ -61,18 +46,45 @@ def forward_backward(
         step_seed: of stochastic depth; the same masks are drawn again in the second pass.
         autocast: context for mixed precision.
         scale: factor of the loss before the backward pass (gradient scaling in fp16).
+    """
+
+    num_pairs: int
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    synchronised: bool = False
+    parts: int = 1
+    step_seed: int = 0
+    autocast: Autocast = contextlib.nullcontext
+    scale: float = 1.0
+
+
+def forward_backward(
+    network: SiameseNetwork,
+    loss_of: LossOf,
+    latents_a: torch.Tensor,
+    latents_b: torch.Tensor,
+    plan: StepPlan,
+) -> TrainingLoss:
+    """Compute the loss of the whole batch and leave its gradient in the parameters.
+
+    Args:
+        network: in training mode; existing gradients are added to.
+        loss_of: the loss of two feature matrices and the head.
+        latents_a: this process's part of the first images' latents, ``[b, C, h, w]``.
+        latents_b: the same of the second images.
+        plan: how it is computed.
 
     Returns:
         The loss and its parts, detached and unscaled, the same in every process.
     """
-    single = parts == 1
+    ranks, single = plan.ranks, plan.parts == 1
     num_rows = latents_a.shape[0]
-    pieces = [p for p in torch.arange(num_rows).tensor_split(parts) if len(p) or synchronised]
+    pieces = [*torch.arange(num_rows).tensor_split(plan.parts)]
+    pieces = [p for p in pieces if len(p) or plan.synchronised]
 
     def embed(piece_number: int) -> torch.Tensor:
         rows = pieces[piece_number]
-        torch.manual_seed((step_seed + 7919 * piece_number + 104729 * ranks.rank) % 2**63)
-        with autocast():
+        torch.manual_seed((plan.step_seed + 7919 * piece_number + 104729 * ranks.rank) % 2**63)
+        with plan.autocast():
             both = network(torch.cat([latents_a[rows], latents_b[rows]]))
         features: torch.Tensor = both.float()
         return features
@@ -87,10 +99,10 @@ def forward_backward(
     empty = [latents_a.new_zeros(0, network.spec.num_features)]
     local_a = torch.cat([a for a, _ in halves] or empty).requires_grad_()
     local_b = torch.cat([b for _, b in halves] or empty).requires_grad_()
-    full_a = _gather(local_a, num_pairs, ranks)
-    full_b = _gather(local_b, num_pairs, ranks)
+    full_a = _gather(local_a, plan.num_pairs, ranks)
+    full_b = _gather(local_b, plan.num_pairs, ranks)
     loss = loss_of(full_a, full_b, network.head)
-    torch.autograd.backward(loss.total * scale)
+    torch.autograd.backward(loss.total * plan.scale)
     assert local_a.grad is not None and local_b.grad is not None
     for number, rows in enumerate(pieces):
         gradient = torch.cat([local_a.grad[rows], local_b.grad[rows]])
@@ -102,13 +114,7 @@ def forward_backward(
 
 
 def embed_batch_for_loss(
-    network: SiameseNetwork,
-    latents_a: torch.Tensor,
-    latents_b: torch.Tensor,
-    *,
-    num_pairs: int,
-    ranks: Ranks,
-    autocast: Autocast = contextlib.nullcontext,
+    network: SiameseNetwork, latents_a: torch.Tensor, latents_b: torch.Tensor, plan: StepPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embed this process's part of a batch and return the whole batch's features, for validation.
 
@@ -116,25 +122,27 @@ def embed_batch_for_loss(
         network: in evaluation mode; call under ``torch.no_grad``.
         latents_a: this process's part of the first images' latents, ``[b, C, h, w]``.
         latents_b: the same of the second images.
-        num_pairs: pairs of the whole batch.
-        ranks: the processes.
-        autocast: context for mixed precision.
+        plan: see ``StepPlan``; parts, seed and scale do not matter here.
 
     Returns:
         Two ``[num_pairs, n]`` float32 matrices, the same in every process.
     """
+    features_a = features_b = latents_a.new_zeros(0, network.spec.num_features)
     if len(latents_a):
-        with autocast():
+        with plan.autocast():
             features_a, features_b = network(torch.cat([latents_a, latents_b])).float().chunk(2)
-    else:
-        features_a = features_b = latents_a.new_zeros(0, network.spec.num_features)
-    return _gather(features_a, num_pairs, ranks), _gather(features_b, num_pairs, ranks)
+    return (
+        _gather(features_a, plan.num_pairs, plan.ranks),
+        _gather(features_b, plan.num_pairs, plan.ranks),
+    )
 
 
 def _gather(local: torch.Tensor, num_pairs: int, ranks: Ranks) -> torch.Tensor:
     """Return the rows of all processes in batch order; this process's own keep their graph."""
     if ranks.size == 1:
         return local
+    # ``all_gather`` takes tensors of one shape and returns copies without a graph: parts are padded
+    # to the largest, and this process's own copy is replaced by the tensor that knows its graph.
     import torch.distributed as dist
 
     width = -(-num_pairs // ranks.size)

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.config import RetentionSection
 from lcmem_cli.engine.data.augment import NONE, Augmentation
 from lcmem_cli.engine.data.loading import Transform, iter_readable
 from lcmem_cli.engine.data.manifest import Record
@@ -39,7 +41,6 @@ from lcmem_cli.engine.models.whitening import (
     spread,
     whitened_projection,
 )
-from lcmem_cli.engine.reporter import SILENT, Reporter
 
 TEACHER_NAME = "teacher.safetensors"
 MIN_DATASET = 60
@@ -120,20 +121,16 @@ class Member:
     def pool(
         self,
         paths: Sequence[Path],
+        compute: Compute = DEFAULT_COMPUTE,
         *,
         transform: Transform | None = None,
-        workers: int = 1,
-        ranks: Ranks | None = None,
-        reporter: Reporter = SILENT,
     ) -> list[torch.Tensor]:
         """Return the backbone's pooled features of images, by level, on the CPU.
 
         Args:
             paths: the images.
+            compute: its threads and processes share the work.
             transform: gets an image and its position in ``paths``, and alters it.
-            workers: decoding threads.
-            ranks: processes that share the work.
-            reporter: receives progress.
 
         Returns:
             ``[N, d]`` float32; with ``inner_stride`` those of ``TwoLevelBackbone``.
@@ -141,14 +138,15 @@ class Member:
         Raises:
             InputError: an image cannot be read.
         """
-        ranks = ranks or Ranks()
+        ranks = compute.ranks
         mine = ranks.share(list(paths))
         device = next(self.model.parameters()).device
         features, widths = self._features()
         transform = None if transform is None else _counting_all(transform, ranks)
         batches = iter_readable(
-            mine, self.image_size, task_name=f"features of {self.backbone}", workers=workers,
-            batch_size=_BATCH, transform=transform, reporter=reporter,
+            mine, self.image_size, task_name=f"features of {self.backbone}",
+            workers=compute.num_workers, batch_size=_BATCH, transform=transform,
+            reporter=compute.reporter,
         )  # fmt: skip
         parts: list[torch.Tensor] = []
         for images in batches:
@@ -156,6 +154,7 @@ class Member:
             if device.type == "cpu":
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             parts.append(features(pixels).float().cpu())
+        # Process r has every size-th image from the r-th on, so its rows go back to these places.
         gathered = ranks.gather(torch.cat(parts).numpy() if parts else None)
         known = [part for part in gathered if part is not None]
         whole: NDArray[np.float32] = np.empty((len(paths), known[0].shape[1]), dtype=np.float32)
@@ -205,9 +204,7 @@ class Teacher:
         num_features: int,
         seed: int,
         altered: Augmentation = NONE,
-        workers: int = 1,
-        ranks: Ranks | None = None,
-        reporter: Reporter = SILENT,
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> tuple[Teacher, torch.Tensor]:
         """Fit the projections to images: principal component analyses with a floor.
 
@@ -220,22 +217,19 @@ class Teacher:
             num_features: rows of the projections.
             seed: of the rotation and the edits.
             altered: edits of the copies.
-            workers: decoding threads.
-            ranks: processes that share the work.
-            reporter: receives progress.
+            compute: how the images are read.
 
         Returns:
             The teacher, and the images' pooled features ``[N, d]``.
         """
-        options: dict[str, Any] = {"workers": workers, "ranks": ranks, "reporter": reporter}
-        levels = [member.pool(paths, **options) for member in members]
+        levels = [member.pool(paths, compute) for member in members]
         widths = [[level.shape[1] for level in member] for member in levels]
         own = sum(widths[0])
         pooled = torch.cat([level for member in levels for level in member], dim=1)
         changes = None
         if altered.edits:
             transform = altered.drawn(len(paths), seed)
-            copies = torch.cat(members[0].pool(paths, transform=transform, **options), dim=1)
+            copies = torch.cat(members[0].pool(paths, compute, transform=transform), dim=1)
             changes = copies - pooled[:, :own]
         start = whitened_projection(
             pooled[:, :own], widths[0], num_features=num_features, seed=seed, changes=changes
@@ -253,24 +247,13 @@ class Teacher:
             projection = spread(left @ right @ joint * scales, centred)
         return Teacher(tuple(members), mean, projection.float(), start.float()), pooled
 
-    def pool(
-        self,
-        paths: Sequence[Path],
-        *,
-        workers: int = 1,
-        ranks: Ranks | None = None,
-        reporter: Reporter = SILENT,
-    ) -> torch.Tensor:
+    def pool(self, paths: Sequence[Path], compute: Compute = DEFAULT_COMPUTE) -> torch.Tensor:
         """Return the members' pooled features of images side by side, ``[N, d]``, on the CPU.
 
         Raises:
             InputError: an image cannot be read.
         """
-        levels = [
-            level
-            for member in self.members
-            for level in member.pool(paths, workers=workers, ranks=ranks, reporter=reporter)
-        ]
+        levels = [level for member in self.members for level in member.pool(paths, compute)]
         return torch.cat(levels, dim=1)
 
     def to(self, device: str | torch.device) -> Teacher:
@@ -301,6 +284,27 @@ class Teacher:
                 part = part / (part.std(dim=0) + FLOOR * overall)
             projected[rows] = part
         return F.normalize(projected, dim=1)
+
+    def retention(
+        self, section: RetentionSection, pooled: torch.Tensor, records: Sequence[Record]
+    ) -> Retention | None:
+        """Return the loss that holds a network to this teacher, ``None`` where it is off.
+
+        Args:
+            section: weights and temperature.
+            pooled: ``[N, d]``, of all TRAIN images: pairs name them by their rows, and each is told
+                from all the others.
+            records: one a row.
+        """
+        if not section.weight:
+            return None
+        return Retention(
+            self.targets(pooled, records),
+            records,
+            weight=section.weight,
+            instance_weight=section.instance_weight,
+            temperature=section.temperature,
+        )
 
     def save(self, path: Path) -> None:
         """Write the teacher, with its backbones, to one ``.safetensors`` file."""

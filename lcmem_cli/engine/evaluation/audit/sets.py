@@ -218,6 +218,7 @@ def list_set(
     """
     if not isinstance(source, Index) and is_index(Path(source)):
         source = Index.open(Path(source))
+        source.verify()  # an audit compares with every row
     if isinstance(source, Index):
         listing = Listing(
             what=what,
