@@ -489,7 +489,7 @@ def test_one_generated_and_one_training_image(tmp_path):
 
 
 def test_identical_images_everywhere(tmp_path):
-    plain = Image.new("RGB", (20, 20), (7, 7, 7))
+    plain = picture(7)
     for name in ("train", "generated"):
         (tmp_path / name).mkdir()
         for number in range(4):

@@ -255,6 +255,7 @@ def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
             uris=[None],
             generated=dict.fromkeys(names, 0),
             training={match.match: 0 for match in matches},
+            laid_over={},
         ),
         Distribution(generated=scores, null=scores, threshold=0.9, as_logit=False),
     )

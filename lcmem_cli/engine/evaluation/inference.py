@@ -213,11 +213,8 @@ def _score(
     chosen = choose_threshold(detector, threshold)
     if isinstance(chosen, AuditThreshold):
         verified = chosen.fused  # pairs are judged as the audit judged them
-    if threshold is None and chosen is not None and chosen.kind != "fpr":
-        compute.reporter.warn(
-            f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
-            f"{chosen.name}, at which unlike images pass as often as it says below"
-        )
+    if threshold is None:
+        _warn_of_other_kind(detector, chosen, compute.reporter)
     paths = list(dict.fromkeys(path for pair in pairs for path in pair))
     number = {path: place for place, path in enumerate(paths)}
     embedded = embed_files(detector, paths, compute)
@@ -264,6 +261,14 @@ def _score(
         unreadable=embedded.unreadable,
         blank=tuple(str(p) for p, b in zip(paths, remarks[:, BLANK], strict=True) if b >= 0),
     )
+
+
+def _warn_of_other_kind(detector: Detector, chosen: Threshold | None, reporter: Reporter) -> None:
+    if chosen is not None and chosen.kind != "fpr":
+        reporter.warn(
+            f"{detector.name} has no threshold for a false-positive rate; the verdict is by "
+            f"{chosen.name}, at which unlike images pass as often as it says below"
+        )
 
 
 def _decide(

@@ -40,8 +40,11 @@ from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
 SURELY_SAME = 25.0
-"""Evidence of a copy beyond doubt. Of the 180 closest pairs of different identities in 30 data sets
-the strongest had 10; copies saved as JPEG or mirrored mostly have more than 30."""
+"""Evidence of a copy beyond doubt.
+
+Of the 180 closest pairs of different identities in 30 data sets the strongest had 10. Nine of ten
+mirrored copies, and three of four JPEGs of quality 75, had more than 25.
+"""
 _SAME_FEATURES = 0.01
 """Largest distance, as a share of their length, of two features of the same pixels."""
 _MORE_NEIGHBOURS = 6
