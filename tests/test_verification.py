@@ -213,10 +213,24 @@ def test_threads_cache_and_order_change_nothing(folder: Path, tmp_path: Path) ->
 
 def test_a_bank_of_some_images_reads_only_these(folder: Path) -> None:
     files = [folder / "train0.png", folder / "gone.png", folder / "train2.png"]
-    bank = read_bank(files, ["0", "1", "2"], numbers=[2, 0])
+    hashes = [sha256_file(files[0]), "1", sha256_file(files[2])]
+    bank = read_bank(files, hashes, numbers=[2, 0])
     assert len(bank.rows) == 2 and bank[2] is not None
     expected = local_features(Image.open(files[2]))
     np.testing.assert_array_equal(bank[2].descriptors, expected.descriptors)
+
+
+def test_a_replaced_file_has_no_features_and_none_are_kept(folder: Path, tmp_path: Path) -> None:
+    file = folder / "train0.png"
+    before, original = sha256_file(file), file.read_bytes()
+    file.write_bytes((folder / "train2.png").read_bytes())
+    compute = Compute(cache=FeatureCaches(tmp_path))
+    assert read_bank([file], [before], compute)[0] is None
+    file.write_bytes(original)
+    again = read_bank([file], [before], Compute(cache=FeatureCaches(tmp_path)))[0]
+    assert again is not None
+    expected = local_features(Image.open(file))
+    np.testing.assert_array_equal(again.descriptors, expected.descriptors)
 
 
 def test_fused_scores_keep_the_larger() -> None:

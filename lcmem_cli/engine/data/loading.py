@@ -67,6 +67,31 @@ class _Loaded:
     remark: tuple[int, ...] = NOTHING_REMARKABLE
 
 
+def load_once(
+    path: Path, expected: str | None = None, *, size: int | None = None
+) -> tuple[Image.Image, str]:
+    """Decode a file and tell its content: what is decoded is what is hashed.
+
+    Args:
+        path: the file.
+        expected: SHA-256 that it had before; ``None``: any.
+        size: see ``load_image``.
+
+    Returns:
+        The image, and the SHA-256 of the file.
+
+    Raises:
+        UnreadableImageError: it cannot be read, or its content is another by now.
+    """
+    data, content = read_once(path)
+    if expected is not None and content != expected:
+        raise UnreadableImageError(path, CHANGED)
+    image = load_image(path, data=data, size=size)
+    if data is None and content_hash(path) != content:  # too large to be held while it is decoded
+        raise UnreadableImageError(path, CHANGED)
+    return image, content
+
+
 def iter_images(
     paths: Sequence[Path],
     size: int,
@@ -98,14 +123,9 @@ def iter_images(
     """
 
     def load(index: int) -> _Loaded:
-        path = paths[index]
         try:
-            data, content = read_once(path)
-            if expected is not None and content != expected[index]:
-                return _Loaded(reason=CHANGED)
-            image = load_image(path, data=data, size=size)
-            if data is None and content_hash(path) != content:
-                return _Loaded(reason=CHANGED)
+            known = None if expected is None else expected[index]
+            image, content = load_once(paths[index], known, size=size)
         except UnreadableImageError as error:
             return _Loaded(reason=error.reason)
         notes = image.info

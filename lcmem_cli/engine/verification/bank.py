@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.images import load_image
+from lcmem_cli.engine.data.loading import load_once
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.errors import MissingExtraError, UnreadableImageError, WriteError
 from lcmem_cli.engine.store.features import FeatureCache
@@ -77,7 +77,11 @@ def read_bank(
             mine = list(ranks.share(part))
             keys = [hashes[wanted[row]] for row in mine]
             new = [row for row, key in zip(mine, keys, strict=True) if not (cache and key in cache)]
-            made = dict(zip(new, pool.map(_read, [files[wanted[row]] for row in new]), strict=True))
+            numbers_of = [wanted[row] for row in new]
+            values = pool.map(
+                _read, [files[n] for n in numbers_of], [hashes[n] for n in numbers_of]
+            )
+            made = dict(zip(new, values, strict=True))
             _keep(cache, [(hashes[wanted[row]], values) for row, values in made.items()], compute)
             for row, key in zip(mine, keys, strict=True):
                 if row not in made and cache is not None:
@@ -90,10 +94,10 @@ def read_bank(
     return FeatureBank(rows, positions)
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
-    """Return the packed features of a file; zeros if it cannot be read (any more)."""
+def _read(path: Path, content: str) -> NDArray[np.uint8]:
+    """Return the packed features of a file; zeros if it cannot be read, or has another content."""
     try:
-        return local_features(load_image(path)).packed()
+        return local_features(load_once(path, content)[0]).packed()
     except (UnreadableImageError, MissingExtraError):
         return np.zeros(ROW_BYTES, np.uint8)
 
