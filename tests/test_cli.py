@@ -84,7 +84,7 @@ def test_every_option_has_one_declaration_or_says_why():
     differ = {
         "--adapt", "--checkpoint", "--codec", "--detector", "--detectors", "--filelist",
         "--fit-split", "--input-range", "--input-size", "--latents", "--max-unreadable",
-        "--output", "--pairs", "--resume", "--revision", "--size", "--top-k",
+        "--output", "--pairs", "--resume", "--revision", "--size", "--top-k", "--verify",
     }  # fmt: skip
     said = {}
     for command in COMMANDS.values():
@@ -121,7 +121,6 @@ def test_every_command_and_flag_stands_in_the_reference_under_its_own_heading(na
         ("audit:AuditOptions", "evaluation.audit.run:audit"),
         ("benchmark:BenchmarkOptions", "evaluation.study.benchmark:benchmark"),
         ("robustness:RobustnessOptions", "evaluation.study.robustness:robustness"),
-        ("checkpoints:CalibrateOptions", "evaluation.recalibrate:recalibrate"),
         ("checkpoints:ConvertOptions", "models.convert:convert_reference"),
         ("demo:DemoOptions", "evaluation.demo:run_demo"),
         ("hub:PushOptions", "models.hub:push"),

@@ -427,10 +427,12 @@ def test_a_damaged_shard_index_or_checkpoint_is_named(world, run_cli, tmp_path):
     assert "features.bin" in run_cli(*query, exit_code=1).stderr
     flip(index / "features.bin", 70)
     run_cli(*query)
-    segment = index / "segments" / "00000001.json"
-    text = segment.read_text()
-    segment.write_text(text.replace("id05", "id06", 1))  # a name, not the structure
-    assert "00000001.json: missing or damaged" in run_cli(*query, exit_code=1).stderr
+    entries = index / "segments" / "00000001.parquet"
+    flip(entries, entries.stat().st_size // 3)  # names, of which a query reads those it returns
+    assert (
+        "00000001.parquet: missing or damaged"
+        in run_cli("index", "check", index, exit_code=1).stderr
+    )
     for command in (
         ["infer", image, image, "--checkpoint"],
         ["finetune", "--filelist", world.images, "-o", tmp_path / "tuned"],
@@ -471,7 +473,7 @@ def test_a_damaged_record_of_a_run_is_named(world, run_cli, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{")
     command = world.command("train-stage1", tmp_path / "out")[1:]
-    assert "run.json: damaged" in run_cli(*command, exit_code=1).stderr
+    assert "run.json: not valid JSON" in run_cli(*command, exit_code=1).stderr
 
 
 # --- NaN -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lcmem_cli.cli.app import app
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
+from lcmem_cli.engine.evaluation.audit.files import read_settings
 from lcmem_cli.engine.evaluation.audit.filter import filter_audit, target_names
 from lcmem_cli.engine.evaluation.audit.run import audit
 
@@ -188,6 +189,29 @@ def test_damaged_or_foreign_audits_are_refused(audited):
         path.write_text(damaged)
         with pytest.raises(CorruptFileError, match="not valid"):
             filter_audit(audited / "audit", audited / "out")
+
+
+def test_results_that_were_edited_decide_nothing(audited):
+    """A score, a threshold or a setting that still reads well, but is not what the audit wrote."""
+    folder = audited / "audit"
+    for name, before, after in (
+        ("matches.csv", b",0.", b",0.0"),
+        ("audit.json", b'"threshold": 0.', b'"threshold": 0.9'),
+        ("config.toml", b"seed = 0", b"seed = 1"),
+    ):
+        content = (folder / name).read_bytes()
+        assert before in content
+        (folder / name).write_bytes(content.replace(before, after, 1))
+        with pytest.raises(CorruptFileError, match=f"{name}: .*does not match its checksum"):
+            if name == "config.toml":
+                read_settings(folder)
+            else:
+                filter_audit(folder, audited / "out")
+        (folder / name).write_bytes(content)
+    filter_audit(folder, audited / "out")
+    (folder / "checksums.json").unlink()
+    with pytest.raises(InputError, match=r"checksums\.json: no such file; run the audit again"):
+        filter_audit(folder, audited / "out")
 
 
 def test_the_command_prints_counts_and_json(audited):

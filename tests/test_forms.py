@@ -81,7 +81,10 @@ def test_a_match_of_pages_is_told_to_be_worth_little(detector, tmp_path):
     page.save(tmp_path / "a.png")
     page.save(tmp_path / "b.jpg", quality=80)
     listening = Listener()
-    score_pairs(detector, [(tmp_path / "a.png", tmp_path / "b.jpg")], reporter=listening)
+    pages = [(tmp_path / "a.png", tmp_path / "b.jpg")]
+    assert score_pairs(detector, pages, reporter=listening).pairs[0].same_picture
+    assert not listening.warnings  # alignment tells that it is the same page
+    score_pairs(detector, pages, verify=False, reporter=listening)
     assert any("not fitted on pictures of this kind" in text for text in listening.warnings)
     listening = Listener()
     scene(1).save(tmp_path / "c.png")

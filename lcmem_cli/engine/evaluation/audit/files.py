@@ -23,6 +23,7 @@ from lcmem_cli.engine.evaluation.audit.sets import Embedded
 from lcmem_cli.engine.files import (
     CSV_OPTIONS,
     atomic_path,
+    sha256_file,
     unguarded,
     write_csv,
     write_json,
@@ -32,6 +33,7 @@ from lcmem_cli.engine.report.html import MAX_PAIRS, Distribution, Pictures, rend
 from lcmem_cli.engine.report.panels import laid_over
 from lcmem_cli.engine.report.thumbnails import SIDES, make_thumbnails
 from lcmem_cli.engine.runs import CONFIG_NAME, as_written, write_run_files
+from lcmem_cli.engine.store.integrity import check_file, naming_damage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +42,7 @@ JSON_NAME = "audit.json"
 CSV_NAME = "matches.csv"
 PARQUET_NAME = "matches.parquet"
 REPORT_NAME = "report.html"
+CHECKSUMS_NAME = "checksums.json"
 NUMBERS = (
     "turn",
     "scale",
@@ -92,7 +95,7 @@ def write_audit(
     embedded: Embedded,
     distribution: Distribution,
 ) -> None:
-    """Write everything; ``audit.json`` last, so that where it stands the rest does too.
+    """Write everything; the checksums last, so that where they stand the rest does too.
 
     Args:
         folder: made if missing.
@@ -101,7 +104,8 @@ def write_audit(
         embedded: the sets, whose images are shown.
         distribution: scores to draw.
     """
-    (folder / JSON_NAME).unlink(missing_ok=True)
+    for name in (CHECKSUMS_NAME, JSON_NAME):
+        (folder / name).unlink(missing_ok=True)
     write_run_files(folder, settings.model_dump(by_alias=True))
     rows = (map(_cell, _row(match).values()) for match in result.matches)
     write_csv(folder / CSV_NAME, COLUMNS, map(list, rows))
@@ -109,6 +113,19 @@ def write_audit(
     pictures = _pictures(result, embedded)
     write_text(folder / REPORT_NAME, render_report(result, pictures, distribution))
     write_json(folder / JSON_NAME, result.to_dict())
+    names = (CONFIG_NAME, CSV_NAME, PARQUET_NAME, REPORT_NAME, JSON_NAME)
+    write_json(folder / CHECKSUMS_NAME, {name: sha256_file(folder / name) for name in names})
+
+
+def _check(folder: Path, name: str, *, remedy: str = _REMEDY) -> None:
+    """Refuse a file of an audit that is not what the audit wrote.
+
+    Raises:
+        CorruptFileError: it was edited or damaged, or the audit was not finished.
+    """
+    sums = read_document(folder / CHECKSUMS_NAME, dict[str, str], remedy=remedy)
+    with naming_damage(folder / name, remedy):
+        check_file(folder / name, sums[name])
 
 
 def _pictures(result: AuditResult, embedded: Embedded) -> Pictures:
@@ -220,9 +237,11 @@ def read_settings(folder: Path, *, remedy: str = _REMEDY) -> AuditSettings:
 
     Raises:
         InputError: no such file.
-        CorruptFileError: it is damaged, or of another version.
+        CorruptFileError: it is damaged or edited, or of another version.
     """
-    return read_document(folder / CONFIG_NAME, AuditSettings, remedy=remedy)
+    settings = read_document(folder / CONFIG_NAME, AuditSettings, remedy=remedy)
+    _check(folder, CONFIG_NAME, remedy=remedy)
+    return settings
 
 
 def read_audit(folder: Path) -> AuditDocument:
@@ -230,12 +249,14 @@ def read_audit(folder: Path) -> AuditDocument:
 
     Raises:
         InputError: no finished audit in the folder, or one of another schema.
-        CorruptFileError: the file is damaged, or of another version.
+        CorruptFileError: the file is damaged or edited, or of another version.
     """
     path = folder / JSON_NAME
     if not path.is_file():
         raise InputError(f"{folder}: no {JSON_NAME} here; expected the folder of a finished audit")
-    return read_document(path, AuditDocument, remedy=_REMEDY)
+    document = read_document(path, AuditDocument, remedy=_REMEDY)
+    _check(folder, JSON_NAME)
+    return document
 
 
 def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
@@ -248,7 +269,7 @@ def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
         document: its ``audit.json``, which the table must belong to.
 
     Raises:
-        CorruptFileError: the table is damaged or another audit's.
+        CorruptFileError: the table is damaged or edited, or another audit's.
     """
     path = folder / CSV_NAME
     flagged = {match.query: match for match in document.flagged}
@@ -277,4 +298,5 @@ def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:
                 match, exact=known.exact, tier=known.tier, evidence=known.evidence
             )
         matches.append(match)
+    _check(folder, CSV_NAME)
     return matches
