@@ -363,7 +363,7 @@ def _panels(pair: PairScore) -> list[tuple[str, Image.Image]]:
     from PIL import ImageChops, ImageOps
 
     first, second = (
-        ImageOps.contain(load_image(Path(name)), (_PICTURE_SIDE, _PICTURE_SIDE))
+        ImageOps.contain(load_image(Path(name), size=_PICTURE_SIDE), (_PICTURE_SIDE, _PICTURE_SIDE))
         for name in (pair.path_a, pair.path_b)
     )
     titles = [Path(name).name for name in (pair.path_a, pair.path_b)]

@@ -18,6 +18,7 @@ from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.verification.features import (
     FINGERPRINT,
     ROW_BYTES,
+    SIDE,
     LocalFeatures,
     local_features,
     single_threaded,
@@ -97,7 +98,7 @@ def read_bank(
 def _read(path: Path, content: str) -> NDArray[np.uint8]:
     """Return the packed features of a file; zeros if it cannot be read, or has another content."""
     try:
-        return local_features(load_once(path, content)[0]).packed()
+        return local_features(load_once(path, content, size=SIDE)[0]).packed()
     except (UnreadableImageError, MissingExtraError):
         return np.zeros(ROW_BYTES, np.uint8)
 

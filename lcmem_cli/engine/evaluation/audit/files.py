@@ -161,10 +161,10 @@ class _LaidOver(NamedTuple):
 
 def _draw(item: Path | _LaidOver) -> Image:
     if isinstance(item, Path):
-        return load_image(item)
-    training = load_image(item.training)
+        return load_image(item, size=SIDES[0])
+    training = load_image(item.training, size=SIDES[0])
     training.thumbnail((SIDES[0], SIDES[0]))
-    return laid_over(load_image(item.query), training.size, item.matrix)
+    return laid_over(load_image(item.query, size=SIDES[0]), training.size, item.matrix)
 
 
 def _row(match: Match) -> dict[str, Any]:
