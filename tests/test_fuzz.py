@@ -26,6 +26,7 @@ from lcmem_cli.engine.errors import (
     LcmemError,
     ManifestError,
 )
+from lcmem_cli.engine.files import sha256_file
 from lcmem_cli.engine.models import checkpoint as ckpt
 from lcmem_cli.engine.models import header as header_module
 from lcmem_cli.engine.models.codec import CodecSpec
@@ -588,10 +589,12 @@ def test_a_filter_does_not_take_files_from_outside_of_the_audited_set(
             "-o", tmp_path / "audit")  # fmt: skip
     secret = tmp_path / "secret.png"
     secret.write_bytes((generated / "a.png").read_bytes())
-    table = tmp_path / "audit" / "matches.csv"
+    table, checksums = tmp_path / "audit" / "matches.csv", tmp_path / "audit" / "checksums.json"
     whole = table.read_text()
     for name in ("../secret.png", str(secret)):
         table.write_text(whole.replace("a.png,", f"{name},"))
+        sums = json.loads(checksums.read_text())  # forged as well: the path itself is refused
+        checksums.write_text(json.dumps(sums | {table.name: sha256_file(table)}))
         refused = run_cli("filter", tmp_path / "audit", "-o", tmp_path / "kept", "--copy",
                           "--reject-over", 2, exit_code=1)  # fmt: skip
         assert "outside" in refused.stderr
