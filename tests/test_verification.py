@@ -14,7 +14,7 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.perturb import TRANSFORMS, generator
 from lcmem_cli.engine.files import sha256_file
 from lcmem_cli.engine.store.features import FeatureCaches
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
 from lcmem_cli.engine.verification.evidence import (
     SAME_PICTURE,
     Evidence,
@@ -212,11 +212,10 @@ def test_threads_cache_and_order_change_nothing(folder: Path, tmp_path: Path) ->
 
 
 def test_a_bank_of_some_images_reads_only_these(folder: Path) -> None:
-    files = [folder / "train0.png", folder / "gone.png", folder / "train2.png"]
-    hashes = [sha256_file(files[0]), "1", sha256_file(files[2])]
-    bank = read_bank(files, hashes, numbers=[2, 0])
+    files = [folder / "train2.png", folder / "train0.png"]
+    bank = read_bank(files, [sha256_file(file) for file in files]).numbered([2, 0])
     assert len(bank.rows) == 2 and bank[2] is not None
-    expected = local_features(Image.open(files[2]))
+    expected = local_features(Image.open(files[0]))
     np.testing.assert_array_equal(bank[2].descriptors, expected.descriptors)
 
 
@@ -231,6 +230,20 @@ def test_a_replaced_file_has_no_features_and_none_are_kept(folder: Path, tmp_pat
     assert again is not None
     expected = local_features(Image.open(file))
     np.testing.assert_array_equal(again.descriptors, expected.descriptors)
+
+
+def test_a_file_that_is_not_what_an_index_found_has_none_even_in_a_warm_cache(
+    folder: Path, tmp_path: Path
+) -> None:
+    files = [folder / "train0.png", folder / "train2.png", folder / "gone.png"]
+    hashes = [*map(sha256_file, files[:2]), "0" * 64]
+    compute = Compute(cache=FeatureCaches(tmp_path))
+    read_bank(files[:2], hashes[:2], compute)
+    files[0].write_bytes(files[1].read_bytes())
+    there = unchanged_files(files, hashes, compute)
+    assert there == [None, files[1], None]
+    bank = read_bank(there, hashes, compute)
+    assert bank[0] is None and bank[1] is not None and bank[2] is None
 
 
 def test_fused_scores_keep_the_larger() -> None:

@@ -95,18 +95,6 @@ class Threshold:
         self.check(fingerprint)
         return score >= self.value
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Threshold:
-        """Rebuild from ``dataclasses.asdict``.
-
-        Raises:
-            InputError: a field is missing, unknown or of the wrong type.
-        """
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"not a threshold: {error}") from error
-
 
 def named_thresholds(
     thresholds: Sequence[Threshold], adapted: Sequence[Threshold]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    pass
 else:
-    import tomli as tomllib
+    pass
 
 from lcmem_cli import __version__
 from lcmem_cli.engine.distributed import available_cpus
@@ -59,16 +59,8 @@ def write_run_files(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / ENVIRONMENT_NAME, environment())
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """Return what ``write_run_files`` wrote as config, empty where that cannot be read."""
-    try:
-        return tomllib.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def as_written(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config as ``read_run_config`` finds it again."""
+    """Return a config as it reads when it is found again."""
     written: dict[str, Any] = _without_none(config)
     return written
 

@@ -110,18 +110,14 @@ def embed_files(
             expected=expected,
         )
 
-    return _embed(
-        detector,
-        paths,
-        load,
-        compute,
+    way = _Way(
+        load=load,
         key=lambda content: content,
         batching=batching,
         description=f"embedding ({detector.name})",
-        contents=contents,
         tells=True,
-        with_blank=with_blank,
     )
+    return _embed(detector, paths, way, compute, contents=contents, with_blank=with_blank)
 
 
 def embed_perturbed(
@@ -176,28 +172,43 @@ def embed_perturbed(
         edited = "" if setting is None else f"{setting.transform}\0{setting.strength!r}\0{seed}"
         return hashlib.sha256(f"{content}\0{working_size}\0{edited}".encode()).hexdigest()
 
-    return _embed(
-        detector,
-        paths,
-        load,
-        compute if round_trip is None else dataclasses.replace(compute, cache=None),
+    way = _Way(
+        load=load,
         key=key,
         batching=batching,
         description=f"embedding ({detector.name}, {setting or 'unedited'})",
         tells=setting is None,  # the same images are edited in many ways
     )
+    if round_trip is not None:
+        compute = dataclasses.replace(compute, cache=None)
+    return _embed(detector, paths, way, compute)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How files become features.
+
+    Attributes:
+        load: decodes them, and perhaps edits them.
+        key: of the cache, for the content of a file.
+        batching: how many images go into a network call.
+        description: of the task.
+        tells: whether remarks about the images are warned of.
+    """
+
+    load: Load
+    key: Callable[[str], str]
+    batching: Batching
+    description: str
+    tells: bool
 
 
 def _embed(
     detector: Detector,
     paths: Sequence[Path],
-    load: Load,
+    way: _Way,
     compute: Compute,
     *,
-    key: Callable[[str], str],
-    batching: Batching,
-    description: str,
-    tells: bool,
     with_blank: bool = True,
     contents: Sequence[str | None] | None = None,
 ) -> EmbeddedFiles:
@@ -211,11 +222,11 @@ def _embed(
     for index, content in enumerate(hashes):
         if content is not None:
             first.setdefault(content, index)
-    work = _Features(detector, [key(content) for content in first], compute)
+    work = _Features(detector, [way.key(content) for content in first], compute)
     files = {row: (paths[index], content) for row, (content, index) in enumerate(first.items())}
     todo = work.fill_from_cache()
-    passes = work.compute(todo, files, load, batching=batching, description=description)
-    if tells:
+    passes = work.compute(todo, files, way)
+    if way.tells:
         used = [row for row in range(len(files)) if row not in work.failed]
         for text in remarks_texts([files[row][0] for row in used], work.remarks[used]):
             compute.reporter.warn(text)
@@ -289,30 +300,25 @@ class _Features:
         self,
         todo: Sequence[int],
         files: Mapping[int, tuple[Path, str]],
-        load: Load,
-        *,
-        batching: Batching,
-        description: str,
+        way: _Way,
     ) -> int:
         """Embed rows in rounds; after each, all processes hold the rows of all.
 
         Args:
             todo: rows to embed.
             files: file and content of each row.
-            load: decodes files of known contents.
-            batching: images at a time.
-            description: of the work, for the user.
+            way: how they are embedded.
 
         Returns:
             Images embedded, over all processes.
         """
-        mine = list(self.ranks.share(todo))
-        batches = load([files[row][0] for row in mine], [files[row][1] for row in mine])
+        mine, batching = list(self.ranks.share(todo)), way.batching
+        batches = way.load([files[row][0] for row in mine], [files[row][1] for row in mine])
         per_round = max(1, self.round_images // batching.loaded)
         most = -(-len(todo) // self.ranks.size)
         num_rounds = -(-most // (per_round * batching.loaded))
         passes = 0
-        with self.reporter.task(description, len(mine), unit="image") as task:
+        with self.reporter.task(way.description, len(mine), unit="image") as task:
             for _ in range(num_rounds):
                 rows: list[int] = []
                 values: list[NDArray[Any]] = []

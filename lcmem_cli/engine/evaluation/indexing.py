@@ -20,7 +20,7 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
 from lcmem_cli.engine.verification.evidence import Evidence
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 from lcmem_cli.engine.verification.verify import verify as verify_candidates
@@ -316,8 +316,14 @@ def query_index(
     found = index.top_k(searcher, embedded.features, max(top_k, NUM_CANDIDATES * verify))
     matches = [[QueryMatch(**vars(match)) for match in row] for row in index.matches(found)]
     if verify:
-        first = {int(row): path for path, row in zip(paths[::-1], embedded.rows[::-1], strict=True)}
-        queries = [first[row] for row in range(len(matches))]
+        # Of equal contents the first file; each with the hash of what was embedded.
+        first = np.unique(embedded.rows[embedded.rows >= 0], return_index=True)[1]
+        places = np.flatnonzero(embedded.rows >= 0)[first]
+        queries = read_bank(
+            [paths[place] for place in places],
+            [str(embedded.content_hashes[place]) for place in places],
+            compute,
+        )
         matches = _verified(index, queries, matches, compute)
     return QueryResult(
         folder=str(folder),
@@ -332,27 +338,22 @@ def query_index(
 
 
 def _verified(
-    index: Index, queries: list[Path], matches: list[list[QueryMatch]], compute: Compute
+    index: Index, queries: FeatureBank, matches: list[list[QueryMatch]], compute: Compute
 ) -> list[list[QueryMatch]]:
     """Align the best matches with their queries, and put those of the same picture first."""
     contents = {entry.row: entry.content_hash for entry in index.entries}
     candidates = np.array([[match.row for match in row[:NUM_CANDIDATES]] for row in matches])
     path_of = {match.row: Path(match.path) for row in matches for match in row}
     rows = np.unique(candidates).tolist()
-    now, _ = hash_files([path_of[row] for row in rows], compute)
-    # What lies there now may be another image; its features are not those of the indexed one.
-    same = [content == contents[row] for row, content in zip(rows, now, strict=True)]
-    files = [path_of[row] if there else Path() for row, there in zip(rows, same, strict=True)]
-    if not all(same):
+    hashes = [contents[row] for row in rows]
+    files = unchanged_files([path_of[row] for row in rows], hashes, compute)
+    if None in files:
         compute.reporter.warn(
-            f"{same.count(False):,} of the {len(same):,} best matches are not verified: their "
+            f"{files.count(None):,} of the {len(files):,} best matches are not verified: their "
             "files are not where and what the index found"
         )
-    bank = read_bank(files, [contents[row] for row in rows], compute)
-    training = FeatureBank(bank.rows, {row: place for place, row in enumerate(rows)})
-    hashes, _ = hash_files(queries, compute)
-    asked = read_bank(queries, [str(content) for content in hashes], compute)
-    found = verify_candidates(asked, training, candidates, compute)
+    training = read_bank(files, hashes, compute).numbered(rows)
+    found = verify_candidates(queries, training, candidates, compute)
     verified = []
     for number, row in enumerate(matches):
         evidence = [found.evidence(number, rank) for rank in range(candidates.shape[1])]

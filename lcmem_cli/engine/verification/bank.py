@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.loading import load_once
+from lcmem_cli.engine.data.loading import hash_files, load_once
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.errors import MissingExtraError, UnreadableImageError, WriteError
 from lcmem_cli.engine.store.features import FeatureCache
@@ -45,27 +45,48 @@ class FeatureBank:
         position = number if self._positions is None else self._positions[number]
         return unpacked(np.asarray(self.rows[position]))
 
+    def numbered(self, numbers: Iterable[int]) -> FeatureBank:
+        """Return the bank with other numbers to ask by, one for each row in order."""
+        return FeatureBank(self.rows, {int(number): row for row, number in enumerate(numbers)})
+
+
+def unchanged_files(
+    files: Sequence[Path], hashes: Sequence[str], compute: Compute = DEFAULT_COMPUTE
+) -> list[Path | None]:
+    """Return the files of an index that still are what it found, ``None`` in place of others.
+
+    Features in the cache belong to the content that was indexed. So files are compared even where
+    none would have to be read: what lies there now is what a page shows.
+
+    Args:
+        files: image files.
+        hashes: SHA-256 of each when it was indexed.
+        compute: threads and processes.
+    """
+    now, _ = hash_files(files, compute)
+    return [
+        file if content == known else None
+        for file, content, known in zip(files, now, hashes, strict=True)
+    ]
+
 
 def read_bank(
-    files: Sequence[Path],
+    files: Sequence[Path | None],
     hashes: Sequence[str],
     compute: Compute = DEFAULT_COMPUTE,
-    *,
-    numbers: Sequence[int] | None = None,
 ) -> FeatureBank:
     """Find the local features of images; those in the cache cost no decoding.
 
     Args:
-        files: image files.
+        files: image files; ``None`` has no features.
         hashes: SHA-256 of each.
         compute: threads, processes, progress and cache; none of it changes the result.
-        numbers: of the images that will be asked for; all by default.
 
     Raises:
         LcmemError: no room for the features.
     """
-    wanted = list(range(len(files))) if numbers is None else [int(number) for number in numbers]
-    rows = allocate_features((len(wanted), ROW_BYTES), np.uint8)
+    wanted = [row for row, file in enumerate(files) if file is not None]
+    rows = allocate_features((len(files), ROW_BYTES), np.uint8)
     cache = None if compute.cache is None else FeatureCache(compute.cache.folder, FINGERPRINT)
     ranks = compute.ranks
     with (
@@ -74,29 +95,25 @@ def read_bank(
         compute.reporter.task("finding keypoints", len(wanted), unit="image") as task,
     ):
         for start in range(0, len(wanted), _ROUND_IMAGES):
-            part = range(start, min(start + _ROUND_IMAGES, len(wanted)))
-            mine = list(ranks.share(part))
-            keys = [hashes[wanted[row]] for row in mine]
-            new = [row for row, key in zip(mine, keys, strict=True) if not (cache and key in cache)]
-            numbers_of = [wanted[row] for row in new]
-            values = pool.map(
-                _read, [files[n] for n in numbers_of], [hashes[n] for n in numbers_of]
-            )
+            part = wanted[start : start + _ROUND_IMAGES]
+            mine = ranks.share(part)
+            new = [row for row in mine if not (cache and hashes[row] in cache)]
+            values = pool.map(_read, [files[row] for row in new], [hashes[row] for row in new])
             made = dict(zip(new, values, strict=True))
-            _keep(cache, [(hashes[wanted[row]], values) for row, values in made.items()], compute)
-            for row, key in zip(mine, keys, strict=True):
+            _keep(cache, [(hashes[row], values) for row, values in made.items()], compute)
+            for row in mine:
                 if row not in made and cache is not None:
-                    made[row] = cache.get_many([key])[0][0]
+                    made[row] = cache.get_many([hashes[row]])[0][0]
             for others in ranks.gather(made):
                 for row, values in others.items():
                     rows[row] = values
             task.advance(len(part))
-    positions = None if numbers is None else {number: row for row, number in enumerate(wanted)}
-    return FeatureBank(rows, positions)
+    return FeatureBank(rows)
 
 
-def _read(path: Path, content: str) -> NDArray[np.uint8]:
+def _read(path: Path | None, content: str) -> NDArray[np.uint8]:
     """Return the packed features of a file; zeros if it cannot be read, or has another content."""
+    assert path is not None
     try:
         return local_features(load_once(path, content, size=SIDE)[0]).packed()
     except (UnreadableImageError, MissingExtraError):

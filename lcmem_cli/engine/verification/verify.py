@@ -2,8 +2,8 @@
 
 In order of use::
 
-    numbers = np.unique(candidates)
-    training = read_bank(training_files, training_hashes, compute, numbers=numbers)
+    numbers = np.unique(candidates)       # only these are read
+    training = read_bank(files_of(numbers), hashes_of(numbers), compute).numbered(numbers)
     queries = read_bank(query_files, query_hashes, compute)
     found = verify(queries, training, candidates, compute)
     found.values                          # [n, k] log-odds of the same picture, -inf without any

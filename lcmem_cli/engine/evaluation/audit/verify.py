@@ -8,21 +8,19 @@ nothing, and the conformal rate holds whatever the evidence is.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.frames import split_frame
-from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.search import Found
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, Sets
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank
+from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES, Verification, fuse, verify
 
 
@@ -62,7 +60,7 @@ def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Nul
     real_rows = np.where(null.matches < 0, null.matches[:, :1], null.matches)[:, :NUM_CANDIDATES]
     rows = found.rows[:, :NUM_CANDIDATES]
     wanted = np.unique(np.concatenate([rows.ravel(), real_rows.ravel()]))
-    training = _bank(embedded.sets.training, wanted, compute, numbered=True)
+    training = _bank(embedded.sets.training, wanted, compute).numbered(wanted)
     real = _bank(null.images, null.rows, compute)
     real_values = verify(real, training, real_rows, compute).values
     real_values[null.matches[:, :NUM_CANDIDATES] < 0] = -np.inf
@@ -107,19 +105,9 @@ def _padded(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return padded
 
 
-def _bank(
-    images: ImageSet, rows: NDArray[np.int64], compute: Compute, *, numbered: bool = False
-) -> FeatureBank:
-    """Return local features of some contents, numbered from 0 or as the rows are."""
+def _bank(images: ImageSet, rows: NDArray[np.int64], compute: Compute) -> FeatureBank:
+    """Return local features of some contents, numbered from 0."""
     files = [images.files[image] for image in images.first_image[rows]]
     hashes = [images.hashes[row] for row in rows]
-    if images.is_index:  # what lies there now may be another image
-        now, _ = hash_files(files, compute)
-        files = [
-            file if content == known else Path()
-            for file, content, known in zip(files, now, hashes, strict=True)
-        ]
-    bank = read_bank(files, hashes, compute)
-    if numbered:
-        return FeatureBank(bank.rows, {int(row): place for place, row in enumerate(rows)})
-    return bank
+    there = unchanged_files(files, hashes, compute) if images.is_index else files
+    return read_bank(there, hashes, compute)
