@@ -40,7 +40,8 @@ def test_features_do_not_depend_on_the_batch(detector, images):
     many = torch.stack(images * 2)  # more than the codec takes at a time
     together = detector.embed_batch(many)
     alone = np.concatenate([detector.embed_batch(image[None]) for image in many])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    # Which convolution is taken, and so its rounding, depends on the batch and the processor.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
     in_eights = detector.codec.encode(many, together=8)
     assert in_eights.shape == (len(many), 12, detector.input_size // 2, detector.input_size // 2)
     torch.testing.assert_close(in_eights, detector.codec.encode(many), atol=1e-4, rtol=0)

@@ -93,8 +93,8 @@ def compare_trainings(one, several):
         differences.append((found.network_state[key] - value).abs().flatten())
         # Adam divides by the gradient's size, so a gradient of nothing but rounding errors moves
         # a weight as far as any other: the largest difference is one of those. Of a bias they may
-        # be half of the values.
-        assert differences[-1].max() < 1e-5 and differences[-1].mean() < 5e-7, key
+        # be half of the values. How far it comes depends on the processor's instructions.
+        assert differences[-1].max() < 3e-5 and differences[-1].mean() < 5e-7, key
     assert torch.cat(differences).mean() < 1e-7
     # Its average of the gradients is not divided, and so shows a factor that the weights hide.
     averages = [gradients(folder) for folder in (one, several)]
