@@ -96,7 +96,7 @@ def test_planted_copies_are_flagged_beside_their_originals(sets):
     assert result.confidence_interval == clopper_pearson(result.num_flagged, 35)
     assert result.statement.startswith(f"{result.num_flagged} of 35 generated images (")
     assert "at a false-positive rate of 5 % per image" in result.statement
-    assert [item.count for item in result.most_copied][:5] == [1] * 5
+    assert [len(item.matches) for item in result.exposed_images][:5] == [1] * 5
     assert result.metrics.copying is not None
 
 
@@ -237,8 +237,8 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     assert result.null.num_scores == clean.null.num_scores == 60
     assert result.rule.threshold == clean.rule.threshold
     assert result.num_queries == clean.num_queries + 1
-    assert any("taken out of the null: 2 real images." in w for w in result.warnings)
-    assert any("1 of the generated images repeat others" in w for w in result.warnings)
+    assert any("left out of the comparison: 2 real images." in w for w in result.warnings)
+    assert any("generated images, 1 have the content of another" in w for w in result.warnings)
 
 
 def test_equal_pixels_in_other_files_are_counted_beside_equal_files(sets, tmp_path):
@@ -272,7 +272,7 @@ def test_generated_images_among_the_held_out_do_not_hide_themselves(sets, tmp_pa
     mixed, clean = run(sets, held_out=tmp_path / "mixed"), run(sets)
     assert mixed.flagged == clean.flagged
     assert mixed.null.num_scores == clean.null.num_scores
-    assert any("taken out of the null: 35 held-out images" in w for w in mixed.warnings)
+    assert any("left out of the comparison: 35 held-out images" in w for w in mixed.warnings)
     assert not any("among the generated" in w.lower() for w in clean.warnings)
 
 
@@ -500,7 +500,7 @@ def test_identical_images_everywhere(tmp_path):
     assert result.num_flagged == result.num_exact_copies == 4
     assert result.num_exposed_images == result.training.num_distinct == 1
     assert [item.path for item in result.null.removed] == ["plain.png"]
-    assert result.most_copied[0].count == 4
+    assert len(result.exposed_images[0].matches) == 4
 
 
 @pytest.mark.parametrize("empty", ["generated", "train", "held-out"])
@@ -567,19 +567,19 @@ def test_a_gate_that_benjamini_hochberg_cannot_fail_is_refused(sets, tmp_path):
     # 60 real images: no p-value is under 1/61, so at a rate of 0.05 the 35 pass 12 at a time
     options = {"bh": True, "fpr": 0.05, "held_out": sets / "held-out"}
     with pytest.raises(InputError, match=r"at 1 flagged image.* only flag 12 .* give 699 held-out"):
-        run(sets, fail_over=0, **options)
-    assert run(sets, fail_over=0.32, **options).fail_over == 0.32  # fails at 12
+        run(sets, fail_on=0, **options)
+    assert run(sets, fail_on=0.32, **options).fail_on == 0.32  # fails at 12
     with pytest.raises(InputError, match="at 11 flagged images"):
-        run(sets, fail_over=0.3, **options)
+        run(sets, fail_on=0.3, **options)
     same = shutil.copytree(sets / "generated", tmp_path / "same")
     shutil.copy(sets / "train" / "00001.png", same)
-    result = audit(same, sets / "train", detector=SmallCorrelation(), fail_over=0, **options)
-    assert result.gate_failed and result.num_exact_copies == 1
+    result = audit(same, sets / "train", detector=SmallCorrelation(), fail_on=0, **options)
+    assert result.gate.ended == "failed" and result.num_exact_copies == 1
 
 
 def test_a_folder_with_another_audit_is_refused(sets, tmp_path):
     run(sets, output=tmp_path, top_k=2)
-    run(sets, output=tmp_path, fail_over=0.5)  # the same finding
+    run(sets, output=tmp_path, fail_on=0.5)  # the same finding
     before = (tmp_path / "audit.json").read_bytes()
     with pytest.raises(
         InputError, match=r"another audit \(fpr: 0.05 there, 0.1 now\).*--overwrite"
@@ -672,23 +672,23 @@ def test_sets_of_another_source_are_told_and_leave_the_gate_undecided(sets, tmp_
     framed.mkdir()
     for path in (sets / "held-out").glob("*.png"):
         ImageOps.expand(Image.open(path), 16, "white").save(framed / path.name)
-    result = run(sets, held_out=framed, fail_over=0.5)
-    assert result.comparable is False and result.gate == "undecided" and not result.gate_failed
+    result = run(sets, held_out=framed, fail_on=0.5)
+    assert result.comparable is False and result.gate.ended == "undecided"
     assert result.statement.startswith("Held-out and training images are not comparable")
     assert "width" in result.statement and "this is more" not in result.verdict
     assert result.excess_interval is None
     document = result.to_dict()
-    assert document["comparable"] is False and document["gate"] == "undecided"
+    assert document["comparable"] is False and document["gate"]["ended"] == "undecided"
     assert document["comparability"]["auc"] > 0.9
-    same = run(sets, fail_over=0.5)
-    assert same.comparable is True and same.gate == "passed"
+    same = run(sets, fail_on=0.5)
+    assert same.comparable is True and same.gate.ended == "passed"
     assert same.excess_interval[0] < same.share_flagged < same.excess_interval[1]
     gated = command(
         "audit", sets / "generated", "--against", sets / "train", "--held-out", framed,
-        "--detector", "ncc", "--input-size", "32", "--fpr", "0.05", "--fail-over", "0.5",
+        "--detector", "ncc", "--input-size", "32", "--fpr", "0.05", "--fail-on", "0.5",
         "-o", tmp_path / "out",
     )  # fmt: skip
-    assert gated.exit_code == 3 and "Gate undecided" in gated.stdout
+    assert gated.exit_code == 3 and "lcmem gate 0.5: UNDECIDED - " in gated.stdout
 
 
 def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_path):
@@ -720,7 +720,7 @@ def test_identities_in_training_and_held_out_filelists_are_reported(sets, tmp_pa
         ({"basedir": "."}, "--basedir has no effect"),
         ({"input_size": 512}, "--input-size 512 has no effect"),
         ({"top_k": 0}, "--top-k must be at least 1"),
-        ({"fail_over": 1.0}, "--fail-over is a share"),
+        ({"fail_on": 1.0}, "--fail-on must be"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(sets, options, message):
@@ -849,20 +849,25 @@ def test_the_gate_ends_with_exit_code_three_and_still_prints_the_result(sets, tm
     arguments = [
         "audit", sets / "generated", "--against", sets / "train", "--held-out", sets / "held-out",
         "--fpr", "0.05", "--detector", "ncc", "--input-size", "32", "-o", tmp_path / "out",
-        "--fail-over",
+        "--fail-on",
     ]  # fmt: skip
     failed = command(*arguments, "0.1")
     assert failed.exit_code == 3, failed.output
     assert "match a training image more closely than held-out" in failed.stdout
     assert "Detector ncc, flagged: score over 0." in failed.stdout
-    assert "Gate failed: 22.9 % of the images are flagged, over 10 %." in failed.stdout
+    assert failed.stdout.endswith(
+        "lcmem gate 0.1: FAILED - 22.9 % of 35 generated images flagged, 10 % allowed\n"
+    )
     passed = command(*arguments, "0.9")
     assert passed.exit_code == 0, passed.output
-    assert "Gate passed: 22.9 % of the images are flagged, not over 90 %." in passed.stdout
+    assert (
+        "lcmem gate 0.9: PASSED - 22.9 % of 35 generated images flagged, 90 % allowed"
+        in passed.stdout
+    )
     as_json = command(*arguments, "0.1", "--json")
     assert as_json.exit_code == 3
     document = json.loads(as_json.stdout)
-    assert document["gate_failed"] is True and document["schema"] == 2
+    assert document["gate"]["ended"] == "failed" and document["schema"] == 3
     assert document["statement"] in failed.stdout.replace("\n", " ")
 
 

@@ -135,7 +135,7 @@ def test_altered_copies_among_the_real_are_told_or_leave_the_null(
     shutil.copytree(sets / "held-out", tmp_path / "held-out")
     draw_scene(7, side=SIDE).save(tmp_path / "held-out" / "leaked.jpg", quality=95)
     told = run(sets, held_out=tmp_path / "held-out")
-    assert any("but left in the null: " in warning for warning in told.warnings)
+    assert any("but compared with: " in warning for warning in told.warnings)
     monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.null.SURELY_SAME", 10.0)
     taken_out = run(sets, held_out=tmp_path / "held-out")
     removed = [(item.path, item.match, item.kind) for item in taken_out.null.removed]

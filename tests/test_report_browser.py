@@ -250,7 +250,7 @@ def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
     )
     scores = np.linspace(0, 1, 50)
     text = render_report(
-        dataclasses.replace(result, num_flagged=2000, matches=matches, most_copied=()),
+        dataclasses.replace(result, num_flagged=2000, matches=matches, exposed_images=()),
         Pictures(
             uris=[None],
             generated=dict.fromkeys(names, 0),

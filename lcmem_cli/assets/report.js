@@ -1,6 +1,7 @@
 (() => {
   "use strict";
   const BATCH = 60;
+  const TIERS = ["identical file", "same pixels", "same picture, altered", "alike"];
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("report-data").textContent);
   if (!data.pairs.length) return;
@@ -113,7 +114,7 @@
   function row(position) {
     const pair = data.pairs[shown[position]];
     const node = element("tr");
-    const generated = cell("Generated",
+    const generated = cell(data.word,
       opener(position, `Enlarge the pair of ${pair.q}`, picture(pair.a, "")), named(pair.q));
     if (pair.k !== "alike") generated.append(element("span", "tag", pair.k));
     if (pair.e) generated.append(element("span", "edit", pair.e));
@@ -140,6 +141,8 @@
 
   function compare(a, b) {
     const left = data.pairs[a], right = data.pairs[b];
+    const known = TIERS.indexOf(left.k) - TIERS.indexOf(right.k);
+    if (known && (sort.key === "s" || sort.key === "p")) return known; // chance hits never come first
     const x = left[sort.key], y = right[sort.key];
     const order = typeof x === "number" ? x - y : collator.compare(x, y);
     return (sort.direction === "ascending" ? order : -order) || a - b;
@@ -181,9 +184,9 @@
     open = position;
     const pair = data.pairs[shown[position]];
     const figures = [
-      ["Generated", [picture(pair.a, `Generated image ${pair.q}`)]],
+      [data.word, [picture(pair.a, `${data.word} image ${pair.q}`)]],
       ["Training image", original(pair, `Training image ${pair.m}`)],
-      ...(pair.w === null ? [] : [["Generated, laid over", [laidOver(pair, `${pair.q} laid over ${pair.m}`)]]]),
+      ...(pair.w === null ? [] : [[`${data.word}, laid over`, [laidOver(pair, `${pair.q} laid over ${pair.m}`)]]]),
       [pair.w === null ? "Difference" : "Difference after alignment", null],
     ].map(([title, content]) => {
       const figure = element("figure");
@@ -196,7 +199,7 @@
     byId("stage").dataset.gain = byId("gain").value;
     byId("stage").replaceChildren(...figures);
     byId("viewer-title").textContent = `Pair ${position + 1} of ${shown.length}`;
-    const facts = [["Generated", pair.q], ["Training image", pair.m], ["Identity", pair.id],
+    const facts = [[data.word, pair.q], ["Training image", pair.m], ["Identity", pair.id],
       ["Score", String(pair.s)], ["p-value", String(pair.p)]];
     facts.push(["What is known", pair.k]);
     if (pair.e) facts.push(["Edit", pair.e]);

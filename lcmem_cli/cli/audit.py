@@ -13,6 +13,7 @@ from lcmem_cli.cli.options import (
     APPROXIMATE,
     BASEDIR,
     CACHE,
+    FAIL_ON,
     FOLDER,
     FRAMES,
     INPUT,
@@ -79,9 +80,7 @@ class AuditOptions(ComputeOptions):
     confidence: float | None = option(
         JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
     )
-    fail_over: float | None = option(
-        JUDGING, "Exit 3 if more than this share of images is flagged.", None
-    )
+    fail_on: str | None = FAIL_ON
     max_unreadable: int | None = ANY_UNREADABLE
     seed: int = seed_option()
     cache: bool = CACHE
@@ -97,25 +96,35 @@ def audit_command(options: AuditOptions) -> None:
     Examples:
         lcmem audit generated --against training --held-out real -o audit
         lcmem audit generated --against list.csv --basedir images -o audit
-        lcmem audit generated --against training -o audit --fail-over 0.02 --json
+        lcmem audit generated --against training -o audit --fail-on altered --json
     """
     from lcmem_cli.engine.evaluation.audit.run import audit
 
-    result = audit(**options.arguments())
-    render.emit(result, as_json=options.as_json, human=lambda: _show(result, options.output))
-    if result.gate in ("failed", "undecided"):
+    show(audit(**options.arguments()), options.output, as_json=options.as_json)
+
+
+def show(result: AuditResult, output: Path, *, as_json: bool) -> None:
+    """Print a result; where it has a gate its line comes last, and the exit code says its end.
+
+    Raises:
+        typer.Exit: the gate failed, or is undecided.
+    """
+    render.emit(result, as_json=as_json, human=lambda: _show(result, output))
+    if result.gate is None:
+        return
+    (render.note if as_json else render.line)(result.gate.line)
+    if result.gate.ended != "passed":
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
 def _show(result: AuditResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.audit.sentences import percent
-
     _show_verdict(result)
     _show_sets(result)
-    render.table(["over the whole set", "generated", "real"], _figures(result))
+    render.table(["over the whole set", result.word, "real"], _figures(result))
+    _show_exposed(result)
     if result.flagged:
         render.table(
-            ["generated", "training image", "score", "p-value", "what is known"],
+            [result.word, "training image", "score", "p-value", "what is known"],
             [
                 [
                     match.query,
@@ -128,15 +137,27 @@ def _show(result: AuditResult, output: Path) -> None:
             ],
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
         )
-    if result.gate == "undecided":
-        render.line("Gate undecided: held-out and training images are not comparable.")
-    elif result.fail_over is not None:
-        ended, compared = ("failed", "over") if result.gate_failed else ("passed", "not over")
-        render.line(
-            f"Gate {ended}: {percent(result.share_flagged)} of the images are flagged, {compared} "
-            f"{percent(result.fail_over)}."
-        )
     render.line(f"See {output / 'report.html'}")
+
+
+def _show_exposed(result: AuditResult) -> None:
+    if not result.exposed_identities:
+        return
+    shown = result.exposed_identities[:_SHOWN_PAIRS]
+    render.table(
+        ["identity", "what is known", "score", "flagged images", "best match"],
+        [
+            [
+                " ".join(filter(None, (one.ds_name, one.name))),
+                one.tier,
+                f"{one.score:.4f}",
+                f"{len(one.matches):,}",
+                one.matches[0],
+            ]
+            for one in shown
+        ],
+        title=f"Exposed identities ({len(shown)} of {len(result.exposed_identities):,})",
+    )
 
 
 def _known(match: Match) -> str:
@@ -146,7 +167,7 @@ def _known(match: Match) -> str:
 
 
 def _show_verdict(result: AuditResult) -> None:
-    from lcmem_cli.engine.evaluation.audit.sentences import counted
+    from lcmem_cli.engine.evaluation.audit.wording import counted
 
     render.line(result.statement)
     render.line(result.verdict)
@@ -172,7 +193,7 @@ def _show_verdict(result: AuditResult) -> None:
 
 def _show_sets(result: AuditResult) -> None:
     named = {
-        "generated": result.generated,
+        result.word: result.generated,
         "training": result.training,
         "held-out": result.held_out,
     }

@@ -125,6 +125,13 @@ VERIFY = option(
     None,
     flags="--verify/--no-verify",
 )
+FAIL_ON = option(
+    JUDGING,
+    "Exit 3 on identical images, on any copy (altered), on more than chance explains, or on more "
+    "than this share of flagged images.",
+    None,
+    metavar="identical|altered|more-than-chance|SHARE",
+)
 CACHE = option(COMPUTE, "Keep features for other runs.", True, flags="--cache/--no-cache")
 FOLDER = option(OUTPUT, "Folder to write to.", flags="--output -o")
 OVERWRITE = option(OUTPUT, "Replace other results in the folder.", False)

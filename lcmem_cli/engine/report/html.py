@@ -127,7 +127,13 @@ def render_report(
         num_pairs=len(pairs),
         pictures=pictures,
         plot=draw_distribution(distribution),
-        data=script_json({"pairs": pairs, "pictures": list(pictures.uris)}),
+        data=script_json(
+            {
+                "word": result.word.capitalize(),
+                "pairs": pairs,
+                "pictures": list(pictures.uris),
+            }
+        ),
         css=assets["report.css"],
         js=assets["report.js"],
         policy=content_policy(assets["report.js"], assets["report.css"]),

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.evaluation.audit import sentences
 from lcmem_cli.engine.evaluation.audit.conditions import Conditions
+from lcmem_cli.engine.evaluation.audit.exposed import exposed_identities, exposed_images
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
+from lcmem_cli.engine.evaluation.audit.gate import judge
 from lcmem_cli.engine.evaluation.audit.null import Null, same_pixels, smallest_rate
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
-    CopiedImage,
     Finding,
     FlagRule,
     Match,
@@ -36,8 +37,6 @@ from lcmem_cli.engine.evaluation.calibration import (
     realised_rates,
 )
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
-
-MOST_COPIED = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,12 +148,14 @@ def conclude(
     rows = sets.generated.rows
     image_flags = flags.contents[rows]
     num_flagged, num_queries = int(image_flags.sum()), len(rows)
-    exposed = Counter(found.rows[rows[image_flags], 0].tolist())
+    matches = _matches(embedded, found, flags, request.top_k)
+    flagged = [match for match in matches if match.rank == 1 and match.flagged]
+    record_of = {match.match: sets.training.record_named(match.match) for match in flagged}
     tiers = Counter(_tier(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
-    identities = None
-    if sets.training.summary.num_identities is not None:
-        identities = len({sets.training.record_of(row).identity for row in exposed})
+    images = exposed_images(flagged, record_of)
+    are_known = sets.training.summary.num_identities is not None
+    identities = exposed_identities(flagged, record_of) if are_known else ()
     null_summary = _null_summary(request, embedded, null, flags.rule)
     finding = Finding(
         detector=embedded.detector.name,
@@ -173,17 +174,19 @@ def conclude(
         num_same_pixels=tiers["same pixels"],
         num_altered=tiers["same picture, altered"] if verified else None,
         num_alike=tiers["alike"],
-        num_exposed_images=len(exposed),
-        num_exposed_identities=identities,
-        fail_over=request.fail_over,
+        num_exposed_images=len(images),
+        num_exposed_identities=len(identities) if are_known else None,
+        task=request.task,
+        fail_on=request.fail_on,
         generated=sets.generated.summary,
         training=sets.training.summary,
         held_out=None if sets.held_out is None else sets.held_out.summary,
         comparability=conditions.held_out,
         generated_comparability=conditions.generated,
         metrics=measure_sets(embedded, null, found, seed=request.seed),
-        most_copied=_most_copied(embedded, exposed),
-        matches=_matches(embedded, found, flags, request.top_k),
+        exposed_images=images,
+        exposed_identities=identities,
+        matches=matches,
         times=Times.since(started),
     )
     circumstances = _circumstances(request, embedded, null, found, flags)
@@ -194,6 +197,7 @@ def conclude(
         shows=tuple(sentences.shows(finding, circumstances)),
         does_not_show=tuple(sentences.does_not_show(finding, circumstances)),
         warnings=tuple(sentences.warnings(finding, circumstances)),
+        gate=judge(finding),
     )
 
 
@@ -230,13 +234,6 @@ def _null_summary(
         shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
         meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
     )
-
-
-def _most_copied(embedded: Embedded, exposed: Counter[int]) -> tuple[CopiedImage, ...]:
-    training = embedded.sets.training
-    ordered = sorted(exposed.items(), key=lambda item: (-item[1], training.first_image[item[0]]))
-    records = [(training.record_of(row), count) for row, count in ordered[:MOST_COPIED]]
-    return tuple(CopiedImage(path=r.path, id=r.id, count=count) for r, count in records)
 
 
 def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tuple[Match, ...]:

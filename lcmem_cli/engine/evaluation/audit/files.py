@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.documents import check_document, read_document
 from lcmem_cli.engine.errors import CorruptFileError, InputError
+from lcmem_cli.engine.evaluation.audit.exposed import COLUMNS as EXPOSED_COLUMNS
+from lcmem_cli.engine.evaluation.audit.exposed import rows as exposed_rows
+from lcmem_cli.engine.evaluation.audit.gate import write_junit
 from lcmem_cli.engine.evaluation.audit.request import AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
@@ -43,6 +46,8 @@ CSV_NAME = "matches.csv"
 PARQUET_NAME = "matches.parquet"
 REPORT_NAME = "report.html"
 CHECKSUMS_NAME = "checksums.json"
+EXPOSED_NAME = "exposed.csv"
+JUNIT_NAME = "junit.xml"
 NUMBERS = (
     "turn",
     "scale",
@@ -67,7 +72,7 @@ COLUMNS = (
     *NUMBERS,
 )
 _REMEDY = "run the audit again"
-_NOT_ASKED = {"top_k", "fail_over", "cache", "fingerprint", "adapted_to"}
+_NOT_ASKED = {"top_k", "fail_on", "cache", "fingerprint", "adapted_to"}
 """Settings that change no finding, or that come of one: an audit may differ in them."""
 
 
@@ -76,7 +81,7 @@ class AuditDocument:
     """What is read again of ``audit.json``; see ``AuditResult``."""
 
     format: Literal["lcmem-audit"]
-    schema: Literal[2]
+    schema: Literal[3]
     fingerprint: str
     adapted_to: int | None
     verified: bool
@@ -110,10 +115,15 @@ def write_audit(
     rows = (map(_cell, _row(match).values()) for match in result.matches)
     write_csv(folder / CSV_NAME, COLUMNS, map(list, rows))
     write_parquet(folder / PARQUET_NAME, result.matches)
+    exposed = [*result.exposed_images, *result.exposed_identities]
+    write_csv(folder / EXPOSED_NAME, EXPOSED_COLUMNS, exposed_rows(exposed))
+    (folder / JUNIT_NAME).unlink(missing_ok=True)
+    if result.gate is not None:
+        write_junit(folder / JUNIT_NAME, result.gate)
     pictures = _pictures(result, embedded)
     write_text(folder / REPORT_NAME, render_report(result, pictures, distribution))
     write_json(folder / JSON_NAME, result.to_dict())
-    names = (CONFIG_NAME, CSV_NAME, PARQUET_NAME, REPORT_NAME, JSON_NAME)
+    names = (CONFIG_NAME, CSV_NAME, PARQUET_NAME, EXPOSED_NAME, REPORT_NAME, JSON_NAME)
     write_json(folder / CHECKSUMS_NAME, {name: sha256_file(folder / name) for name in names})
 
 
@@ -142,9 +152,6 @@ def _pictures(result: AuditResult, embedded: Embedded) -> Pictures:
         if match.outline and match.evidence is not None:
             item = _LaidOver(query, original, match.evidence.matrix)
             aligned[match.query] = numbers.setdefault(item, len(numbers))
-    for copied in result.most_copied:
-        file = sets.training.file_of[copied.path]
-        training[copied.path] = numbers.setdefault(file, len(numbers))
     thumbnails = make_thumbnails(
         list(numbers), _draw, workers=compute.num_workers, reporter=compute.reporter
     )

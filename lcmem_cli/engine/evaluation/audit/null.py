@@ -32,8 +32,8 @@ from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
 from lcmem_cli.engine.evaluation.audit.search import search_training
-from lcmem_cli.engine.evaluation.audit.sentences import percent
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
+from lcmem_cli.engine.evaluation.audit.wording import percent
 from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 

@@ -11,7 +11,7 @@ from lcmem_cli.engine.data.manifest import Frames
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit.result import AuditResult, NullKind
+from lcmem_cli.engine.evaluation.audit.result import AuditResult, GateRule, NullKind, Task
 from lcmem_cli.engine.evaluation.audit.sets import Sets, Source
 
 
@@ -37,11 +37,12 @@ class AuditRequest:
     verify: bool | None
     top_k: int
     confidence: float | None
-    fail_over: float | None
+    fail_on: GateRule | None
     max_unreadable: int | None
     seed: int
     output: Path | None
     overwrite: bool
+    task: Task = "audit"
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at a file."""
@@ -60,10 +61,8 @@ class AuditRequest:
             raise InputError(f"--top-k must be at least 1, not {self.top_k}")
         if self.confidence is not None:
             self._check_confidence(self.confidence)
-        if self.fail_over is not None and not 0 <= self.fail_over < 1:
-            raise InputError(
-                f"--fail-over is a share of the images, in [0, 1), not {self.fail_over:g}"
-            )
+        if self.fail_on == "altered" and self.verify is False:
+            raise InputError("--fail-on altered needs --verify, which tells altered copies")
 
     def _check_confidence(self, confidence: float) -> None:
         if not 0.5 <= confidence < 1:
@@ -109,7 +108,8 @@ class AuditSettings(BaseModel):
     seed: int
     top_k: int
     confidence: float | None = None
-    fail_over: float | None = None
+    fail_on: GateRule | None = None
+    task: Task = "audit"
     cache: bool
     fingerprint: str
     adapted_to: int | None = None

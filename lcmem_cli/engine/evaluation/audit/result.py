@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import FiniteFloat
 
 from lcmem_cli.engine.documents import FileName
-from lcmem_cli.engine.evaluation.calibration import fewest_flagged
+from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
 from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
 from lcmem_cli.engine.files import jsonable
 from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.verification.evidence import Evidence
 
-AUDIT_SCHEMA: Literal[2] = 2
+AUDIT_SCHEMA: Literal[3] = 3
 NullKind = Literal["held-out", "split", "leave-one-out"]
 Tier = Literal["identical file", "same pixels", "same picture, altered", "alike"]
 """What is known of a flagged image and its match, strongest first.
@@ -24,6 +24,13 @@ Tier = Literal["identical file", "same pixels", "same picture, altered", "alike"
 The same bytes; the same decoded pixels in another file; the same picture, altered, as alignment
 shows; or over the threshold and no more: perhaps the same identity in another picture.
 """
+TIERS: tuple[Tier, ...] = get_args(Tier)
+Task = Literal["audit", "leaks"]
+"""What the images are that are looked for: generated ones, or those of a test set."""
+GateRule = Literal["identical", "altered", "more-than-chance"] | float
+"""What a gate fails on: a tier of copies, more than chance explains, or a share of the images."""
+_UNLIKELY = 0.025
+"""Chance of so many flagged images up to which their number is more than chance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,13 +191,55 @@ class Match:
         return {**dataclasses.asdict(self), "same_picture": self.same_picture, "edit": self.edit}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CopiedImage:
-    """A training image and how many flagged generated images have it as their best match."""
+def certainty(match: Match) -> tuple[int, float, str]:
+    """Return the key that sorts flagged images: what is known of them first, then the score."""
+    return (
+        len(TIERS) if match.tier is None else TIERS.index(match.tier),
+        -match.score,
+        match.query,
+    )
 
-    path: str
-    id: str
-    count: int
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exposed:
+    """A training image, or an identity, that flagged images match best.
+
+    Attributes:
+        kind: which of both.
+        name: path of the image, or the identity's id.
+        id: the identity.
+        ds_name: its data set, if the list names one.
+        tier: what is known of its surest match.
+        score: of that match.
+        p_value: of that match.
+        image: training image of that match.
+        matches: names of the flagged images, surest first.
+    """
+
+    kind: Literal["image", "identity"]
+    name: FileName
+    id: FileName
+    ds_name: str | None
+    tier: Tier
+    score: FiniteFloat
+    p_value: FiniteFloat
+    image: FileName
+    matches: tuple[FileName, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """How a gate ended.
+
+    Attributes:
+        fails_on: what it fails on.
+        ended: ``undecided`` where the rate that it counts on does not hold.
+        line: the same in one line, for logs.
+    """
+
+    fails_on: GateRule
+    ended: Literal["passed", "failed", "undecided"]
+    line: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +283,8 @@ class Finding:
         num_alike: flagged images of which no more is known.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities; ``None`` where those are not known.
-        fail_over: share of flagged images over which the gate fails, if one was asked for.
+        task: what the images are that are looked for.
+        fail_on: what the gate fails on, if one was asked for.
         generated: the generated set.
         training: the training set.
         held_out: the held-out set, if one was given.
@@ -242,7 +292,8 @@ class Finding:
             held-out images.
         generated_comparability: the same of generated and held-out images.
         metrics: figures about the whole set.
-        most_copied: training images by number of flagged images, most first.
+        exposed_images: training images that are the best match of a flagged image, surest first.
+        exposed_identities: their identities, likewise; none where those are not known.
         matches: every readable generated image with its best matches.
         times: when, and how long.
     """
@@ -265,14 +316,16 @@ class Finding:
     num_alike: int
     num_exposed_images: int
     num_exposed_identities: int | None
-    fail_over: float | None
+    task: Task
+    fail_on: GateRule | None
     generated: SetSummary
     training: SetSummary
     held_out: SetSummary | None
     comparability: Comparability | None
     generated_comparability: Comparability | None
     metrics: SetMetrics
-    most_copied: tuple[CopiedImage, ...]
+    exposed_images: tuple[Exposed, ...]
+    exposed_identities: tuple[Exposed, ...]
     matches: tuple[Match, ...]
     times: Times
 
@@ -282,21 +335,28 @@ class Finding:
         return None if self.comparability is None else self.comparability.comparable
 
     @property
-    def gate(self) -> Literal["passed", "failed", "undecided"] | None:
-        """How the gate ended, if ``fail_over`` asks for one.
-
-        It is undecided where the sets are not comparable: then no rate holds.
-        """
-        if self.fail_over is None:
-            return None
-        if self.comparable is False:
-            return "undecided"
-        return "failed" if self.share_flagged > self.fail_over else "passed"
+    def word(self) -> str:
+        """The images that are looked for, as an adjective."""
+        return {"audit": "generated", "leaks": "test"}[self.task]
 
     @property
-    def gate_failed(self) -> bool:
-        """Whether more images are flagged than ``fail_over`` allows, on conditions that hold."""
-        return self.gate == "failed"
+    def noun(self) -> str:
+        """One of the images that are looked for."""
+        return f"{self.word} image"
+
+    @property
+    def more_than_chance(self) -> bool | None:
+        """Whether more images are merely alike than chance explains; ``None``: no rate holds."""
+        if self.comparable is False:
+            return None
+        if self.rule.kind == "fdr":
+            return self.num_alike > 0
+        others = self.num_queries - self.num_flagged + self.num_alike
+        null = self.null
+        chance = chance_of(
+            self.num_alike, others, num_null=null.num_independent, allowed=null.independent_allowed
+        )
+        return chance <= _UNLIKELY
 
     @property
     def is_undecided(self) -> bool:
@@ -306,9 +366,9 @@ class Finding:
 
     @property
     def flagged(self) -> tuple[Match, ...]:
-        """The flagged images with their best match, highest score first, exact copies before."""
+        """The flagged images with their best match, surest first."""
         found = [match for match in self.matches if match.rank == 1 and match.flagged]
-        return tuple(sorted(found, key=lambda match: (not match.exact, -match.score, match.query)))
+        return tuple(sorted(found, key=certainty))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,6 +381,7 @@ class AuditResult(Finding, Result):
         shows: what the finding supports.
         does_not_show: what it does not.
         warnings: what weakens it.
+        gate: how the gate ended, if one was asked for.
     """
 
     statement: str
@@ -328,6 +389,7 @@ class AuditResult(Finding, Result):
     shows: tuple[str, ...]
     does_not_show: tuple[str, ...]
     warnings: tuple[str, ...]
+    gate: Gate | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, sentences first.
@@ -343,8 +405,7 @@ class AuditResult(Finding, Result):
             **{name: values.pop(name) for name in AuditResult.__annotations__},
             **values,
             "comparable": self.comparable,
-            "gate": self.gate,
-            "gate_failed": self.gate_failed,
+            "more_than_chance": self.more_than_chance,
             "undecided": self.is_undecided,
             "flagged": [jsonable(match.to_dict()) for match in self.flagged],
             "times": times,

@@ -26,6 +26,7 @@ from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
 from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
+from lcmem_cli.engine.evaluation.audit.gate import gate_rule
 from lcmem_cli.engine.evaluation.audit.null import (
     Null,
     check_size,
@@ -35,7 +36,6 @@ from lcmem_cli.engine.evaluation.audit.null import (
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import AuditResult
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
-from lcmem_cli.engine.evaluation.audit.sentences import counted
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
     Listing,
@@ -45,6 +45,7 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     list_set,
 )
 from lcmem_cli.engine.evaluation.audit.verify import is_to_verify, verify_candidates
+from lcmem_cli.engine.evaluation.audit.wording import counted
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -70,7 +71,7 @@ def audit(
     verify: bool | None = None,
     top_k: int = 5,
     confidence: float | None = None,
-    fail_over: float | None = None,
+    fail_on: str | float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -117,7 +118,9 @@ def audit(
         top_k: matches to list per generated image.
         confidence: that the rate holds, over draws of the real images, such as 0.95: a higher
             threshold, which takes more of them. ``None``: the rate holds on average.
-        fail_over: share of flagged images over which ``result.gate_failed`` is true.
+        fail_on: gate, whose end is ``result.gate``: ``"identical"``, ``"altered"``,
+            ``"more-than-chance"``, or a share of flagged images in [0, 1) that is too many if it is
+            exceeded. See ``audit.gate``.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
         seed: of the split, the leave-one-out sample and the cells of ``C_T``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
@@ -154,7 +157,7 @@ def audit(
         verify=verify,
         top_k=top_k,
         confidence=confidence,
-        fail_over=fail_over,
+        fail_on=gate_rule(fail_on),
         max_unreadable=max_unreadable,
         seed=seed,
         output=None if output is None else Path(output),
@@ -181,6 +184,11 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     listings = list_sets(request, compute.reporter)
     detector = choose_detector(request, listings, device=compute.device)
     verified = is_to_verify(request, listings, detector, compute)
+    if request.fail_on == "altered" and not verified:
+        raise InputError(
+            "--fail-on altered needs verified candidates, which is not possible here; choose "
+            "another gate, or --verify to see why"
+        )
     settings = _settings(request, listings, detector, compute, verified)
     with _output_folder(request, settings, compute):
         plain = embed_sets(request, listings, detector, compute)
@@ -293,15 +301,16 @@ def _check_gate(request: AuditRequest, embedded: Embedded, null: Null, found: Fo
     Raises:
         InputError: so few flagged images as would fail the gate cannot be flagged.
     """
-    if not request.bh or request.fail_over is None:
+    if not request.bh or request.fail_on in (None, "identical"):
         return
     rows, num_null = embedded.sets.generated.rows, len(null.rows)
-    fails_at = math.floor(request.fail_over * len(rows) + 1e-9) + 1
+    allowed = request.fail_on if isinstance(request.fail_on, float) else 0.0
+    fails_at = math.floor(allowed * len(rows) + 1e-9) + 1
     fewest = fewest_flagged(request.fpr, len(rows), num_null)
     if found.exact[rows].sum() < fails_at < fewest:  # identical files are flagged whatever the null
         needed = math.ceil(len(rows) / (request.fpr * fails_at) - 1e-9) - 1
         raise InputError(
-            f"--fail-over {request.fail_over:g} is to fail at {counted(fails_at, 'flagged image')},"
+            f"--fail-on {request.fail_on} is to fail at {counted(fails_at, 'flagged image')},"
             f" but with {counted(num_null, 'real image')} --bh can only flag {fewest:,} or more at "
             f"once beside identical files; give {needed:,} held-out images, or leave --bh out"
         )

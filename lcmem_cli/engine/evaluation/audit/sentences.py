@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
-from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
+from lcmem_cli.engine.evaluation.audit.wording import counted, percent
+from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.evaluation.comparability import MIN_IDENTITIES, Comparability
 
-_UNLIKELY = 0.025
-"""Chance of so many flagged images up to which their number is more than chance."""
 _NEARER = 3.0
 """z of ``C_T`` above which the real images are nearer to the training set by more than chance."""
 _MOSTLY = 0.5
@@ -42,16 +41,6 @@ class Circumstances:
     num_evident: int
 
 
-def percent(share: float) -> str:
-    """Write a share as a percentage: ``0.0123`` is ``1.23 %``."""
-    return f"{100 * share:.3g} %"
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Write a number with its noun: ``1 image``, ``2,000 images``."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def statement(finding: Finding) -> str:
     """Return the finding in one sentence; one before it says where no rate holds."""
     return " ".join([*_not_comparable(finding), _finding(finding)])
@@ -76,7 +65,7 @@ def _finding(finding: Finding) -> str:
     rule = finding.rule
     if finding.is_undecided:
         return (
-            f"Undecided: none of {counted(finding.num_queries, 'generated image')} is flagged at a "
+            f"Undecided: none of {counted(finding.num_queries, finding.noun)} is flagged at a "
             f"false-discovery rate of {percent(rule.rate)}, but single ones could not be with "
             f"{counted(finding.null.num_scores, 'real image')} to compare with."
         )
@@ -96,7 +85,7 @@ def _finding(finding: Finding) -> str:
         low, high = (percent(bound) for bound in finding.excess_interval)
         beyond = f"; beyond chance {low} to {high} of the images (95 % interval)"
     return (
-        f"{finding.num_flagged:,} of {counted(finding.num_queries, 'generated image')} "
+        f"{finding.num_flagged:,} of {counted(finding.num_queries, finding.noun)} "
         f"({percent(finding.share_flagged)}) {verb} a training image more closely than {compared}, "
         f"{rate}{beyond}."
     )
@@ -133,31 +122,24 @@ def verdict(finding: Finding) -> str:
         )
     elif not others:
         pass  # alignment shows what was copied
-    elif _chance(finding, others, num_queries - num_known) <= _UNLIKELY:
+    elif finding.more_than_chance:
         sentences.append(by_chance + "this is more.")
     else:
-        sentences.append(by_chance + "that number is no evidence of copying; look at the pairs.")
+        sentences.append(by_chance + "their number is no evidence of copying; look at the pairs.")
     return " ".join(sentences)
 
 
 def _known(finding: Finding) -> Iterator[str]:
     """Yield how many flagged images are known to show the picture of a training image."""
     if finding.num_exact_copies:
-        copies = counted(finding.num_exact_copies, "generated image is", "generated images are")
+        copies = counted(finding.num_exact_copies, f"{finding.noun} is", f"{finding.noun}s are")
         yield f"{copies} byte for byte a training image."
     if finding.num_same_pixels:
-        copies = counted(finding.num_same_pixels, "generated image has", "generated images have")
+        copies = counted(finding.num_same_pixels, f"{finding.noun} has", f"{finding.noun}s have")
         yield f"{copies} the pixels of a training image in another file."
     if finding.num_altered:
-        copies = counted(finding.num_altered, "generated image shows", "generated images show")
+        copies = counted(finding.num_altered, f"{finding.noun} shows", f"{finding.noun}s show")
         yield f"{copies} the same picture as a training image, altered."
-
-
-def _chance(finding: Finding, count: int, num_queries: int) -> float:
-    null = finding.null
-    return chance_of(
-        count, num_queries, num_null=null.num_independent, allowed=null.independent_allowed
-    )
 
 
 def meaning_of_rate(kind: NullKind, rule: FlagRule, num_not_searched: int) -> str:
@@ -219,7 +201,7 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
         if circumstances.search_recall is None
         else "the training images that an approximate search proposed."
     )
-    yield f"Every generated image was compared with {compared}"
+    yield f"Every {finding.noun} was compared with {compared}"
     if finding.verified:
         yield (
             "The best candidates of each image were aligned with it, those of real images alike. "
@@ -235,10 +217,11 @@ def shows(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
 
 def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
     """Yield what the finding does not support."""
-    yield (
-        "That a flagged image was copied: two pictures may be alike for other reasons. Look at "
-        "the pairs."
-    )
+    if finding.num_alike or not finding.num_flagged:
+        yield (
+            "That an image which is merely alike was copied: two pictures may be alike for other "
+            "reasons. Look at the pairs."
+        )
     yield (
         "That an image which is not flagged is free of copied content: the detector compares "
         "whole pictures and misses what it was not made to see."
@@ -249,7 +232,10 @@ def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[st
             "person, patient or object in another picture: candidates were not aligned. So turned, "
             "mirrored and cropped copies are missed more often."
         )
-    yield "Anything about images that this generator has not made yet, or about other generators."
+    if finding.task == "audit":
+        yield (
+            "Anything about images that this generator has not made yet, or about other generators."
+        )
     if circumstances.may_share_identities:
         yield (
             "That training and held-out images show different people, patients or objects: only "
@@ -279,7 +265,7 @@ def _about_the_conditions(finding: Finding) -> Iterator[str]:
         )
     if generated is not None and generated.comparable is False:
         yield (
-            "Generated images can be told from held-out ones (AUC "
+            f"{finding.noun.capitalize()}s can be told from held-out ones (AUC "
             f"{generated.auc:.2f}{_in_what(generated)}). The rate is that of images like the "
             "held-out ones."
         )
@@ -287,7 +273,7 @@ def _about_the_conditions(finding: Finding) -> Iterator[str]:
 
 def _about_the_sets(finding: Finding) -> Iterator[str]:
     for name, images in (
-        ("generated", finding.generated),
+        (finding.word, finding.generated),
         ("training", finding.training),
         ("held-out", finding.held_out),
     ):
@@ -308,8 +294,8 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
     repeated = finding.num_queries - finding.generated.num_distinct
     if repeated:
         yield (
-            f"{repeated:,} of the generated images repeat others; the interval treats them as "
-            "independent."
+            f"Of the {finding.noun}s, {repeated:,} have the content of another one; the interval "
+            "counts each as an image of its own."
         )
 
 
@@ -324,33 +310,36 @@ def _about_the_search(circumstances: Circumstances) -> Iterator[str]:
 
 def _about_mixed_up_sets(finding: Finding, circumstances: Circumstances) -> Iterator[str]:
     if circumstances.are_same_sets:
-        yield "Generated and training set are the same images, so each is found identical."
+        yield (
+            f"{finding.word.capitalize()} and training set are the same images, so each is found "
+            "identical."
+        )
     if circumstances.num_mixed_up:
         yield (
-            "Among the generated images too, and so taken out of the null: "
+            f"Among the {finding.noun}s too, and so left out of the comparison: "
             f"{counted(circumstances.num_mixed_up, 'held-out image')}. Were sets mixed up?"
         )
     if finding.null.removed:
         yield (
-            "Also in the training set, and so taken out of the null: "
+            "Also in the training set, and so left out of the comparison: "
             f"{counted(len(finding.null.removed), 'real image')}."
         )
     if circumstances.num_evident:
         yield (
-            "Perhaps altered copies of training images too, but left in the null: "
+            "Perhaps altered copies of training images too, but compared with: "
             f"{counted(circumstances.num_evident, 'real image')}. If they are copies, take them "
             "out; they hide others."
         )
     copying = finding.metrics.copying
     if copying is not None and copying.z is not None and copying.z > _NEARER:
         yield (
-            "The real images lie nearer to the training set than the generated ones do "
+            f"The real images lie nearer to the training set than the {finding.word} ones do "
             f"(C_T {copying.value:+.1f}, z {copying.z:+.1f}), so copies may be missed. Were sets "
             "mixed up, or do held-out images show what training images show?"
         )
     if circumstances.share_below > _MOSTLY:
         yield (
-            f"{circumstances.share_below:.0%} of the generated images match the training set less "
+            f"{circumstances.share_below:.0%} of the {finding.noun}s match the training set less "
             "closely than any real image does: they are of another kind than the real images, and "
             "then the rate says little."
         )

@@ -120,6 +120,14 @@ class ImageSet:
         return dict(zip(names, self.files, strict=True))
 
     @cached_property
+    def _record_named(self) -> dict[str, Record]:
+        return {record.path: record for record in self.records}
+
+    def record_named(self, name: str) -> Record:
+        """Return an image by its name."""
+        return self._record_named[name]
+
+    @cached_property
     def identities(self) -> frozenset[tuple[str, str]]:
         """All identities."""
         return frozenset(record.identity for record in self.records)
