@@ -162,6 +162,14 @@ def shared_data() -> Iterator[Path]:
     yield folder
 
 
+def codec_of(store: Path) -> str:
+    """Return the option that makes a training config name the codec of a latent store."""
+    import json
+
+    name = json.loads((store / "meta.json").read_text())["codec"]["name"]
+    return f"--set=codec.name={name}"
+
+
 def save_tiny_codec(folder: Path) -> Path:
     """Write a random two-level AutoencoderKL as a diffusers folder."""
     import torch

@@ -355,7 +355,7 @@ def trained(drawn_images, tiny_codec, tmp_path_factory) -> Path:
         "train-stage1", "--latents", folder / "store", "-o", folder / "stage1",
         "--set=schedule.epochs=1", "--set=image.size=32", "--set=network.backbone=test_resnet",
         "--set=network.num_features=16", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
-        "--set=network.feature_rms=1.5",
+        "--set=network.feature_rms=1.5", f"--set=codec.name={tiny_codec}",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from conftest import save_with_header
+from conftest import codec_of, save_with_header
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -210,14 +210,15 @@ def test_an_edited_checkpoint_is_found(tmp_path):
 
 
 def test_latents_that_do_not_fit_config_or_filelist(latents, filelist):
-    good = check(config="stage1", overrides=SMALL, latents=latents, filelist=filelist)
+    small = [*SMALL, codec_of(latents).removeprefix("--set=")]
+    good = check(config="stage1", overrides=small, latents=latents, filelist=filelist)
     assert of(good, "problem") == [] and any("resnet10t" in w for w in of(good, "fine", "network"))
-    other = [*SMALL[1:], "image.size=64", "codec.input_range=unit"]
+    other = [*small[1:], "image.size=64", "codec.input_range=unit"]
     problems = of(check(config="stage1", overrides=other, latents=latents), "problem")
     assert len(problems) == 1
     assert "codec.input_range is unit" in problems[0] and "image.size is 64" in problems[0]
     rewrite(filelist, lambda rows: [r for r in rows if r[1] != "id05"])
-    fewer = check(config="stage1", overrides=SMALL, latents=latents, filelist=filelist)
+    fewer = check(config="stage1", overrides=small, latents=latents, filelist=filelist)
     assert any("not in the filelist" in w for w in of(fewer, "warning", "latents"))
     more = check(latents=latents, filelist=filelist.parent, num_images=0)
     assert of(more, "problem") == []
@@ -233,8 +234,15 @@ def test_latents_in_vain_and_a_codec_that_has_changed(latents, tiny_codec):
     assert any("not --latents" in w for w in of(baseline, "problem", "inputs"))
     meta = latents / "meta.json"
     meta.write_text(meta.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
-    changed = check(config="stage1", overrides=SMALL, latents=latents)
-    assert any("has changed" in w for w in of(changed, "problem", "codec"))
+    small = [*SMALL, codec_of(latents).removeprefix("--set=")]
+    changed = check(config="stage1", overrides=small, latents=latents)
+    assert any("has changed" in w for w in of(changed, "problem", "latents"))
+
+
+def test_latents_of_another_codec_than_the_configs(latents):
+    (problem,) = of(check(config="stage1", overrides=SMALL, latents=latents), "problem")
+    assert "codec.name is stabilityai/sd-vae-ft-mse" in problem
+    assert codec_of(latents).replace("=", " ", 1) in problem  # the remedy, to be copied
 
 
 def test_a_damaged_shard_is_found(latents):
@@ -317,6 +325,7 @@ def test_remedies_are_about_what_was_found(latents, tmp_path):
 def test_a_run_that_is_to_be_continued(latents, run_cli, tmp_path):
     target = tmp_path / "run"
     small = [*SMALL, "schedule.batch_size=8", "schedule.epochs=1", "runtime.device=cpu"]
+    small.append(codec_of(latents).removeprefix("--set="))
     given = {"config": "stage1", "latents": latents, "output": target, "resume": True}
     assert check(**given, overrides=small).num_problems == 0  # nothing to continue yet
     run_cli("train-stage1", "--latents", latents, "-o", target, *(f"--set={s}" for s in small))
@@ -329,6 +338,11 @@ def test_a_run_that_is_to_be_continued(latents, run_cli, tmp_path):
     run_cli(*command, exit_code=2)
     run_cli(*command, "--resume")
     assert "no effect" in run_cli("check", "--resume").stdout
+    own = {"latents": latents, "output": target, "resume": True}  # the run's own config
+    assert any("can go on" in w for w in of(check(**own), "fine"))
+    history = target / "history.csv"
+    history.write_text(history.read_text() + history.read_text().splitlines()[1] + "\n")
+    assert "2 epochs are trained already" in of(check(**own), "problem", "output")[0]
 
 
 def test_devices_that_are_not_here(monkeypatch):
@@ -360,6 +374,7 @@ def test_output_folders_that_cannot_be_used(tmp_path, monkeypatch):
 def test_the_estimate_covers_what_a_training_writes(latents, run_cli, tmp_path):
     target = tmp_path / "run"
     small = [f"--set={s}" for s in (*SMALL, "schedule.batch_size=8", "schedule.epochs=1")]
+    small.append(codec_of(latents))
     run_cli("train-stage1", "--latents", latents, "-o", target, *small, "--set=runtime.device=cpu")
     written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     values = configs.apply_overrides({"kind": "stage1"}, SMALL)

@@ -33,6 +33,20 @@ def test_resolved_config_reads_back_the_same():
     assert cfg.validate(cfg.tomllib.loads(text), source="text") == config
 
 
+@pytest.mark.parametrize("kind", cfg.KINDS.values())
+def test_every_key_is_shown(kind):
+    config = kind(kind=kind.model_fields["kind"].annotation.__args__[0])
+    shown = cfg.to_toml(config)
+    assert cfg.validate(cfg.tomllib.loads(shown), source="text") == config
+    for name, value in config:
+        keys = type(value).model_fields if isinstance(value, cfg.Section) else [name]
+        section = shown.partition(f"[{name}]\n")[2].partition("\n[")[0] or shown
+        for key in keys:
+            assert any(
+                line.startswith((f"{key} =", f"# {key} is unset")) for line in section.splitlines()
+            ) or (f"[{name}.{key}]" in shown), key
+
+
 def test_all_problems_are_reported_at_once():
     values = {
         "kind": "stage1",

@@ -102,6 +102,7 @@ class World:
             ],
             "train-stage1": lambda: [
                 "--latents", self.whole("latents"), "--resume", *NETWORK, *TRAINING,
+                f"--set=codec.name={self.codec}",
                 "--set=schedule.epochs=3", "--set=optimiser.ema_decay=0.9",
             ],
             "finetune": lambda: [
@@ -418,6 +419,7 @@ def test_a_damaged_shard_index_or_checkpoint_is_named(world, run_cli, tmp_path):
     flip(store / "shards" / "000002.npy", -9)
     flip(tmp_path / "c.safetensors", -9)
     train = ["train-stage1", "--latents", store, "-o", tmp_path / "out", *NETWORK, *TRAINING]
+    train.append(f"--set=codec.name={world.codec}")
     assert "000002.npy: missing or damaged" in run_cli(*train, exit_code=1).stderr
     flip(store / "index.parquet", 9)
     assert "index.parquet" in run_cli("info", store, exit_code=1).stderr

@@ -548,6 +548,7 @@ def test_a_payload_in_a_training_state_does_not_run(tmp_path, run_cli, image_fol
     )
     arguments = [
         "train-stage1", "--latents", latents, "-o", tmp_path / "run", "--resume",
+        f"--set=codec.name={tiny_codec}",
         "--set=image.size=64", "--set=network.backbone=test_convnext", "--set=schedule.epochs=1",
         "--set=network.num_features=8", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
     ]  # fmt: skip

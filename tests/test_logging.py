@@ -59,6 +59,7 @@ def test_a_training_logs_tasks_epochs_and_warnings(image_folder, tiny_codec, tmp
     run("latents", *common, "--codec", tiny_codec, "--size", 32, "-o", tmp_path / "latents")
     out, lines = run(
         "train-stage1", "--latents", tmp_path / "latents", "-o", target, "--json",
+        f"--set=codec.name={tiny_codec}",
         "--set=image.size=32", "--set=network.backbone=test_resnet", "--set=schedule.epochs=2",
         "--set=network.num_features=8", "--set=schedule.batch_size=8", "--set=runtime.device=cpu",
     )  # fmt: skip

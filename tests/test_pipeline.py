@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcmem_cli.engine.config import tomllib
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.detectors.base import Detector
@@ -51,6 +52,7 @@ def stage1(run_cli, image_folder, tiny_codec, tmp_path):
         "-o",
         tmp_path / "stage1",
         "--set=schedule.epochs=2",
+        f"--set=codec.name={tiny_codec}",
         *SMALL,
     )
     return tmp_path / "stage1"
@@ -244,16 +246,22 @@ def test_unreadable_images_are_listed_and_counted(run_cli, image_folder, tiny_co
     assert [u["path"] for u in json.loads(out.stdout)["unreadable"]] == ["id00/0.png"]
 
 
-def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
-    arguments = ["train-stage1", "--latents", tmp_path / "latents", "-o", stage1, *SMALL]
-    refused = run_cli(*arguments, "--set=schedule.epochs=2", exit_code=2)
-    assert "--resume" in refused.stderr
+def test_a_finished_run_is_not_overwritten(run_cli, stage1, tiny_codec, tmp_path):
+    arguments = ["train-stage1", "--latents", tmp_path / "latents", "-o", stage1]
+    fitting = [f"--set=codec.name={tiny_codec}", *SMALL]
+    assert "--resume" in run_cli(*arguments, *fitting, exit_code=2).stderr
     before = load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint
-    again = run_cli(*arguments, "--set=schedule.epochs=2", "--resume")
+    again = run_cli(*arguments, "--resume")
     assert "already trained" in again.stderr and "resumed" not in again.stderr
     assert load_checkpoint(stage1 / "checkpoint.safetensors").fingerprint == before
-    other = run_cli(*arguments, "--set=schedule.epochs=3", "--resume", exit_code=2)
-    assert "another schedule.epochs (2 there, 3 now) than given now" in other.stderr
+    other = run_cli(*arguments, "--set=loss.alpha=0.5", "--resume", exit_code=2)
+    assert "another loss.alpha (0.8 there, 0.5 now) than given now" in other.stderr
+    # A config that is named counts, with what is set, instead of the run's own.
+    fitting = [part for part in fitting if "num_features" not in part]
+    named = run_cli(*arguments, "--config", "stage1", *fitting, "--resume", exit_code=2)
+    assert "network.num_features (16 there, 512 now)" in named.stderr
+    kind = run_cli("train-codec", "--filelist", tmp_path, "-o", stage1, "--resume", exit_code=2)
+    assert "this command needs codec, the file says 'stage1'" in kind.stderr
     record = json.loads((stage1 / "run.json").read_text())
     for change, words in (
         ({"data_digest": "0"}, "other data or initial weights"),
@@ -264,8 +272,57 @@ def test_a_finished_run_is_not_overwritten(run_cli, stage1, tmp_path):
     ):
         changed = {**record, **change, "run_digest": "of another run"}
         (stage1 / "run.json").write_text(json.dumps(changed))
-        other = run_cli(*arguments, "--set=schedule.epochs=2", "--resume", exit_code=2)
+        other = run_cli(*arguments, "--resume", exit_code=2)
         assert f"holds a run with {words} than given now" in " ".join(other.stderr.split())
+
+
+def test_a_finished_run_takes_more_epochs_and_ends_as_if_asked_at_once(
+    run_cli, stage1, tiny_codec, tmp_path
+):
+    latents, epochs = tmp_path / "latents", "--set=schedule.epochs=4"
+    common = ["train-stage1", "--latents", latents, "-o"]
+    run_cli(*common, tmp_path / "whole", epochs, f"--set=codec.name={tiny_codec}", *SMALL)
+    done = run_cli(*common, stage1, "--resume", epochs)
+    assert "resumed  epoch 3" in done.stderr and "learning rate" not in done.stderr
+    whole, continued = (
+        load_checkpoint(folder / "checkpoint.safetensors")
+        for folder in (tmp_path / "whole", stage1)
+    )
+    assert all(
+        torch.equal(value, continued.network_state[key])
+        for key, value in whole.network_state.items()
+    )
+    assert (stage1 / "history.csv").read_bytes() == (tmp_path / "whole/history.csv").read_bytes()
+    config = (stage1 / "config.toml").read_text()
+    assert "epochs = 4" in config
+    fewer = run_cli(*common, stage1, "--resume", "--set=schedule.epochs=3", exit_code=2)
+    assert "4 epochs are trained already, more than schedule.epochs = 3" in fewer.stderr
+    assert (stage1 / "config.toml").read_text() == config  # the record stays true
+
+
+def test_more_epochs_say_where_the_result_is_another(run_cli, stage1, tiny_codec, tmp_path):
+    common = ["train-stage1", "--latents", tmp_path / "latents", "-o", tmp_path / "falling"]
+    start = ["--set=schedule.epochs=1", "--set=optimiser.eta_min_ratio=0.1", *SMALL]
+    run_cli(*common, f"--set=codec.name={tiny_codec}", *start, "--set=schedule.patience=1",
+            "--set=optimiser.learning_rate=0.5")  # fmt: skip
+    more = run_cli(*common, "--resume", "--set=schedule.epochs=6")
+    assert "falls over 6 epochs from here, and fell over 1 until now" in more.stderr
+    history = json.loads((tmp_path / "falling" / "training.json").read_text())
+    if history["stopped_early"]:
+        again = run_cli(*common, "--resume")
+        assert "schedule.patience = 1 has ended the training" in again.stderr
+    assert [row["epoch"] for row in history["history"]] == [*range(1, history["num_epochs"] + 1)]
+
+
+def test_epochs_count_from_one_everywhere(stage1):
+    result = json.loads((stage1 / "training.json").read_text())
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
+    rows = (stage1 / "history.csv").read_text().splitlines()[1:]
+    assert [row.partition(",")[0] for row in rows] == ["1", "2"]
+    losses = [row["val_loss"] for row in result["history"]]
+    assert result["best_epoch"] == 1 + losses.index(min(losses))
+    training = load_checkpoint(stage1 / "checkpoint.safetensors").training
+    assert training["best_epoch"] == result["best_epoch"]
 
 
 def test_what_runs_in_one_process_refuses_several(run_cli, image_folder, tmp_path, monkeypatch):
@@ -326,11 +383,75 @@ def test_fine_tuning_says_where_its_list_is_not_stage_ones(run_cli, image_folder
     assert "no image has the split VAL" in none.stderr
 
 
-def test_a_codec_name_beside_latents_is_said_to_have_no_effect(stage1, run_cli, tmp_path):
-    arguments = ["train-stage1", "--latents", tmp_path / "latents", *SMALL]
-    arguments += ["--set=schedule.epochs=1", "-o", tmp_path / "run"]
-    done = run_cli(*arguments, "--set=codec.name=some/codec")
-    assert "codec.name has no effect with --latents" in done.stderr and "some/codec" in done.stderr
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("codec.name", "some/codec", "codec.name is some/codec, the latents were made with"),
+        ("codec.name", "embedded", "codec.name is embedded, the latents were made with"),
+        ("codec.input_range", "unit", "codec.input_range is unit"),
+        ("codec.posterior", "sample", "codec.posterior is sample"),
+        ("codec.weights_hash", "0123", "codec.weights_hash is 0123"),
+        ("image.size", "64", "image.size is 64, the latents were made with 32"),
+    ],
+)
+def test_latents_that_the_config_does_not_ask_for_are_refused(
+    run_cli, image_folder, tiny_codec, tmp_path, key, value, words
+):
+    shown = make_latents(run_cli, image_folder, tiny_codec, tmp_path / "latents").stdout
+    remedy = f"--set codec.name={tiny_codec} --set image.size=32"
+    assert f"lcmem train-stage1 --config stage1 --latents {tmp_path / 'latents'} {remedy}" in shown
+    arguments = ["train-stage1", "--latents", tmp_path / "latents", "-o", tmp_path / "run"]
+    arguments += [f"--set=codec.name={tiny_codec}", *SMALL, f"--set={key}={value}"]
+    assert words in run_cli(*arguments, exit_code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_codec_that_is_not_at_hand_is_compared_by_name_and_revision(
+    run_cli, image_folder, tiny_codec, tmp_path
+):
+    make_latents(run_cli, image_folder, tiny_codec, tmp_path / "latents")
+    meta = tmp_path / "latents" / "meta.json"
+    values = json.loads(meta.read_text())
+    values["codec"] |= {"name": "some/codec", "revision": "v1"}
+    meta.write_text(json.dumps(values))
+    command = ["train-stage1", "--latents", tmp_path / "latents", *SMALL]
+    command += ["--set=schedule.epochs=1", "--set=codec.name=some/codec", "-o", tmp_path / "run"]
+    refused = run_cli(*command, "--set=codec.revision=v2", exit_code=2).stderr
+    assert "codec.name is some/codec at v2, the latents were made with some/codec at v1" in refused
+    assert "--set codec.revision=v1" in refused
+    run_cli(*command, "--set=codec.revision=v1")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").codec.name == "some/codec"
+
+
+def test_a_run_records_the_codec_that_was_used(run_cli, stage1, tiny_codec, tmp_path):
+    store = LatentStore.open(tmp_path / "latents")
+    recorded = tomllib.loads((stage1 / "config.toml").read_text())["codec"]
+    assert recorded["name"] == str(tiny_codec)
+    assert recorded["weights_hash"] == store.spec.weights_hash
+    checkpoint = load_checkpoint(stage1 / "checkpoint.safetensors")
+    assert checkpoint.training["config"]["codec"]["name"] == checkpoint.codec.name == "inside"
+    # Another folder of the same weights is the same codec, by its fingerprint.
+    moved = shutil.copytree(tiny_codec, tmp_path / "moved")
+    again = ["train-stage1", "--latents", tmp_path / "latents", "-o", tmp_path / "run"]
+    again += ["--config", stage1 / "config.toml", f"--set=codec.name={moved}"]
+    run_cli(*again)
+
+
+def test_latents_take_codec_and_size_of_the_config(run_cli, image_folder, tiny_codec, tmp_path):
+    config = tmp_path / "mine.toml"
+    config.write_text(
+        f'kind = "stage1"\n[codec]\nname = "{tiny_codec}"\ninput_range = "unit"\n'
+        "[image]\nsize = 32\n"
+    )
+    source = ["latents", "--filelist", image_folder, "--config", config]
+    shown = run_cli(*source, "-o", tmp_path / "latents").stdout
+    store = LatentStore.open(tmp_path / "latents")
+    assert (store.spec.name, store.spec.input_range) == (str(tiny_codec), "unit")
+    assert store.image_size == 32 and f"--latents {store.folder} -o" in " ".join(shown.split())
+    train = ["train-stage1", "--config", config, "--latents", store.folder, "-o", tmp_path / "run"]
+    run_cli(*train, *SMALL, "--set=schedule.epochs=1")
+    wrong = run_cli(*source[:-1], "finetune", "-o", tmp_path / "x", exit_code=2)
+    assert "this command needs stage1" in wrong.stderr
 
 
 def test_a_codec_of_the_hub_offline_says_how_to_get_it(run_cli, image_folder, tmp_path):

@@ -41,7 +41,7 @@ def transforms(target):
 
 def losses(target):
     keys = [f"{side}_{part}" for side in ("train", "val") for part in ("loss", "bce", "ntxent")]
-    plot_loss_curves([{"epoch": e, **dict.fromkeys(keys, 1 / (e + 1))} for e in range(3)], target)
+    plot_loss_curves([{"epoch": e, **dict.fromkeys(keys, 1 / e)} for e in range(1, 4)], target)
 
 
 @pytest.mark.parametrize("draw", [roc, bars, strengths, only_single_edits, transforms, losses])

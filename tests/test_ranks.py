@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import draw_identity, save_tiny_codec
+from conftest import codec_of, draw_identity, save_tiny_codec
 
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.distributed import Ranks
@@ -106,7 +106,16 @@ def compare_trainings(one, several):
 
 
 def test_several_ranks_train_the_network_of_one(server, store, images, tmp_path):
-    command = ["--quiet", "train-stage1", "--latents", store, *TRAINING, "--json", "-o"]
+    command = [
+        "--quiet",
+        "train-stage1",
+        "--latents",
+        store,
+        codec_of(store),
+        *TRAINING,
+        "--json",
+        "-o",
+    ]
     for count in (1, 2, 4):
         done = server.run_ranks(count, *command, tmp_path / str(count))
         assert done.code == 0, done.stderr
@@ -128,7 +137,8 @@ def test_several_ranks_train_the_network_of_one(server, store, images, tmp_path)
 def test_batch_normalisation_sees_the_whole_batch(server, store, tmp_path):
     # One step, as Adam turns the rounding errors of small gradients into whole steps.
     command = [
-        "--quiet", "train-stage1", "--latents", store, *TRAINING, "--set=schedule.batch_size=100",
+        "--quiet", "train-stage1", "--latents", store, codec_of(store), *TRAINING,
+        "--set=schedule.batch_size=100",
         "--set=network.backbone=test_resnet", "--set=schedule.epochs=1",
     ]  # fmt: skip
     for count in (1, 2, 4):
@@ -167,7 +177,16 @@ def moved(folder):
 
 
 def test_a_training_stopped_on_two_ranks_goes_on_with_one(server, store, tmp_path):
-    command = ["--quiet", "train-stage1", "--latents", store, *TRAINING, "--resume", "-o"]
+    command = [
+        "--quiet",
+        "train-stage1",
+        "--latents",
+        store,
+        codec_of(store),
+        *TRAINING,
+        "--resume",
+        "-o",
+    ]
     assert server.run(*command, tmp_path / "whole").code == 0
     place = "lcmem_cli.engine.training.loop:forward_backward"
     ranks = server.start_ranks(2, *command, tmp_path / "out", at=(place, 3, "hold"))
@@ -248,7 +267,10 @@ def test_studies_of_two_ranks_are_those_of_one(server, images, tmp_path, name, o
 
 def test_a_benchmark_on_latents_is_the_same(server, store, images, tmp_path):
     assert (
-        server.run("train-stage1", "--latents", store, *TRAINING, "-o", tmp_path / "run").code == 0
+        server.run(
+            "train-stage1", "--latents", store, codec_of(store), *TRAINING, "-o", tmp_path / "run"
+        ).code
+        == 0
     )
     detector = f"lcmem:{tmp_path / 'run' / 'checkpoint.safetensors'}"
     for count in (1, 2):
@@ -305,7 +327,17 @@ def test_a_lost_rank_ends_the_others_in_one_line(server, latents, store, tmp_pat
     output = tmp_path / "out"
     command = latents(output)
     if name == "train-stage1":
-        command = ["--quiet", name, "--latents", store, *TRAINING, "--resume", "-o", output]
+        command = [
+            "--quiet",
+            name,
+            "--latents",
+            store,
+            codec_of(store),
+            *TRAINING,
+            "--resume",
+            "-o",
+            output,
+        ]
     ranks = server.start_ranks(2, *command, patches=SMALL_PARTS, at=(place, 2, "hold-rank-1"))
     ranks[1].wait_until_held()
     ranks[1].send(signal.SIGKILL)

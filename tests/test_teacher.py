@@ -215,7 +215,8 @@ def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, 
     ]  # fmt: skip
     stage1 = (
         "train-stage1", "--latents", tmp_path / "latents", "--filelist", image_folder,
-        "-o", tmp_path / "stage1", "--set=image.size=32", "--set=network.backbone=resnet10t",
+        "-o", tmp_path / "stage1", f"--set=codec.name={tiny_codec}",
+        "--set=image.size=32", "--set=network.backbone=resnet10t",
         f"--set=network.weights={weights}", "--set=network.align_stem=24",
         "--set=network.stem_stride=1", "--set=network.num_features=16",
         "--set=network.inner_stride=16", "--set=network.inner_bands=2",

@@ -78,6 +78,12 @@ def config_option(default: str | None) -> Any:
     return option(INPUT, text, default, flags=flags, autocompletion=complete_config)
 
 
+def training_config_option(default: str) -> Any:
+    """Declare ``--config`` of a training, which a run that is continued has already."""
+    text = f"Shipped config name or a TOML file (default: {default}; with --resume the run's own)."
+    return option(INPUT, text, None, flags="--config -c", autocompletion=complete_config)
+
+
 def seed_option(default: int = 0) -> Any:
     """Declare ``--seed``."""
     return option(JUDGING, "Seed of everything random.", default, min=0)

@@ -17,8 +17,8 @@ from lcmem_cli.cli.options import (
     JsonOptions,
     ListOptions,
     argument,
-    config_option,
     option,
+    training_config_option,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class TrainingOptions(JsonOptions):
     """What every training is asked for."""
 
-    config: str
+    config: str | None
     basedir: Path | None = BASEDIR
     overrides: list[str] | None = OVERRIDES
     max_unreadable: int = MAX_UNREADABLE
@@ -46,11 +46,18 @@ class TrainingOptions(JsonOptions):
             "reporter": render.reporter(),
         }
 
-    def load_config(self, kind: type[ConfigT]) -> ConfigT:
-        """Return the config that is asked for."""
-        from lcmem_cli.engine.config import load_config
+    def load_config(self, kind: type[ConfigT], *, default: str) -> ConfigT:
+        """Return the config that is asked for, or that of the run that is continued."""
+        from lcmem_cli.engine.training.run import load_run_config
 
-        return load_config(self.config, kind, overrides=self.overrides or [])
+        return load_run_config(
+            self.config,
+            kind,
+            default=default,
+            overrides=self.overrides or [],
+            output=self.output,
+            resume=self.resume,
+        )
 
     def load_manifest(self, filelist: Path) -> Manifest:
         """Return the images that are asked for."""
@@ -62,7 +69,7 @@ class TrainingOptions(JsonOptions):
 class TrainCodecOptions(ListOptions, TrainingOptions):
     """What the training of a codec is asked for."""
 
-    config: str = config_option("mini/codec")
+    config: str | None = training_config_option("mini/codec")
 
 
 class Stage1Options(TrainingOptions):
@@ -72,14 +79,14 @@ class Stage1Options(TrainingOptions):
     filelist: Path | None = option(
         INPUT, "Images: for a config without codec, or to align pretrained weights.", None
     )
-    config: str = config_option("stage1")
+    config: str | None = training_config_option("stage1")
 
 
 class FinetuneOptions(ListOptions, TrainingOptions):
     """What the second stage is asked for."""
 
     checkpoint: str = argument("Stage-1 checkpoint.")
-    config: str = config_option("finetune")
+    config: str | None = training_config_option("finetune")
     codec: str | None = CODEC
 
 
@@ -92,7 +99,7 @@ def train_codec(options: TrainCodecOptions) -> None:
     from lcmem_cli.engine.config import CodecConfig
     from lcmem_cli.engine.training.autoencoder import train_codec as run
 
-    resolved = options.load_config(CodecConfig)
+    resolved = options.load_config(CodecConfig, default="mini/codec")
     result = run(resolved, options.filelist, basedir=options.basedir, **options.arguments())
 
     def human() -> None:
@@ -103,8 +110,8 @@ def train_codec(options: TrainCodecOptions) -> None:
             f"{result.val_psnr:.1f} dB PSNR"
         )
         render.line(
-            f"next       lcmem latents --codec {result.codec.name} --filelist {options.filelist} "
-            f"--size {resolved.image.size} -o latents"
+            f"next       lcmem latents --config mini/stage1 --codec {result.codec.name} "
+            f"--size {resolved.image.size} --filelist {options.filelist} -o latents"
         )
 
     render.emit(result, as_json=options.as_json, human=human)
@@ -115,7 +122,7 @@ def train_stage1(options: Stage1Options) -> None:
 
     Examples:
         lcmem train-stage1 --latents latents -o run
-        lcmem train-stage1 --latents latents --set schedule.epochs=20 -o run --resume
+        lcmem train-stage1 --latents latents -o run --resume --set schedule.epochs=600
     """
     from lcmem_cli.engine.config import Stage1Config
     from lcmem_cli.engine.store.latents import LatentStore
@@ -123,7 +130,7 @@ def train_stage1(options: Stage1Options) -> None:
 
     filelist = options.filelist
     result = run(
-        options.load_config(Stage1Config),
+        options.load_config(Stage1Config, default="stage1"),
         store=None if options.latents is None else LatentStore.open(options.latents),
         manifest=None if filelist is None else options.load_manifest(filelist),
         **options.arguments(),
@@ -141,7 +148,7 @@ def finetune(options: FinetuneOptions) -> None:
     from lcmem_cli.engine.training.stages import finetune as run
 
     result = run(
-        options.load_config(FinetuneConfig),
+        options.load_config(FinetuneConfig, default="finetune"),
         checkpoint=options.checkpoint,
         manifest=options.load_manifest(options.filelist),
         codec=options.codec,
@@ -151,7 +158,7 @@ def finetune(options: FinetuneOptions) -> None:
 
 
 def _show(result: TrainingResult) -> None:
-    kept = next(r for r in result.history if r.epoch == result.best_epoch - 1)
+    kept = next(r for r in result.history if r.epoch == result.best_epoch)
     early = ", stopped early" if result.stopped_early else ""
     render.line(
         f"kept epoch {result.best_epoch} of {result.num_epochs}{early}: "

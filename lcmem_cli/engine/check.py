@@ -32,6 +32,7 @@ from lcmem_cli.engine.models.siamese import SiameseNetwork, resolve_backbone
 from lcmem_cli.engine.models.weights import cached_weights
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.runs import CONFIG_NAME
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import autoencoder, inputs
 from lcmem_cli.engine.training.loop import resolve_precision
@@ -88,7 +89,7 @@ class CheckRequest:
     """What a run would be given. What is not given is not checked.
 
     Attributes:
-        config: name or path of a training config.
+        config: name or path of a training config; with ``resume`` the run's own by default.
         overrides: ``section.key=value`` strings.
         filelist: CSV, Parquet or folder of images.
         basedir: folder that paths are relative to.
@@ -151,6 +152,7 @@ class _Check:
         file: of the checkpoint, where there is one.
         start: the checkpoint, where it can be read.
         num_parameters: of the network that would be trained, as far as it is known.
+        config_name: of the config, or the file of the run that is continued.
     """
 
     def __init__(self, request: CheckRequest, reporter: Reporter) -> None:
@@ -164,6 +166,10 @@ class _Check:
         self.file: Path | None = None
         self.start: Checkpoint | None = None
         self.num_parameters = 0
+        self.config_name = request.config
+        if request.config is None and request.resume and request.output is not None:
+            own = request.output / CONFIG_NAME
+            self.config_name = str(own) if own.is_file() else None
 
     def result(self) -> CheckResult:
         levels = collections.Counter(finding.level for finding in self.findings)
@@ -202,7 +208,7 @@ class _Check:
     def vain_options(self) -> None:
         """Tell which parts of the request have no effect without others."""
         given = self.request
-        if given.overrides and given.config is None:
+        if given.overrides and self.config_name is None:
             self.warning("config", "--set has no effect without --config", "pass --config too")
         if given.basedir is not None and given.filelist is None:
             self.warning("filelist", "--basedir has no effect without --filelist", "pass it too")
@@ -210,8 +216,8 @@ class _Check:
     def read_inputs(self) -> None:
         """Read what the request names."""
         given = self.request
-        if given.config is not None:
-            self.settings = self.config(given.config, given.overrides)
+        if self.config_name is not None:
+            self.settings = self.config(self.config_name, given.overrides)
         if given.filelist is not None:
             self.manifest = self.filelist(given.filelist, given.basedir)
         if self.manifest is not None:
@@ -220,7 +226,7 @@ class _Check:
             self.images(self.manifest)
         checkpoint = given.checkpoint
         if checkpoint is None and not (
-            given.config or given.filelist or given.latents or given.detectors
+            self.config_name or given.filelist or given.latents or given.detectors
         ):
             checkpoint = EMBEDDED
         if checkpoint is not None:
@@ -410,8 +416,6 @@ class _Check:
         if store is not None:
             with self.guard("latents", "change the config, or make the latents anew"):
                 inputs.check_store(config, store)
-            with self.guard("codec", "restore the codec, or make the latents anew"):
-                inputs.embeddable_codec(store)
         elif not has_latents:
             spec = self._config_codec(config)
         backbone = None
@@ -612,7 +616,7 @@ class _Check:
         if self.request.resume and (folder is None or config is None):
             self.warning(
                 "output",
-                "--resume has no effect without --output and --config",
+                "--resume has no effect without --output, nor where there is no run nor --config",
                 "pass them too",
             )
 

@@ -67,10 +67,12 @@ class ImageSection(Section):
 
 
 class CodecSection(Section):
-    """The VAE that makes latents."""
+    """The VAE that makes latents: ``lcmem latents`` uses it, and ``train-stage1`` asks for it."""
 
     name: str = "embedded"
     """``embedded``, ``none`` (the network sees pixels), a diffusers folder or a hub id."""
+    weights_hash: str | None = None
+    """SHA-256 of the encoder, which a run writes into its config; unset: not asked for."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     input_range: Literal["symmetric", "unit"] = "symmetric"
@@ -235,6 +237,10 @@ NOT_THE_STUDY = ("device", "num_workers", "checkpointing", "trackers")
 AFTER_TRAINING = ("start_share",)
 """Keys of ``RegularisationSection`` that are used only when the training has ended: they change the
 result, but a run may be continued with others."""
+FOUND = ("weights_hash",)
+"""Keys of ``CodecSection`` that a run fills in; which data it is of is compared by itself."""
+HOW_LONG = ("epochs", "patience")
+"""Keys of ``ScheduleSection`` that say when a training ends: a run may be asked for more."""
 
 
 class CodecModelSection(Section):
@@ -580,17 +586,34 @@ def study_settings(config: Section) -> dict[str, Any]:
 def resumable_settings(config: Section) -> dict[str, Any]:
     """Return those of ``study_settings`` with which alone a run may be continued."""
     settings = study_settings(config)
-    if "regularisation" in settings:
-        kept = {k: v for k, v in settings["regularisation"].items() if k not in AFTER_TRAINING}
-        settings["regularisation"] = kept
+    free = {"regularisation": AFTER_TRAINING, "schedule": HOW_LONG, "codec": FOUND}
+    for section, keys in free.items():
+        if section in settings:
+            settings[section] = {k: v for k, v in settings[section].items() if k not in keys}
     return settings
 
 
 def to_toml(config: Section) -> str:
-    """Return a config as TOML text; unset optional keys are left out."""
+    """Return a config as TOML text; an unset key, for which TOML has no word, is a comment."""
     import tomli_w
 
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    values = config.model_dump(mode="json")
+    # Before the sections, or they would be read as keys of the last one.
+    parts = [tomli_w.dumps({k: v for k, v in values.items() if not isinstance(v, dict)})]
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            continue
+        known = {key: item for key, item in value.items() if item is not None}
+        text = tomli_w.dumps({name: known}) or f"[{name}]\n"
+        unset = "".join(f"# {key} is unset\n" for key, item in value.items() if item is None)
+        parts.append(_after_header(text, unset))
+    return "\n".join(parts)
+
+
+def _after_header(section: str, comment: str) -> str:
+    """Put comments where they are read as a section's: before the tables inside it."""
+    header, _, rest = section.partition("\n")
+    return f"{header}\n{comment}{rest}"
 
 
 def _check_extent(values: dict[str, Any], source: str) -> None:

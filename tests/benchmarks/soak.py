@@ -95,7 +95,13 @@ class Soak:
         listed = ("--filelist", self.images)
         options: dict[str, tuple[object, ...]] = {
             "latents": (*listed, "--codec", self.codec, "--size", 64, "--batch-size", 3),
-            "train-stage1": ("--latents", latents, *NETWORK, *TRAINING),
+            "train-stage1": (
+                "--latents",
+                latents,
+                *NETWORK,
+                *TRAINING,
+                f"--set=codec.name={self.codec}",
+            ),
             "finetune": (stage1, *listed, *TRAINING, "--set=schedule.epochs=4"),
             "index": ("build", self.images, "--detector", "phash"),
             "benchmark": (*listed, "--detectors", "mse,phash,ncc", "--input-size", 16),

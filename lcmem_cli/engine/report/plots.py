@@ -47,7 +47,7 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], target: Path) -> No
         parts[0] = ("loss", "total (train: with retention)")
         parts.append(("retention", "retention"))
     figure = _figure(3.4 * len(parts), 3.2)
-    epochs = [int(row["epoch"]) + 1 for row in history]
+    epochs = [int(row["epoch"]) for row in history]
     marker = "o" if len(epochs) < 30 else ""
     for axis, (part, title) in zip(figure.subplots(1, len(parts)), parts, strict=True):
         sides = ("train",) if part == "retention" else ("train", "val")

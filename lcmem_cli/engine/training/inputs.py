@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 
 from lcmem_cli.engine.config import FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import Manifest, Record
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.models.checkpoint import MAX_EMBEDDED_CODEC_BYTES, Checkpoint
-from lcmem_cli.engine.models.codec import CodecSpec
-from lcmem_cli.engine.models.codec_loading import load_codec
+from lcmem_cli.engine.models.codec import EMBEDDED, Codec, CodecSpec
+from lcmem_cli.engine.models.codec_loading import load_codec, needs_download
 from lcmem_cli.engine.models.siamese import (
     NetworkSpec,
     SiameseNetwork,
@@ -55,24 +56,93 @@ def check_stage1_inputs(config: Stage1Config, *, has_latents: bool, has_images: 
         )
 
 
-def check_store(config: Stage1Config, store: LatentStore) -> None:
+def check_store(config: Stage1Config, store: LatentStore) -> Codec | None:
     """Refuse latents that were made otherwise than the config says.
 
+    Returns:
+        The codec that the config names, where it is at hand; its weights are those that made the
+        latents.
+
     Raises:
-        InputError: naming what differs.
+        InputError: naming what differs, and how to make it agree.
     """
-    problems = []
-    if config.codec.input_range != store.spec.input_range:
-        problems.append(
-            f"codec.input_range is {config.codec.input_range}, the latents were made with "
-            f"{store.spec.input_range}"
-        )
-    if config.image.size != store.image_size:
-        problems.append(
-            f"image.size is {config.image.size}, the latents were made at {store.image_size}"
-        )
+    codec, problem = _codec_of(config, store)
+    needed = overrides_for(config, store.spec, store.image_size)
+    problems = [problem] if problem else []
+    for key, value in needed.items():
+        if key.startswith("codec.") and key not in ("codec.input_range", "codec.posterior"):
+            continue  # names may differ where the weights are the same
+        section, _, name = key.partition(".")
+        asked = getattr(getattr(config, section), name)
+        problems.append(f"{key} is {asked}, the latents were made with {value}")
     if problems:
-        raise InputError(f"{store.folder}: {'; '.join(problems)}")
+        raise InputError(
+            f"{store.folder}: config and latents do not fit: {'; '.join(problems)}; train on these "
+            f"latents with {as_options(needed)}, or make others with lcmem latents and the same "
+            "--config"
+        )
+    return codec
+
+
+def overrides_for(config: Stage1Config, spec: CodecSpec, image_size: int) -> dict[str, str]:
+    """Return the values by key that a config needs in place of its own to train on some latents.
+
+    Args:
+        config: resolved.
+        spec: codec of the latents.
+        image_size: side in pixels of the images that they were made of.
+    """
+    made = {
+        "codec.name": (config.codec.name, spec.name),
+        "codec.revision": (config.codec.revision, spec.revision),
+        "codec.input_range": (config.codec.input_range, spec.input_range),
+        "codec.posterior": (config.codec.posterior, spec.posterior),
+        "image.size": (config.image.size, image_size),
+    }
+    return {key: str(there) for key, (asked, there) in made.items() if asked != there}
+
+
+def as_options(overrides: dict[str, str]) -> str:
+    """Return values by key as ``--set`` options for a shell."""
+    return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
+
+
+def _codec_of(config: Stage1Config, store: LatentStore) -> tuple[Codec | None, str]:
+    """Return the codec that the config names, if it is at hand, and why it is not the latents'."""
+    asked, made = config.codec, store.spec
+    if asked.weights_hash not in (None, made.weights_hash):
+        return None, (
+            f"codec.weights_hash is {asked.weights_hash}, the latents were made with "
+            f"{made.weights_hash}"
+        )
+    is_same = (asked.name, asked.revision) == (made.name, made.revision)
+    asked_for, made_by = (
+        f"{codec.name} at {codec.revision}" if codec.revision else codec.name
+        for codec in (asked, made)
+    )
+    other = f"codec.name is {asked_for}, the latents were made with {made_by}"
+    codec = None
+    if not needs_download(asked.name, asked.revision):
+        try:
+            codec = load_codec(asked.name, revision=asked.revision, input_range=made.input_range)
+        except LcmemError:  # a folder that has gone; its name is all that is left to compare
+            codec = None
+    if codec is None:
+        return None, "" if is_same else other
+    if codec.spec.weights_hash == made.weights_hash:
+        return codec, ""
+    if is_same:
+        return codec, (
+            f"codec {asked.name} has changed since the latents were made: its weights are "
+            f"{codec.spec.weights_hash[:12]}, they were {made.weights_hash[:12]}"
+        )
+    return codec, other
+
+
+def with_codec(config: Stage1Config, store: LatentStore) -> Stage1Config:
+    """Return a config that says which weights made the latents; they fit, see ``check_store``."""
+    codec = config.codec.model_copy(update={"weights_hash": store.spec.weights_hash})
+    return config.model_copy(update={"codec": codec})
 
 
 def check_has_images(images: Sequence[Record] | Sequence[int], split: str) -> None:
@@ -177,22 +247,11 @@ def load_teacher(file: Path, network: SiameseNetwork) -> Teacher:
 
 
 def embeddable_codec(
-    store: LatentStore,
+    codec: Codec | None,
 ) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor] | None]:
-    """Return config and encoder weights of the store's codec if small and on this machine.
-
-    Raises:
-        InputError: the codec there is not the one that made the latents.
-    """
-    spec, name = store.spec, store.spec.name
-    if name != "embedded" and not Path(name).is_dir():
+    """Return config and encoder weights of a codec if it is small and no hub id's."""
+    if codec is None or not (codec.spec.name == EMBEDDED or Path(codec.spec.name).exists()):
         return None, None  # a hub id is found again by its name
-    codec = load_codec(name, input_range=spec.input_range)
-    if codec.spec.weights_hash != spec.weights_hash:
-        raise InputError(
-            f"codec {name} has changed since the latents in {store.folder} were made; restore it "
-            "or make the latents again"
-        )
     state = codec.encoder_state()
     if sum(v.numel() * v.element_size() for v in state.values()) > MAX_EMBEDDED_CODEC_BYTES:
         return None, None

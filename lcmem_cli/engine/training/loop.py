@@ -30,6 +30,7 @@ from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
 from lcmem_cli.engine.training.batch_norm import synchronise_batch_norm
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
+from lcmem_cli.engine.training.run import HISTORY_NAME
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.sources import PairSource
 from lcmem_cli.engine.training.state import StateFile
@@ -42,7 +43,6 @@ from lcmem_cli.engine.training.step import (
 from lcmem_cli.engine.training.teacher import Retention
 from lcmem_cli.engine.training.trackers import Log
 
-HISTORY_NAME = "history.csv"
 _REMEDY = "a smaller optimiser.learning_rate, or optimiser.clip_norm = 1.0,"
 _NUM_SUMS = len(TrainingLoss._fields) + 1  # each part of the loss, and the pairs
 
@@ -51,7 +51,7 @@ _NUM_SUMS = len(TrainingLoss._fields) + 1  # each part of the loss, and the pair
 class EpochRecord:
     """Mean losses of one epoch; the loss is ``alpha * bce + (1 - alpha) * ntxent + retention``.
 
-    Validation has no retention.
+    Epochs count from 1. Validation has no retention.
     """
 
     epoch: int
@@ -72,7 +72,7 @@ class TrainingOutcome:
     Attributes:
         state: weights of the kept epoch, see ``schedule.keep``.
         history: one record an epoch.
-        best_epoch: number of the kept epoch, from 0.
+        best_epoch: number of the kept epoch, from 1.
         stopped_early: whether patience ran out.
     """
 
@@ -84,14 +84,25 @@ class TrainingOutcome:
 
 @dataclasses.dataclass
 class _State:
-    """Everything that changes while training and is saved."""
+    """Everything that changes while training and is saved.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished steps of the epoch under way.
+        sums: losses of these steps times their pairs, and the pairs.
+        history: one record an epoch.
+        best_epoch: number of the kept epoch, from 1; 0: none.
+        best_loss: its VAL loss.
+        planned: epochs that the learning rate was laid out for; 0: not begun.
+    """
 
     epoch: int = 0
     step: int = 0
     sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * _NUM_SUMS)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    best_epoch: int = -1
+    best_epoch: int = 0
     best_loss: float = math.inf
+    planned: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +181,7 @@ class Trainer:
             InputError: the saved state is of another run.
         """
         self._restore()
+        self.state.planned = self.schedule.epochs
         while not self._is_over():
             self._train_epoch()
             self._finish_epoch()
@@ -264,7 +276,7 @@ class Trainer:
             )
         state.history.append(
             {
-                "epoch": state.epoch,
+                "epoch": state.epoch + 1,
                 "train_loss": train[0],
                 "train_bce": train[1],
                 "train_ntxent": train[2],
@@ -276,7 +288,7 @@ class Trainer:
             }
         )
         if val[0] < state.best_loss or self.schedule.keep == "last":
-            state.best_loss, state.best_epoch = val[0], state.epoch
+            state.best_loss, state.best_epoch = val[0], state.epoch + 1
             self.best = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}
         self.reporter.event(
             "epoch",
@@ -285,7 +297,7 @@ class Trainer:
             bce=train[1],
             ntxent=train[2],
             val=val[0],
-            best=state.best_epoch + 1,
+            best=state.best_epoch,
         )
         state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * _NUM_SUMS
         if self.ranks.is_main:
@@ -338,7 +350,7 @@ class Trainer:
         return self.state.epoch >= self.schedule.epochs or self._patience_is_out()
 
     def _patience_is_out(self) -> bool:
-        waited = self.state.epoch - 1 - self.state.best_epoch
+        waited = self.state.epoch - self.state.best_epoch
         return bool(self.schedule.patience) and waited >= self.schedule.patience
 
     def _save(self) -> None:
@@ -368,10 +380,21 @@ class Trainer:
 
         if not self.file.restore(take):
             return
+        state, asked = self.state, self.schedule.epochs
         if self._is_over():
-            self.reporter.event("already trained", epochs=self.state.epoch)
-        else:
-            self.reporter.event("resumed", epoch=self.state.epoch + 1, step=self.state.step)
+            self.reporter.event("already trained", epochs=state.epoch)
+            if state.epoch < asked:
+                self.reporter.warn(
+                    f"epoch {state.best_epoch} is the best of {state.epoch}, so schedule.patience "
+                    f"= {self.schedule.patience} has ended the training; raise it too for more"
+                )
+            return
+        self.reporter.event("resumed", epoch=state.epoch + 1, step=state.step)
+        if state.planned != asked and self.optimiser.eta_min_ratio != 1:
+            self.reporter.warn(
+                f"the learning rate falls over {asked} epochs from here, and fell over "
+                f"{state.planned} until now: the result is not that of {asked} from the start"
+            )
 
     def _write_history(self) -> None:
         fields = [field.name for field in dataclasses.fields(EpochRecord)]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.config import Section, resumable_settings
+from lcmem_cli.engine.config import (
+    ConfigT,
+    FinetuneConfig,
+    Section,
+    Stage1Config,
+    load_config,
+    resumable_settings,
+)
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.distributed import Ranks
@@ -19,9 +27,10 @@ from lcmem_cli.engine.documents import read_document
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock, write_json
 from lcmem_cli.engine.results import Unreadable
-from lcmem_cli.engine.runs import write_run_files
+from lcmem_cli.engine.runs import CONFIG_NAME, write_run_files
 
 RUN_NAME = "run.json"
+HISTORY_NAME = "history.csv"
 _CHECK_SIZE = 16
 
 
@@ -32,6 +41,35 @@ class _Record:
     run_digest: str
     settings: dict[str, Any]
     data_digest: str
+
+
+def load_run_config(
+    name: str | None,
+    kind: type[ConfigT],
+    *,
+    default: str,
+    overrides: Sequence[str] = (),
+    output: Path,
+    resume: bool,
+) -> ConfigT:
+    """Load the config of a training: of the run that is continued, unless another is named.
+
+    Args:
+        name: shipped name or path; ``None``: the run's own, and ``default`` where there is no run.
+        kind: the config class that the caller needs.
+        default: shipped name.
+        overrides: ``section.key=value`` strings; they win over the file.
+        output: run folder.
+        resume: whether a run there is continued.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or the file is of another kind.
+        InputError: no such config.
+    """
+    if name is None:
+        own = resume and all((output / file).is_file() for file in (RUN_NAME, CONFIG_NAME))
+        name = str(output / CONFIG_NAME) if own else default
+    return load_config(name, kind, overrides=overrides)
 
 
 @contextlib.contextmanager
@@ -46,7 +84,7 @@ def open_training_folder(
     """Lock a run folder, write the resolved config into it, and yield the run's digest.
 
     The digest covers the data and the config, but not the keys of ``NOT_THE_STUDY``, which may
-    change when a run moves to another machine, nor those of ``AFTER_TRAINING``.
+    change when a run moves to another machine, nor those of ``AFTER_TRAINING`` and ``HOW_LONG``.
 
     Args:
         output: run folder; made if missing.
@@ -56,7 +94,8 @@ def open_training_folder(
         ranks: processes; only the first locks and writes.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is off, or it holds another run.
+        InputError: the folder holds a run and ``resume`` is off, or it holds another run, or more
+            epochs than the config asks for.
         FolderBusyError: another process is writing there.
     """
     ranks = ranks or Ranks()
@@ -75,6 +114,7 @@ def open_training_folder(
                 )
             if known.run_digest != run.run_digest:
                 raise _another_run(output, known, config)
+            _check_epochs(output, config)
         ranks.barrier()
         if ranks.is_main:
             write_run_files(output, config.model_dump(mode="json"))
@@ -89,7 +129,7 @@ def check_continues(output: Path, config: Section) -> bool:
     Whether data and initial weights are the same too is only known to the training itself.
 
     Raises:
-        InputError: the run there has other settings.
+        InputError: the run there has other settings, or more epochs than the config asks for.
         CorruptFileError: its record is damaged.
     """
     record = output / RUN_NAME
@@ -98,7 +138,29 @@ def check_continues(output: Path, config: Section) -> bool:
     known = _read_record(record)
     if _what_differs(known, config):
         raise _another_run(output, known, config)
+    _check_epochs(output, config)
     return True
+
+
+def _check_epochs(output: Path, config: Section) -> None:
+    """Refuse to call a run one of fewer epochs than it has.
+
+    Raises:
+        InputError: it has more.
+    """
+    if not isinstance(config, (Stage1Config, FinetuneConfig)):
+        return
+    try:
+        with (output / HISTORY_NAME).open(newline="", encoding="utf-8") as file:
+            trained = sum(1 for _ in csv.DictReader(file))
+    except (OSError, ValueError):  # none is finished
+        return
+    asked = config.schedule.epochs
+    if trained > asked:
+        raise InputError(
+            f"{output}: {trained} epochs are trained already, more than schedule.epochs = {asked}; "
+            "ask for as many or more, or choose another folder"
+        )
 
 
 def _another_run(output: Path, known: _Record, config: Section) -> InputError:

@@ -56,6 +56,7 @@ from lcmem_cli.engine.training.trackers import check_trackers, open_trackers
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 RESULT_NAME = "training.json"
+_INSIDE = "inside"
 _ALIGN_BATCH = 32
 _MAX_ANCESTORS = 8
 
@@ -251,25 +252,31 @@ class _Stage(abc.ABC):
             "config": study_settings(self.config),
             "data_digest": self.data_digest,
             "list_digest": self.listed,
-            "best_epoch": outcome.best_epoch + 1,
+            "best_epoch": outcome.best_epoch,
             "num_epochs": len(outcome.history),
         }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LatentStage(_Stage):
-    """Stage 1 on stored latents."""
+    """Stage 1 on stored latents.
+
+    Attributes:
+        codec: what made them, where it is at hand.
+    """
 
     images: LatentStore
+    codec: Codec | None
 
     def source(self, rows: Sequence[int], compute: Compute) -> PairSource:
         return LatentSource(self.images, rows)
 
     def checkpoint(self, outcome: TrainingOutcome) -> Checkpoint:
-        codec_config, codec_state = inputs.embeddable_codec(self.images)
-        spec = self.images.spec
+        codec_config, codec_state = inputs.embeddable_codec(self.codec)
+        spec, training = self.images.spec, self.provenance(outcome)
         if codec_state is not None:  # it needs no path of the machine that it was made on
-            spec = dataclasses.replace(spec, name="inside")
+            spec = dataclasses.replace(spec, name=_INSIDE)
+            training["config"]["codec"]["name"] = _INSIDE
         return Checkpoint(
             stage="stage1",
             network=self.network.spec,
@@ -278,7 +285,7 @@ class _LatentStage(_Stage):
             codec_config=codec_config,
             codec_state=codec_state,
             image_size=self.images.image_size,
-            training=self.provenance(outcome),
+            training=training,
         )
 
 
@@ -399,13 +406,8 @@ def _latent_stage(
         known_teacher: file of the teacher that the run which is continued has saved.
         compute: how images are read.
     """
-    inputs.check_store(config, store)
-    if config.codec.name not in ("embedded", store.spec.name):
-        compute.reporter.event(
-            "codec.name has no effect with --latents",
-            given=config.codec.name,
-            made_by=store.spec.name,
-        )
+    codec = inputs.check_store(config, store)
+    config = inputs.with_codec(config, store)
     network = inputs.stage1_network(config, store.spec, store.image_size, store)
     check_input(network)
     pretrained, is_fitted = None, False
@@ -432,6 +434,7 @@ def _latent_stage(
         data_digest=f"{store.manifest_digest}/{store.spec.weights_hash}/{store.image_size}",
         initial=initial,
         unreadable=store.unreadable,  # tolerated when it was made
+        codec=codec,
         teacher=teacher,
         retention=retention,
     )
@@ -501,7 +504,7 @@ def _conclude(
         fingerprint=checkpoint.fingerprint,
         stage=stage.config.kind,
         num_train_identities=num_identities,
-        best_epoch=outcome.best_epoch + 1,
+        best_epoch=outcome.best_epoch,
         num_epochs=len(outcome.history),
         stopped_early=outcome.stopped_early,
         history=outcome.history,

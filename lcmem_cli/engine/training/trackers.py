@@ -73,7 +73,7 @@ def open_trackers(
     def log(record: Mapping[str, float]) -> None:
         values = {key: value for key, value in record.items() if key != "epoch"}
         for tracker in opened:
-            tracker.log(values, step=int(record["epoch"]) + 1)
+            tracker.log(values, step=int(record["epoch"]))
 
     try:
         yield log
