@@ -80,6 +80,13 @@ class AuditOptions(ComputeOptions):
     confidence: float | None = option(
         JUDGING, "Hold --fpr with this confidence, such as 0.95: takes more real images.", None
     )
+    sensitivity: int | None = option(
+        JUDGING,
+        "Altered copies of training images to plant, to see how many the audit finds; 0 leaves "
+        "this out (default: as many as take a third of the time at most).",
+        None,
+        min=0,
+    )
     fail_on: str | None = FAIL_ON
     max_unreadable: int | None = ANY_UNREADABLE
     seed: int = seed_option()

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -24,6 +25,8 @@ TEMPLATE_NAME = "report.html.j2"
 MAX_PAIRS = 5000
 """Flagged pairs that the page holds."""
 _NUM_BINS = 48
+_WORD_STARTS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+"""Where words begin in a name such as ``JPEGCompression``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,5 +311,6 @@ def _environment() -> jinja2.Environment:
     environment.filters["percent"] = lambda share: f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
     environment.filters["prose"] = lambda text: printable(text).replace(" %", "\N{NO-BREAK SPACE}%")
     environment.filters["number"] = lambda value: f"{value:,}"
+    environment.filters["spaced"] = lambda name: _WORD_STARTS.sub(" ", name)
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
     return environment

@@ -22,6 +22,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
     FlagRule,
     Match,
     NullSummary,
+    Sensitivity,
     Tier,
     Times,
 )
@@ -72,9 +73,7 @@ def flag(
     null_scores = null.scores[:, 0]
     rule = _rule(found.best[embedded.sets.generated.rows], null, request)
     found = found.evident_first(rule.threshold)
-    matches = np.zeros(found.scores.shape, dtype=np.bool_)
-    if rule.threshold is not None:
-        matches = found.scores > rule.threshold
+    matches = found.over(rule.threshold)
     contents = found.exact | matches.any(axis=1)
     matches[:, 0] = contents  # an identical image stands first and is flagged whatever its score
     p_values = conformal_p_values(found.scores.ravel(), null_scores)
@@ -141,6 +140,7 @@ def conclude(
     found: Found,
     flags: Flags,
     conditions: Conditions,
+    sensitivity: Sensitivity,
     started: datetime.datetime,
 ) -> AuditResult:
     """Count, and put the finding into words."""
@@ -183,6 +183,7 @@ def conclude(
         held_out=None if sets.held_out is None else sets.held_out.summary,
         comparability=conditions.held_out,
         generated_comparability=conditions.generated,
+        sensitivity=sensitivity,
         metrics=measure_sets(embedded, null, found, seed=request.seed),
         exposed_images=images,
         exposed_identities=identities,

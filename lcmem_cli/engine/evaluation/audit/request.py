@@ -37,6 +37,7 @@ class AuditRequest:
     verify: bool | None
     top_k: int
     confidence: float | None
+    sensitivity: int | None
     fail_on: GateRule | None
     max_unreadable: int | None
     seed: int
@@ -59,6 +60,10 @@ class AuditRequest:
             )
         if self.top_k < 1:
             raise InputError(f"--top-k must be at least 1, not {self.top_k}")
+        if self.sensitivity is not None and self.sensitivity < 0:
+            raise InputError(
+                f"--sensitivity is a number of copies, 0 or more, not {self.sensitivity}"
+            )
         if self.confidence is not None:
             self._check_confidence(self.confidence)
         if self.fail_on == "altered" and self.verify is False:
@@ -108,6 +113,7 @@ class AuditSettings(BaseModel):
     seed: int
     top_k: int
     confidence: float | None = None
+    sensitivity: int | None = None
     fail_on: GateRule | None = None
     task: Task = "audit"
     cache: bool

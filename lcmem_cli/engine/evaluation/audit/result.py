@@ -201,6 +201,63 @@ def certainty(match: Match) -> tuple[int, float, str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EditFound:
+    """How many copies altered by one edit the audit finds; see ``Sensitivity``.
+
+    Attributes:
+        transform: kind of edit, a key of ``data.perturb.TRANSFORMS``.
+        strengths: in its unit, ascending; one or all of them together.
+        num_planted: see ``Sensitivity``.
+        num_found: see ``Sensitivity``.
+        num_traced: see ``Sensitivity``.
+        interval: see ``Sensitivity``.
+    """
+
+    transform: str
+    strengths: tuple[float, ...]
+    num_planted: int
+    num_found: int
+    num_traced: int
+    interval: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """How many altered copies of its own training images an audit finds.
+
+    Attributes:
+        num_planted: copies planted.
+        num_found: copies that are flagged.
+        num_traced: flagged copies whose best match is the image that they were made of.
+        interval: 95 % Clopper-Pearson interval of the share found; ``None`` without copies.
+        transforms: the same of each kind of edit, what is found least first.
+        edits: the same of each kind at each strength.
+        reason: why no copies were planted, in words.
+    """
+
+    num_planted: int
+    num_found: int
+    num_traced: int
+    interval: tuple[float, float] | None
+    transforms: tuple[EditFound, ...]
+    edits: tuple[EditFound, ...]
+    reason: str | None = None
+
+    @classmethod
+    def unknown(cls, reason: str) -> Sensitivity:
+        """Return the value of an audit in which no copies were planted."""
+        return cls(
+            num_planted=0,
+            num_found=0,
+            num_traced=0,
+            interval=None,
+            transforms=(),
+            edits=(),
+            reason=reason,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Exposed:
     """A training image, or an identity, that flagged images match best.
 
@@ -291,6 +348,7 @@ class Finding:
         comparability: whether a classifier tells held-out from training images; ``None`` without
             held-out images.
         generated_comparability: the same of generated and held-out images.
+        sensitivity: how many altered copies of training images such an audit finds.
         metrics: figures about the whole set.
         exposed_images: training images that are the best match of a flagged image, surest first.
         exposed_identities: their identities, likewise; none where those are not known.
@@ -323,6 +381,7 @@ class Finding:
     held_out: SetSummary | None
     comparability: Comparability | None
     generated_comparability: Comparability | None
+    sensitivity: Sensitivity
     metrics: SetMetrics
     exposed_images: tuple[Exposed, ...]
     exposed_identities: tuple[Exposed, ...]

@@ -36,6 +36,7 @@ from lcmem_cli.engine.evaluation.audit.null import (
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import AuditResult
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
+from lcmem_cli.engine.evaluation.audit.sensitivity import measure_sensitivity
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
     Listing,
@@ -71,6 +72,7 @@ def audit(
     verify: bool | None = None,
     top_k: int = 5,
     confidence: float | None = None,
+    sensitivity: int | None = None,
     fail_on: str | float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
@@ -118,6 +120,9 @@ def audit(
         top_k: matches to list per generated image.
         confidence: that the rate holds, over draws of the real images, such as 0.95: a higher
             threshold, which takes more of them. ``None``: the rate holds on average.
+        sensitivity: altered copies of training images to plant, to see how many of them the audit
+            finds; they change nothing else. 0: none; ``None``: as many as take a third of the time
+            at most.
         fail_on: gate, whose end is ``result.gate``: ``"identical"``, ``"altered"``,
             ``"more-than-chance"``, or a share of flagged images in [0, 1) that is too many if it is
             exceeded. See ``audit.gate``.
@@ -157,6 +162,7 @@ def audit(
         verify=verify,
         top_k=top_k,
         confidence=confidence,
+        sensitivity=sensitivity,
         fail_on=gate_rule(fail_on),
         max_unreadable=max_unreadable,
         seed=seed,
@@ -202,7 +208,10 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
         null = independent(null, embedded, request)
         _check_gate(request, embedded, null, found)
         found, flags = flag(embedded, null, found, request)
-        result = conclude(request, embedded, null, found, flags, conditions, started)
+        sensitivity = measure_sensitivity(
+            request, plain.detector, embedded, null, found, flags.rule
+        )
+        result = conclude(request, embedded, null, found, flags, conditions, sensitivity, started)
         for warning in result.warnings:
             compute.reporter.warn(warning)
         if request.output is not None and compute.ranks.is_main:

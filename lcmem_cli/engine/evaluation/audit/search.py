@@ -51,6 +51,12 @@ class Found:
         identical[:, 0] = self.exact
         return identical
 
+    def over(self, threshold: float | None) -> NDArray[np.bool_]:
+        """``[d, k]`` which matches score more than a threshold; none where there is none."""
+        if threshold is None:
+            return np.zeros(self.scores.shape, dtype=np.bool_)
+        return self.scores > threshold
+
     def reordered(self, order: NDArray[np.int64]) -> Found:
         """Return the matches of each content in another order ``[d, k]``."""
         return dataclasses.replace(
@@ -63,9 +69,7 @@ class Found:
 
     def evident_first(self, threshold: float | None) -> Found:
         """Put flagged matches that show the same picture before others that are flagged."""
-        if threshold is None:
-            return self
-        evident = (self.values >= SAME_PICTURE) & (self.scores > threshold)
+        evident = (self.values >= SAME_PICTURE) & self.over(threshold)
         return self.reordered(np.argsort(2 - evident - 2 * self.identical, axis=1, kind="stable"))
 
     def evidence(self, row: int, rank: int) -> Evidence | None:

@@ -42,8 +42,25 @@ class Circumstances:
 
 
 def statement(finding: Finding) -> str:
-    """Return the finding in one sentence; one before it says where no rate holds."""
-    return " ".join([*_not_comparable(finding), _finding(finding)])
+    """Return the finding in one sentence.
+
+    One before it says where no rate holds, and one after it how many copies the audit finds.
+    """
+    return " ".join([*_not_comparable(finding), _finding(finding), *_sensitivity(finding)])
+
+
+def _sensitivity(finding: Finding) -> Iterator[str]:
+    """Yield how many altered copies are found, which an audit without findings needs most."""
+    found = finding.sensitivity
+    if found.interval is None:
+        return
+    low, high = (percent(bound) for bound in found.interval)
+    verb = "finds" if finding.num_flagged else "would have found"
+    yield (
+        f"Of {counted(found.num_planted, 'copy', 'copies')} of training images altered in "
+        f"{counted(len(found.edits), 'way')}, this audit {verb} {found.num_found:,} "
+        f"({percent(found.num_found / found.num_planted)}; 95 % interval {low} to {high})."
+    )
 
 
 def _not_comparable(finding: Finding) -> Iterator[str]:
@@ -226,6 +243,8 @@ def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[st
         "That an image which is not flagged is free of copied content: the detector compares "
         "whole pictures and misses what it was not made to see."
     )
+    if finding.sensitivity.reason is not None:
+        yield f"How many altered copies it finds: {finding.sensitivity.reason}."
     if not finding.verified:
         yield (
             "Whether a flagged image is the same picture as its training image, or the same "

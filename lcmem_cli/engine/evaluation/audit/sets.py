@@ -166,12 +166,14 @@ class Embedded:
         sets: the images.
         compute: how further work is done.
         adapted_to: training images that the detector was adapted to; ``None`` where it was not.
+        convert: makes its features of those of the detector before; ``None`` where it was not.
     """
 
     detector: Detector
     sets: Sets[ImageSet]
     compute: Compute
     adapted_to: int | None = None
+    convert: Callable[[FloatArray], FloatArray] | None = None
 
     @property
     def knows_both_identities(self) -> bool:

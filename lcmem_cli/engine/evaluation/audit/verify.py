@@ -56,18 +56,28 @@ def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Nul
 
     Real images whose file is gone leave the null, as they cannot be verified.
     """
-    compute, generated = embedded.compute, embedded.sets.generated
+    compute = embedded.compute
     real_rows = np.where(null.matches < 0, null.matches[:, :1], null.matches)[:, :NUM_CANDIDATES]
-    rows = found.rows[:, :NUM_CANDIDATES]
-    wanted = np.unique(np.concatenate([rows.ravel(), real_rows.ravel()]))
+    wanted = np.unique(np.concatenate([found.rows[:, :NUM_CANDIDATES].ravel(), real_rows.ravel()]))
     training = _bank(embedded.sets.training, wanted, compute).numbered(wanted)
     real = _bank(null.images, null.rows, compute)
     real_values = verify(real, training, real_rows, compute).values
     real_values[null.matches[:, :NUM_CANDIDATES] < 0] = -np.inf
-    every = np.arange(generated.num_distinct)
-    verification = verify(_bank(generated, every, compute), training, rows, compute)
     gone = [position for position in range(len(null.rows)) if real[position] is None]
-    return _ordered_null(null, real_values).without(gone), _ordered_found(found, verification)
+    return _ordered_null(null, real_values).without(gone), _verified(embedded, found, training)
+
+
+def verify_found(embedded: Embedded, found: Found) -> Found:
+    """Align the best candidates of the generated images alone; order them anew."""
+    wanted = np.unique(found.rows[:, :NUM_CANDIDATES])
+    training = _bank(embedded.sets.training, wanted, embedded.compute).numbered(wanted)
+    return _verified(embedded, found, training)
+
+
+def _verified(embedded: Embedded, found: Found, training: FeatureBank) -> Found:
+    generated, compute = embedded.sets.generated, embedded.compute
+    queries = _bank(generated, np.arange(generated.num_distinct), compute)
+    return _ordered_found(found, verify(queries, training, found.rows[:, :NUM_CANDIDATES], compute))
 
 
 def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
