@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EXIT_GATE_FAILED = 3
 _SHOWN_PAIRS = 10
+_SHOWN_GROUPS = 20
 
 
 class AuditOptions(ComputeOptions):
@@ -87,6 +88,13 @@ class AuditOptions(ComputeOptions):
         None,
         min=0,
     )
+    group_by: str | None = option(
+        JUDGING,
+        "Figures by group of generated images: 'folder', a column of their filelist, or an "
+        "expression for their names, as 'step([0-9]+)'.",
+        None,
+        metavar="folder|COLUMN|REGEX",
+    )
     fail_on: str | None = FAIL_ON
     max_unreadable: int | None = ANY_UNREADABLE
     seed: int = seed_option()
@@ -128,6 +136,7 @@ def _show(result: AuditResult, output: Path) -> None:
     _show_verdict(result)
     _show_sets(result)
     render.table(["over the whole set", result.word, "real"], _figures(result))
+    _show_groups(result)
     _show_exposed(result)
     if result.flagged:
         render.table(
@@ -145,6 +154,32 @@ def _show(result: AuditResult, output: Path) -> None:
             title=f"Flagged ({min(_SHOWN_PAIRS, result.num_flagged)} of {result.num_flagged:,})",
         )
     render.line(f"See {output / 'report.html'}")
+
+
+def _show_groups(result: AuditResult) -> None:
+    from lcmem_cli.engine.evaluation.audit.wording import percent
+
+    grouping = result.grouping
+    if grouping is None:
+        return
+    shown = grouping.groups[:_SHOWN_GROUPS]
+    rows = []
+    for one in shown:
+        beyond = "-"
+        if one.excess_interval is not None:
+            beyond = " to ".join(percent(end) for end in one.excess_interval)
+        copies = "-" if one.num_altered is None else f"{one.num_copies:,}"
+        flagged = f"{one.num_flagged:,} ({percent(one.share_flagged)})"
+        rows.append([one.name, f"{one.num_images:,}", flagged, beyond, copies])
+    number = (
+        f" ({len(shown)} of {len(grouping.groups):,})" if len(shown) < len(grouping.groups) else ""
+    )
+    render.table(
+        [grouping.by, "images", "flagged", "beyond chance (95 %)", "copies"],
+        rows,
+        title=f"By group{number}",
+    )
+    render.line(grouping.finding)
 
 
 def _show_exposed(result: AuditResult) -> None:

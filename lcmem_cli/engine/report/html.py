@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -94,7 +95,12 @@ class Plot:
 
 
 def render_report(
-    result: Any, pictures: Pictures, distribution: Distribution, *, max_lines: int = 200
+    result: Any,
+    pictures: Pictures,
+    distribution: Distribution,
+    *,
+    curve: Path | None = None,
+    max_lines: int = 200,
 ) -> str:
     """Return the page as HTML.
 
@@ -105,6 +111,7 @@ def render_report(
             images the first ``MAX_PAIRS`` are shown.
         pictures: of these, their matches, and the most-copied training images.
         distribution: scores to draw.
+        curve: plot of the groups, as PNG.
         max_lines: the most lines of a list (duplicates, unreadable images) to write out.
     """
     pairs = [
@@ -130,6 +137,7 @@ def render_report(
         num_pairs=len(pairs),
         pictures=pictures,
         plot=draw_distribution(distribution),
+        curve=None if curve is None else _png_uri(curve),
         data=script_json(
             {
                 "word": result.word.capitalize(),
@@ -285,6 +293,10 @@ def _labelled(ticks: list[float]) -> list[tuple[float, str]]:
         largest = max(abs(tick) for tick in ticks)
         digits = max(digits, 1 + math.ceil(math.log10(largest / (ticks[1] - ticks[0]))))
     return [(tick, f"{tick:.{digits}g}") for tick in ticks]
+
+
+def _png_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _source_hash(text: str) -> str:

@@ -46,7 +46,7 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], target: Path) -> No
     if any(row.get("train_retention") for row in history):
         parts[0] = ("loss", "total (train: with retention)")
         parts.append(("retention", "retention"))
-    figure = _figure(3.4 * len(parts), 3.2)
+    figure = figure_of(3.4 * len(parts), 3.2)
     epochs = [int(row["epoch"]) for row in history]
     marker = "o" if len(epochs) < 30 else ""
     for axis, (part, title) in zip(figure.subplots(1, len(parts)), parts, strict=True):
@@ -67,7 +67,7 @@ def plot_codec_losses(history: Sequence[Sequence[float]], target: Path) -> None:
         history: rows of step, mean absolute error and Kullback-Leibler term.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    figure = _figure(7, 3.2)
+    figure = figure_of(7, 3.2)
     steps = [int(row[0]) for row in history]
     titles = ("mean absolute error", "Kullback-Leibler term per pixel")
     for column, (axis, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True), 1):
@@ -85,7 +85,7 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any, float]], target: Path) -> None
         curves: per name, false-positive rates, true-positive rates and the AUC.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    figure = _figure(11, max(4.2, 1.0 + 0.21 * len(curves)))
+    figure = figure_of(11, max(4.2, 1.0 + 0.21 * len(curves)))
     linear, logarithmic = figure.subplots(1, 2)
     ordered = sorted(curves.items(), key=lambda item: -item[1][2])
     for (name, (fpr, tpr, auc)), style in zip(ordered, styles(), strict=False):
@@ -96,7 +96,7 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any, float]], target: Path) -> None
             x,
             y,
             linewidth=width,
-            label=f"{_label(name)} ({auc:.3f})",
+            label=f"{label_of(name)} ({auc:.3f})",
             drawstyle="steps-post",
             **style,
         )
@@ -129,7 +129,7 @@ def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> N
     """
     first = next(iter(panels.values()))
     names = sorted(first, key=lambda name: _height(first[name]))
-    figure = _figure(2.2 + 3.1 * len(panels), 1.1 + 0.3 * len(names))
+    figure = figure_of(2.2 + 3.1 * len(panels), 1.1 + 0.3 * len(names))
     axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
     for axis, (measure, bars), colour in zip(axes, panels.items(), cycle(PALETTE), strict=False):
         for place, name in enumerate(names):
@@ -147,7 +147,7 @@ def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> N
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), [_label(name) for name in names])
+    axes[0].set_yticks(range(len(names)), [label_of(name) for name in names])
     axes[0].set_ylim(-0.6, len(names) - 0.4)
     save_figure(figure, target)
 
@@ -175,11 +175,17 @@ def plot_strengths(
     num_panels = len(several) + bool(single)
     columns = min(3, num_panels)
     num_rows = math.ceil(num_panels / columns)
-    figure = _figure(3.1 * columns + 2.4, max(2.6 * num_rows, 1.0 + 0.21 * len(names)))
+    figure = figure_of(3.1 * columns + 2.4, max(2.6 * num_rows, 1.0 + 0.21 * len(names)))
     axes = figure.subplots(num_rows, columns, sharey=True, squeeze=False).ravel()
     lines: dict[str, Any] = {}
     for name, style, marker in zip(names, styles(), cycle(MARKERS), strict=False):
-        look = {"marker": marker, "markersize": 4, "linewidth": 1.3, "label": _label(name), **style}
+        look = {
+            "marker": marker,
+            "markersize": 4,
+            "linewidth": 1.3,
+            "label": label_of(name),
+            **style,
+        }
         start = [] if untransformed is None else [untransformed[name]]
         for axis, panel in zip(axes, several.values(), strict=False):
             rates = start + [rate for _, rate in panel.get(name, ())]
@@ -228,7 +234,7 @@ def plot_transforms(
             rows.append([])
         rows[-1] += images
     columns = 1 + max(len(row) for row in rows)
-    figure = _figure(1.5 * columns, 1.75 * len(rows))
+    figure = figure_of(1.5 * columns, 1.75 * len(rows))
     for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         for axis in axes:
             axis.set_axis_off()
@@ -245,7 +251,8 @@ def save_figure(figure: Any, target: Path) -> None:
             figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=metadata)
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """Return an empty figure, sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -263,7 +270,7 @@ def _height(bar: Bar | None) -> float:
     return -1.0 if bar is None else bar[0]
 
 
-def _label(name: str, limit: int = 34) -> str:
+def label_of(name: str, limit: int = 34) -> str:
     """Return a name that a legend can hold: no formulas, no control characters, both ends kept."""
     plain = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
     if len(plain) <= limit:

@@ -14,6 +14,8 @@ from lcmem_cli.engine.errors import CorruptFileError, InputError
 from lcmem_cli.engine.evaluation.audit.exposed import COLUMNS as EXPOSED_COLUMNS
 from lcmem_cli.engine.evaluation.audit.exposed import rows as exposed_rows
 from lcmem_cli.engine.evaluation.audit.gate import write_junit
+from lcmem_cli.engine.evaluation.audit.groups import COLUMNS as GROUP_COLUMNS
+from lcmem_cli.engine.evaluation.audit.groups import rows as group_rows
 from lcmem_cli.engine.evaluation.audit.request import AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
@@ -34,6 +36,7 @@ from lcmem_cli.engine.files import (
 )
 from lcmem_cli.engine.report.html import MAX_PAIRS, Distribution, Pictures, render_report
 from lcmem_cli.engine.report.panels import laid_over
+from lcmem_cli.engine.report.shares import MAX_POINTS, SharePoint, plot_shares
 from lcmem_cli.engine.report.thumbnails import SIDES, make_thumbnails
 from lcmem_cli.engine.runs import CONFIG_NAME, as_written, write_run_files
 from lcmem_cli.engine.store.integrity import check_file, naming_damage
@@ -47,6 +50,8 @@ PARQUET_NAME = "matches.parquet"
 REPORT_NAME = "report.html"
 CHECKSUMS_NAME = "checksums.json"
 EXPOSED_NAME = "exposed.csv"
+GROUPS_NAME = "groups.csv"
+CURVE_NAME = "groups"
 JUNIT_NAME = "junit.xml"
 NUMBERS = (
     "turn",
@@ -72,7 +77,7 @@ COLUMNS = (
     *NUMBERS,
 )
 _REMEDY = "run the audit again"
-_NOT_ASKED = {"top_k", "fail_on", "cache", "fingerprint", "adapted_to"}
+_NOT_ASKED = {"top_k", "fail_on", "group_by", "cache", "fingerprint", "adapted_to"}
 """Settings that change no finding, or that come of one: an audit may differ in them."""
 
 
@@ -120,11 +125,38 @@ def write_audit(
     (folder / JUNIT_NAME).unlink(missing_ok=True)
     if result.gate is not None:
         write_junit(folder / JUNIT_NAME, result.gate)
+    names = [CONFIG_NAME, CSV_NAME, PARQUET_NAME, EXPOSED_NAME, REPORT_NAME, JSON_NAME]
+    names += _write_groups(folder, result)
     pictures = _pictures(result, embedded)
-    write_text(folder / REPORT_NAME, render_report(result, pictures, distribution))
+    curve = folder / f"{CURVE_NAME}.png"
+    page = render_report(result, pictures, distribution, curve=curve if curve.is_file() else None)
+    write_text(folder / REPORT_NAME, page)
     write_json(folder / JSON_NAME, result.to_dict())
-    names = (CONFIG_NAME, CSV_NAME, PARQUET_NAME, EXPOSED_NAME, REPORT_NAME, JSON_NAME)
     write_json(folder / CHECKSUMS_NAME, {name: sha256_file(folder / name) for name in names})
+
+
+def _write_groups(folder: Path, result: AuditResult) -> list[str]:
+    """Write the figures of groups, if there are any; return the names of the tables."""
+    for name in (GROUPS_NAME, f"{CURVE_NAME}.png", f"{CURVE_NAME}.pdf"):
+        (folder / name).unlink(missing_ok=True)
+    grouping = result.grouping
+    if grouping is None:
+        return []
+    write_csv(folder / GROUPS_NAME, GROUP_COLUMNS, group_rows(grouping))
+    points = [
+        SharePoint(
+            name=f"{float(one.name):,g}" if grouping.ordered else one.name,
+            x=float(one.name) if grouping.ordered else None,
+            flagged=one.share_flagged,
+            interval=one.interval,
+            copies=one.num_copies / one.num_images if result.verified else None,
+        )
+        for one in grouping.groups[:MAX_POINTS]
+    ]
+    rate = result.rule.rate if result.rule.kind == "fpr" else None
+    label = grouping.by.partition("(")[0].strip("_-. ") or grouping.by
+    plot_shares(points, folder / CURVE_NAME, rate=rate, label=label)
+    return [GROUPS_NAME]
 
 
 def _check(folder: Path, name: str, *, remedy: str = _REMEDY) -> None:

@@ -44,6 +44,7 @@ class AuditRequest:
     output: Path | None
     overwrite: bool
     task: Task = "audit"
+    group_by: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at a file."""
@@ -115,6 +116,7 @@ class AuditSettings(BaseModel):
     confidence: float | None = None
     sensitivity: int | None = None
     fail_on: GateRule | None = None
+    group_by: str | None = None
     task: Task = "audit"
     cache: bool
     fingerprint: str

@@ -300,6 +300,76 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnThreshold:
+    """A kind of images at the threshold that its own real images give.
+
+    Attributes:
+        threshold: at the rate of the audit.
+        num_flagged: generated images of the kind over it.
+        num_real: real images of the kind in the null.
+        num_real_flagged: of these, over the threshold of the whole audit.
+    """
+
+    threshold: float
+    num_flagged: int
+    num_real: int
+    num_real_flagged: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """The figures of some of the generated images.
+
+    Attributes:
+        name: what they have in common.
+        num_images: readable ones.
+        num_flagged: flagged ones.
+        share_flagged: their share.
+        interval: 95 % Clopper-Pearson interval of the share, given the threshold.
+        excess_interval: as ``Finding.excess_interval``.
+        num_identical: flagged images with the bytes or pixels of a training image.
+        num_altered: flagged images that show a training image, altered; ``None``: not verified.
+        num_alike: flagged images of which no more is known.
+        num_exposed_images: training images that the flagged ones match best.
+        own: of a kind with enough real images of its own.
+    """
+
+    name: FileName
+    num_images: int
+    num_flagged: int
+    share_flagged: float
+    interval: tuple[float, float]
+    excess_interval: tuple[float, float] | None
+    num_identical: int
+    num_altered: int | None
+    num_alike: int
+    num_exposed_images: int
+    own: OwnThreshold | None
+
+    @property
+    def num_copies(self) -> int:
+        """Flagged images that are known to show a training image."""
+        return self.num_identical + (self.num_altered or 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """The generated images by group.
+
+    Attributes:
+        by: what was asked for.
+        ordered: whether the names are numbers, such as training steps.
+        groups: by number, or else those with most copies first.
+        finding: what they say, in one sentence.
+    """
+
+    by: str
+    ordered: bool
+    groups: tuple[Group, ...]
+    finding: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Times:
     """The only part of a result that differs between two runs."""
 
@@ -441,6 +511,7 @@ class AuditResult(Finding, Result):
         does_not_show: what it does not.
         warnings: what weakens it.
         gate: how the gate ended, if one was asked for.
+        grouping: the figures of groups, if they were asked for.
     """
 
     statement: str
@@ -449,6 +520,7 @@ class AuditResult(Finding, Result):
     does_not_show: tuple[str, ...]
     warnings: tuple[str, ...]
     gate: Gate | None
+    grouping: Grouping | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, sentences first.

@@ -9,6 +9,7 @@ false-positive rate per pair would say nothing: over N training images it multip
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import math
@@ -27,6 +28,7 @@ from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_de
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
 from lcmem_cli.engine.evaluation.audit.gate import gate_rule
+from lcmem_cli.engine.evaluation.audit.groups import group, group_names
 from lcmem_cli.engine.evaluation.audit.null import (
     Null,
     check_size,
@@ -73,6 +75,7 @@ def audit(
     top_k: int = 5,
     confidence: float | None = None,
     sensitivity: int | None = None,
+    group_by: str | None = None,
     fail_on: str | float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
@@ -123,6 +126,9 @@ def audit(
         sensitivity: altered copies of training images to plant, to see how many of them the audit
             finds; they change nothing else. 0: none; ``None``: as many as take a third of the time
             at most.
+        group_by: figures by group of generated images in ``result.grouping``: ``"folder"``, a
+            column of the filelist, or a regular expression with a group for their names. See
+            ``audit.groups``.
         fail_on: gate, whose end is ``result.gate``: ``"identical"``, ``"altered"``,
             ``"more-than-chance"``, or a share of flagged images in [0, 1) that is too many if it is
             exceeded. See ``audit.gate``.
@@ -168,6 +174,7 @@ def audit(
         seed=seed,
         output=None if output is None else Path(output),
         overwrite=overwrite,
+        group_by=group_by,
     )
     compute = Compute.start(
         device=device,
@@ -188,6 +195,9 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     """
     started = datetime.datetime.now(datetime.timezone.utc)
     listings = list_sets(request, compute.reporter)
+    group_of = None
+    if request.group_by is not None:
+        group_of = group_names(request.group_by, listings.generated)
     detector = choose_detector(request, listings, device=compute.device)
     verified = is_to_verify(request, listings, detector, compute)
     if request.fail_on == "altered" and not verified:
@@ -212,6 +222,9 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
             request, plain.detector, embedded, null, found, flags.rule
         )
         result = conclude(request, embedded, null, found, flags, conditions, sensitivity, started)
+        if request.group_by is not None and group_of is not None:
+            grouping = group(request.group_by, group_of, result, null, request)
+            result = dataclasses.replace(result, grouping=grouping)
         for warning in result.warnings:
             compute.reporter.warn(warning)
         if request.output is not None and compute.ranks.is_main:
