@@ -1,7 +1,10 @@
 """Filelists: what is read, what is refused and with which words, and the split by identity."""
 
 import collections
+import gzip
+import importlib
 import os
+import pkgutil
 import sys
 
 import pyarrow as pa
@@ -12,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lcmem_cli import cli
+from lcmem_cli.cli.options import Options, TableOptions
 from lcmem_cli.engine.data import tables
 from lcmem_cli.engine.data.filelist import make_filelist
 from lcmem_cli.engine.data.images import load_image
@@ -22,6 +27,8 @@ from lcmem_cli.engine.data.manifest import (
     split_by_identity,
     write_manifest,
 )
+from lcmem_cli.engine.data.scenes import draw_scene
+from lcmem_cli.engine.data.tables import ListColumns
 from lcmem_cli.engine.errors import InputError, ManifestError, UnreadableImageError
 
 
@@ -273,3 +280,107 @@ def test_a_small_parquet_file_cannot_unpack_to_more_than_the_limit(tmp_path, mon
     assert (tmp_path / "list.parquet").stat().st_size < 50_000
     with pytest.raises(ManifestError, match=r"10,0.* bytes unpacked"):
         load_manifest(tmp_path / "list.parquet", need_split=False)
+
+
+NAMED = ListColumns(path="Image Index", id="Patient ID", split="fold", dataset="from", sep=";")
+
+
+def test_columns_are_taken_under_the_names_that_are_given(images):
+    text = "Image Index;id;Patient ID;fold;from\na.png;x;1;valid;s\nb.png;y;2;Testing;s\n"
+    manifest = load_manifest(write(images, text), columns=NAMED)
+    assert manifest.records == (Record("a.png", "1", "VAL", "s"), Record("b.png", "2", "TEST", "s"))
+    path = write(images, "file\tPatient\na.png\t1\nb.png\t2\n", "list.tsv")
+    for sep in (None, "tab"):
+        columns = ListColumns(path="file", id="file", sep=sep)
+        assert [r.id for r in load_manifest(path, columns=columns).records] == ["a.png", "b.png"]
+
+
+def test_columns_of_parquet_and_of_packed_csv(images):
+    table = pa.table({"file": ["a.png"], "person": [7]})
+    pq.write_table(table, images / "list.parquet")
+    (images / "list.csv.gz").write_bytes(gzip.compress(b"file,person\na.png,7\n"))
+    for name in ("list.parquet", "list.csv.gz"):
+        columns = ListColumns(path="file", id="person")
+        assert load_manifest(images / name, columns=columns, need_split=False).records == (
+            Record("a.png", "7"),
+        )
+    with pytest.raises(ManifestError, match="--sep has no effect on a Parquet file"):
+        load_manifest(images / "list.parquet", columns=ListColumns(path="file", sep=";"))
+    (images / "list.csv.gz").write_bytes(gzip.compress(b"file,person\na.png,7\n" * 9)[:-9])
+    with pytest.raises(ManifestError, match="cannot be read"):
+        load_manifest(images / "list.csv.gz")
+
+
+def test_a_packed_list_that_unpacks_to_too_much_is_refused(images, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_BYTES", 3000)
+    path = images / "list.csv.gz"
+    path.write_bytes(gzip.compress(b"path,id\n" + b"a.png,1\n" * 1000))
+    with pytest.raises(ManifestError, match="more than the limit of 3,000"):
+        load_manifest(path)
+    path.write_bytes(gzip.compress(b"a" * (2 << 20), 9))
+    with pytest.raises(ManifestError, match="a line of"):
+        load_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ("Image Index,id\na.png,1\n", ListColumns(), "'path'.*; name the one .* --path-column"),
+        ("path,id\na.png,1\n", ListColumns(id="Patient"), "no column 'Patient' in the first line"),
+        ("path,id\na.png,1\n", ListColumns(split="fold"), "no column 'fold'"),
+        ("path,id\na.png,1\n", ListColumns(sep=";"), "separated by ','; expected ';'"),
+        ("path,dx\na.png,1\n", ListColumns(), r"1 problem\(s\)"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(images, text, columns, message):
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(write(images, text), columns=columns)
+
+
+def test_columns_have_no_effect_without_a_list(run_cli, images, tmp_path):
+    with pytest.raises(ManifestError, match="is a folder, which has no columns"):
+        load_manifest(images, columns=NAMED)
+    with pytest.raises(InputError, match="--sep must be one character"):
+        ListColumns(sep=";;")
+    refused = run_cli(
+        "audit", images, "--against", images, "--id-column", "x", "-o", tmp_path / "a", exit_code=2
+    )
+    assert "--path-column and the like has no effect: none of the sets" in refused.stderr
+
+
+def test_every_command_with_a_list_takes_its_columns():
+    names = [module.name for module in pkgutil.iter_modules(cli.__path__, "lcmem_cli.cli.")]
+    kinds = {
+        kind
+        for name in names
+        for kind in vars(importlib.import_module(name)).values()
+        if isinstance(kind, type) and issubclass(kind, Options) and hasattr(kind, "basedir")
+    }
+    assert len(kinds) > 10 and all(issubclass(kind, TableOptions) for kind in kinds)
+
+
+def test_commands_read_lists_with_columns_of_their_own(run_cli, tmp_path):
+    rows = ["file;person;fold"]
+    for number in range(18):
+        name = f"{number}.png"
+        draw_scene(number // 2, side=32).save(tmp_path / name)
+        rows.append(f"{name};p{number // 2};{('train', 'valid', 'test')[number // 6]}")
+    listed = write(tmp_path, "\n".join(rows) + "\n")
+    given = (
+        "--path-column", "file", "--id-column", "person", "--split-column", "fold", "--sep", ";",
+    )  # fmt: skip
+    out = tmp_path / "out"
+    run_cli("check", "--filelist", listed, *given)
+    run_cli("audit", listed, "--against", listed, "--null", "leave-one-out", "--fpr", "0.3",
+            "--detector", "ncc", "--input-size", "16", *given, "-o", out / "audit")  # fmt: skip
+    run_cli("index", "build", listed, "--detector", "ncc", *given, "-o", out / "index")
+    run_cli("index", "query", out / "index", listed, *given)
+    run_cli("benchmark", "--filelist", listed, "--detectors", "mse", *given, "-o", out / "bench")
+    run_cli("robustness", "--filelist", listed, "--detectors", "mse", "--fit-rate", "0.5", *given,
+            "-o", out / "robust")  # fmt: skip
+    run_cli("latents", "--filelist", listed, "--codec", "embedded", "--size", "32", *given,
+            "-o", out / "latents")  # fmt: skip
+    run_cli("manifest", listed, *given, "-o", out / "list.csv")
+    assert load_manifest(out / "list.csv", basedir=tmp_path).records[6] == Record(
+        "6.png", "p3", "VAL"
+    )

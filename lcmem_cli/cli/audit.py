@@ -11,7 +11,6 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     ANY_UNREADABLE,
     APPROXIMATE,
-    BASEDIR,
     CACHE,
     FAIL_ON,
     FOLDER,
@@ -23,6 +22,7 @@ from lcmem_cli.cli.options import (
     VERIFY,
     ComputeOptions,
     Frames,
+    TableOptions,
     argument,
     option,
     seed_option,
@@ -37,7 +37,7 @@ _SHOWN_PAIRS = 10
 _SHOWN_GROUPS = 20
 
 
-class AuditOptions(ComputeOptions):
+class AuditOptions(TableOptions, ComputeOptions):
     """What an audit is asked for."""
 
     generated: Path = argument("Generated images: a folder, a filelist or a saved index.")
@@ -45,7 +45,6 @@ class AuditOptions(ComputeOptions):
     held_out: Path | None = option(
         INPUT, "Real images that the generator never saw, likewise.", None
     )
-    basedir: Path | None = BASEDIR
     frames: Frames = FRAMES
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,

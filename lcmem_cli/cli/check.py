@@ -8,12 +8,12 @@ import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BASEDIR,
     INPUT,
     JUDGING,
     OUTPUT,
     OVERRIDES,
     DeviceOptions,
+    TableOptions,
     config_option,
     option,
 )
@@ -27,12 +27,11 @@ def _image_count(text: str) -> str:
     return text
 
 
-class CheckOptions(DeviceOptions):
+class CheckOptions(TableOptions, DeviceOptions):
     """What a run is going to be asked for."""
 
     config: str | None = config_option(None)
     filelist: Path | None = option(INPUT, "Image list or folder that the run will read.", None)
-    basedir: Path | None = BASEDIR
     checkpoint: str | None = option(INPUT, "What fine-tuning starts from, or what scores.", None)
     latents: Path | None = option(INPUT, "Latent store that the run will read.", None)
     detectors: str | None = option(INPUT, "Names separated by commas (lcmem detectors).", None)

@@ -8,7 +8,6 @@ from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
     ANY_UNREADABLE,
     APPROXIMATE,
-    BASEDIR,
     FRAMES,
     JUDGING,
     MAX_UNREADABLE,
@@ -17,6 +16,7 @@ from lcmem_cli.cli.options import (
     ComputeOptions,
     Frames,
     JsonOptions,
+    TableOptions,
     argument,
     option,
 )
@@ -26,12 +26,11 @@ _INDEX = argument("Folder of the index.")
 _SOURCE = argument("Folder or filelist of images.")
 
 
-class FillOptions(ComputeOptions):
+class FillOptions(TableOptions, ComputeOptions):
     """What new images of an index are asked for."""
 
     index: Path
     source: Path
-    basedir: Path | None = BASEDIR
     frames: Frames = FRAMES
     max_unreadable: int = MAX_UNREADABLE
 
@@ -59,7 +58,7 @@ class IndexInfoOptions(JsonOptions):
     index: Path = _INDEX
 
 
-class QueryOptions(ComputeOptions):
+class QueryOptions(TableOptions, ComputeOptions):
     """What an index is asked for."""
 
     index: Path = _INDEX
@@ -67,7 +66,6 @@ class QueryOptions(ComputeOptions):
     top_k: int = option(OUTPUT, "Matches per image.", 5, min=1)
     approximate: bool = APPROXIMATE
     verify: bool | None = VERIFY
-    basedir: Path | None = BASEDIR
     max_unreadable: int | None = ANY_UNREADABLE
 
 
@@ -153,6 +151,7 @@ def query_index(options: QueryOptions) -> None:
         approximate=options.approximate,
         verify=options.verify is not False,
         basedir=options.basedir,
+        columns=options.list_columns(),
         max_unreadable=options.max_unreadable,
         compute=options.compute(),
     )
@@ -181,6 +180,7 @@ def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
         options.index,
         load_detector(detector, device=options.device),
         basedir=options.basedir,
+        columns=options.list_columns(),
         frames=options.frames,
         max_unreadable=options.max_unreadable,
         only_listed=only_listed,

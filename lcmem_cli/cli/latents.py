@@ -74,6 +74,7 @@ def latents(options: LatentsOptions) -> None:
         load_manifest(
             options.filelist,
             basedir=options.basedir,
+            columns=options.list_columns(),
             max_missing=options.max_unreadable,
             frames=options.frames,
             reporter=compute.reporter,

@@ -1,34 +1,59 @@
-"""``lcmem manifest``: write the filelist of a folder."""
+"""``lcmem manifest``: write the filelist of a folder or of a published data set."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
+
+import typer
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BASEDIR,
     FRAMES,
     INPUT,
     OUTPUT,
     Frames,
-    JsonOptions,
+    TableOptions,
     argument,
     option,
     seed_option,
 )
 
+Publisher = Literal[
+    "nih-cxr14", "celeba", "isic", "ham10000", "mimic-cxr-jpg", "cxr-lt", "ct-rate", "imagenet"
+]
 
-class ManifestOptions(JsonOptions):
+
+class ManifestOptions(TableOptions):
     """What a filelist is made of."""
 
-    source: Path = argument("Folder (a subfolder = an id), or a filelist without Split.")
+    source: list[Path] = argument(
+        "Folder (a subfolder = an id), or a filelist without Split; with --from the publisher's "
+        "tables."
+    )
     output: Path = option(OUTPUT, "CSV or Parquet file to write.", flags="--output -o")
-    basedir: Path | None = BASEDIR
+    publisher: Publisher | None = option(
+        INPUT, "Read identities and official split from a publisher's tables.", None, flags="--from"
+    )
     frames: Frames = FRAMES
     id_regex: str | None = option(
         INPUT, "Find the id in each path, for example '^([0-9]+)_' (its group).", None
     )
     seed: int = seed_option()
+
+
+def _refuse_without_effect(values: dict[str, Any]) -> None:
+    """Take out what the tables of a publisher tell, and refuse it where it was given."""
+    from lcmem_cli.engine.data.tables import STANDARD
+
+    given = {
+        "--frames": values.pop("frames") != "first",
+        "--id-regex": values.pop("id_regex") is not None,
+        "--path-column and the like": values.pop("columns") != STANDARD,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise typer.BadParameter(f"{name} has no effect with --from; leave it out")
 
 
 def manifest(options: ManifestOptions) -> None:
@@ -37,10 +62,19 @@ def manifest(options: ManifestOptions) -> None:
     Examples:
         lcmem manifest images -o list.csv
         lcmem manifest images -o list.csv --id-regex '^([0-9]+)_'
+        lcmem manifest --from celeba identity_CelebA.txt -o list.csv
     """
-    from lcmem_cli.engine.data.filelist import make_filelist
+    from lcmem_cli.engine.data.filelist import make_filelist, make_publisher_filelist
 
-    result = make_filelist(**options.arguments(), reporter=render.reporter())
+    values = options.arguments()
+    sources, publisher = values.pop("source"), values.pop("publisher")
+    if publisher is not None:
+        _refuse_without_effect(values)
+        result = make_publisher_filelist(publisher, sources, **values, reporter=render.reporter())
+    elif len(sources) > 1:
+        raise typer.BadParameter("one folder or filelist, or several tables with --from")
+    else:
+        result = make_filelist(sources[0], **values, reporter=render.reporter())
 
     def human() -> None:
         rows = [(s, f"{c.images:,}", f"{c.identities:,}") for s, c in result.splits.items()]

@@ -16,9 +16,12 @@ from lcmem_cli.cli import render
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.compute import Compute
+    from lcmem_cli.engine.data.tables import ListColumns
 
-INPUT, JUDGING, COMPUTE, OUTPUT = "What", "How it is judged", "Compute", "Output"
-PANELS = (INPUT, JUDGING, COMPUTE, OUTPUT)
+INPUT, LISTS, JUDGING, COMPUTE, OUTPUT = (
+    "What", "Filelists", "How it is judged", "Compute", "Output",
+)  # fmt: skip
+PANELS = (INPUT, LISTS, JUDGING, COMPUTE, OUTPUT)
 """Panels of options in the order in which help shows them."""
 
 
@@ -97,7 +100,6 @@ def batch_option(default: int = 32) -> Any:
 
 InputRange = Literal["symmetric", "unit"]
 Frames = Literal["first", "all"]
-BASEDIR = option(INPUT, "Folder that paths start from (default: the filelist's).", None)
 FRAMES = option(
     INPUT, "Of a file of several images (pages, frames): the first, or each as file#3.", "first"
 )
@@ -149,13 +151,44 @@ class JsonOptions(Options):
     as_json: bool = option(OUTPUT, "Print one JSON document to stdout.", False, flags="--json")
 
 
-class ListOptions(JsonOptions):
+class TableOptions(JsonOptions):
+    """How filelists are read."""
+
+    basedir: Path | None = option(
+        INPUT, "Folder that paths start from (default: the filelist's).", None
+    )
+    path_column: str | None = option(LISTS, "Column of the image files (default: path).", None)
+    id_column: str | None = option(LISTS, "Column of the identities (default: id).", None)
+    split_column: str | None = option(LISTS, "Column of the split (default: Split).", None)
+    dataset_column: str | None = option(LISTS, "Column of the data set (default: ds_name).", None)
+    sep: str | None = option(LISTS, "What separates cells: a character, or tab.", None)
+
+    def list_columns(self) -> ListColumns:
+        """Return what the filelists call their columns."""
+        from lcmem_cli.engine.data.tables import ListColumns
+
+        return ListColumns(
+            path=self.path_column,
+            id=self.id_column,
+            split=self.split_column,
+            dataset=self.dataset_column,
+            sep=self.sep,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the values, those about columns as one."""
+        values = super().arguments()
+        for name in ("path_column", "id_column", "split_column", "dataset_column", "sep"):
+            values.pop(name, None)
+        return {**values, "columns": self.list_columns()}
+
+
+class ListOptions(TableOptions):
     """A set of images with identities."""
 
     filelist: Path = option(
         INPUT, "CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id)."
     )
-    basedir: Path | None = BASEDIR
 
 
 class DeviceOptions(JsonOptions):

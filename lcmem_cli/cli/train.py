@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.options import (
-    BASEDIR,
     CODEC,
     FOLDER,
     INPUT,
     MAX_UNREADABLE,
     OUTPUT,
     OVERRIDES,
-    JsonOptions,
     ListOptions,
+    TableOptions,
     argument,
     option,
     training_config_option,
@@ -27,11 +26,10 @@ if TYPE_CHECKING:
     from lcmem_cli.engine.training.stages import TrainingResult
 
 
-class TrainingOptions(JsonOptions):
+class TrainingOptions(TableOptions):
     """What every training is asked for."""
 
     config: str | None
-    basedir: Path | None = BASEDIR
     overrides: list[str] | None = OVERRIDES
     max_unreadable: int = MAX_UNREADABLE
     output: Path = FOLDER
@@ -63,7 +61,12 @@ class TrainingOptions(JsonOptions):
         """Return the images that are asked for."""
         from lcmem_cli.engine.data.manifest import load_manifest
 
-        return load_manifest(filelist, basedir=self.basedir, max_missing=self.max_unreadable)
+        return load_manifest(
+            filelist,
+            basedir=self.basedir,
+            columns=self.list_columns(),
+            max_missing=self.max_unreadable,
+        )
 
 
 class TrainCodecOptions(ListOptions, TrainingOptions):
@@ -100,7 +103,13 @@ def train_codec(options: TrainCodecOptions) -> None:
     from lcmem_cli.engine.training.autoencoder import train_codec as run
 
     resolved = options.load_config(CodecConfig, default="mini/codec")
-    result = run(resolved, options.filelist, basedir=options.basedir, **options.arguments())
+    result = run(
+        resolved,
+        options.filelist,
+        basedir=options.basedir,
+        columns=options.list_columns(),
+        **options.arguments(),
+    )
 
     def human() -> None:
         render.line(f"codec      {result.codec.describe()}")

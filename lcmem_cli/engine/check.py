@@ -18,6 +18,7 @@ from lcmem_cli.engine import config as configs
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import AnyConfig, CodecConfig, FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import resolve_device
@@ -93,6 +94,7 @@ class CheckRequest:
         overrides: ``section.key=value`` strings.
         filelist: CSV, Parquet or folder of images.
         basedir: folder that paths are relative to.
+        columns: what the filelist calls its columns.
         checkpoint: what fine-tuning starts from, or what scores.
         latents: latent store.
         detectors: names.
@@ -106,6 +108,7 @@ class CheckRequest:
     overrides: Sequence[str] = ()
     filelist: Path | None = None
     basedir: Path | None = None
+    columns: ListColumns = STANDARD
     checkpoint: str | Path | None = None
     latents: Path | None = None
     detectors: Sequence[str] = ()
@@ -212,6 +215,9 @@ class _Check:
             self.warning("config", "--set has no effect without --config", "pass --config too")
         if given.basedir is not None and given.filelist is None:
             self.warning("filelist", "--basedir has no effect without --filelist", "pass it too")
+        if given.columns != STANDARD and given.filelist is None:
+            text = "--path-column and the like have no effect without --filelist"
+            self.warning("filelist", text, "pass it too")
 
     def read_inputs(self) -> None:
         """Read what the request names."""
@@ -219,7 +225,7 @@ class _Check:
         if self.config_name is not None:
             self.settings = self.config(self.config_name, given.overrides)
         if given.filelist is not None:
-            self.manifest = self.filelist(given.filelist, given.basedir)
+            self.manifest = self.filelist(given.filelist, given)
         if self.manifest is not None:
             if not isinstance(self.settings, CodecConfig):  # which compares no images
                 self.splits(self.manifest, self.settings)
@@ -259,8 +265,8 @@ class _Check:
             return config
         return None
 
-    def filelist(self, source: Path, basedir: Path | None) -> Manifest | None:
-        manifest, problems = inspect_manifest(source, basedir=basedir)
+    def filelist(self, source: Path, given: CheckRequest) -> Manifest | None:
+        manifest, problems = inspect_manifest(source, basedir=given.basedir, columns=given.columns)
         for problem in problems:
             self.problem("filelist", problem, f"correct {source}, or pass another --basedir")
         if manifest is not None and not problems:

@@ -1,4 +1,4 @@
-"""Writing the filelist of a folder, with identities found in its paths and a split by identity."""
+"""Writing filelists: of a folder, with a split by identity, or of a publisher's tables."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcmem_cli.engine.data.folders import scan_folder
 from lcmem_cli.engine.data.manifest import (
     SPLITS,
     Frames,
     Manifest,
     Record,
+    check_identities,
     load_manifest,
     split_by_identity,
     tells_identities,
     write_manifest,
 )
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.data.publishers import LAYOUTS, read_publisher
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns, some
+from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
+
+VAL_OF_TRAIN = (0.8, 0.2, 0.0)
+"""TRAIN's part for TRAIN and VAL, close to that of ``SPLIT_SHARES``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ def make_filelist(
     output: Path,
     *,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     id_regex: str | None = None,
     seed: int = 0,
     frames: Frames = "first",
@@ -63,6 +71,7 @@ def make_filelist(
         source: see ``load_manifest``.
         output: CSV or Parquet file to write.
         basedir: see ``load_manifest``.
+        columns: see ``load_manifest``.
         id_regex: regular expression that is searched for in each path; the first of its groups that
             is found, or all of it where it has none, is the identity.
         seed: of the split.
@@ -74,7 +83,12 @@ def make_filelist(
         ManifestError: see ``load_manifest``.
     """
     listed = load_manifest(
-        source, basedir=basedir, need_split=False, frames=frames, reporter=reporter
+        source,
+        basedir=basedir,
+        columns=columns,
+        need_split=False,
+        frames=frames,
+        reporter=reporter,
     )
     kept_split = listed.records[0].split is not None
     records = list(listed.records)
@@ -91,13 +105,98 @@ def make_filelist(
             "every image counts as an identity of its own, so pictures of one person or object may "
             "be in several splits; put those of each into a folder, or tell them by --id-regex"
         )
+    return _written(manifest, output, kept_split=kept_split, reporter=reporter)
+
+
+def make_publisher_filelist(
+    publisher: str,
+    tables: Sequence[Path],
+    output: Path,
+    *,
+    basedir: Path | None = None,
+    seed: int = 0,
+    reporter: Reporter = SILENT,
+) -> FilelistResult:
+    """Write the filelist of a published data set, with its identities and its official split.
+
+    Where the tables tell fewer than two splits, or some identities are in two, a split by identity
+    is made. Where they tell TRAIN and TEST but no VAL, a seeded fifth of TRAIN's identities is VAL.
+
+    Args:
+        publisher: key of ``publishers.LAYOUTS``.
+        tables: the publisher's tables.
+        output: CSV or Parquet file to write.
+        basedir: folder that holds the images, at any depth; by default that of the first table.
+        seed: of what is drawn.
+        reporter: warned of images without a row and rows without an image, which are left out.
+
+    Raises:
+        InputError: no such publisher.
+        ManifestError: the tables cannot be read, or none of the images is there.
+    """
+    if publisher not in LAYOUTS:
+        raise InputError(f"--from {publisher}: not known; {nearest(publisher, LAYOUTS)}")
+    layout = LAYOUTS[publisher]
+    entries = read_publisher(layout, tables)
+    folder = tables[0].parent if basedir is None else basedir
+    if not folder.is_dir():
+        raise ManifestError(f"--basedir: no such folder: {folder}")
+    records, unknown, seen = [], [], set()
+    for path in scan_folder(folder).images:
+        image = layout.image_of(path)
+        entry = None if image is None else entries.get(image)
+        if entry is None:
+            unknown.append(path)
+            continue
+        seen.add(image)
+        records.append(Record(path, str(entry.id), entry.split, publisher))
+    if not records:
+        expected = f"; expected names such as {next(iter(entries))!r}" if entries else ""
+        raise ManifestError(
+            f"{folder}: none of its images is in the tables{expected}; set --basedir to the folder "
+            "of the images"
+        )
+    if unknown:
+        reporter.warn(f"left out {len(unknown):,} image(s) of no table: {some(unknown)}")
+    if len(seen) < len(entries):
+        reporter.warn(
+            f"{len(entries) - len(seen):,} of {len(entries):,} images of the tables are not there"
+        )
+    records, kept_split = _with_official_split(records, seed, reporter)
+    manifest = Manifest(tuple(records), folder, tables[0])
+    write_manifest(manifest, output)
+    return _written(manifest, output, kept_split=kept_split, reporter=reporter)
+
+
+def _with_official_split(
+    records: list[Record], seed: int, reporter: Reporter
+) -> tuple[list[Record], bool]:
+    """Return the records with a split, and whether it is the publisher's."""
+    splits = {record.split for record in records}
+    mixed = check_identities(records)
+    if mixed:
+        reporter.warn(f"{mixed[0]}; the official split is replaced by one by identity")
+    if mixed or None in splits or len(splits) < 2:
+        return split_by_identity(records, seed=seed), False
+    if splits == {"TRAIN", "TEST"}:
+        train = [record for record in records if record.split == "TRAIN"]
+        divided = iter(split_by_identity(train, seed=seed, shares=VAL_OF_TRAIN))
+        records = [next(divided) if r.split == "TRAIN" else r for r in records]
+        reporter.warn("the publisher has no VAL: a fifth of TRAIN's identities is VAL")
+    return records, True
+
+
+def _written(
+    manifest: Manifest, output: Path, *, kept_split: bool, reporter: Reporter
+) -> FilelistResult:
     splits = {}
     for name in SPLITS:
         part = manifest.select(name).records
         splits[name] = SplitSize(images=len(part), identities=len({r.identity for r in part}))
     empty = [name for name, size in splits.items() if not size.images]
     if empty:
-        reporter.warn(f"no image in {' and '.join(empty)}: too few identities to split")
+        reason = "the list's split has none" if kept_split else "too few identities to split"
+        reporter.warn(f"no image in {' and '.join(empty)}: {reason}")
     return FilelistResult(
         output=str(output), basedir=str(manifest.basedir), kept_split=kept_split, splits=splits
     )

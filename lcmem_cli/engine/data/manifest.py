@@ -24,7 +24,10 @@ from lcmem_cli.engine.data.images import list_frames
 from lcmem_cli.engine.data.paths import check_paths
 from lcmem_cli.engine.data.tables import (
     PARQUET_SUFFIXES,
+    STANDARD,
+    TAB_SUFFIXES,
     Columns,
+    ListColumns,
     Table,
     as_named,
     problems_error,
@@ -37,9 +40,22 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 SPLIT_SHARES = (0.60, 0.15, 0.25)
-COLUMNS = Columns(what="filelist", required=("path", "id"), optional=("Split", "ds_name"))
+OPTIONS = {
+    "path": "--path-column",
+    "id": "--id-column",
+    "Split": "--split-column",
+    "ds_name": "--dataset-column",
+}
+COLUMNS = Columns(
+    what="filelist", required=("path", "id"), optional=("Split", "ds_name"), options=OPTIONS
+)
 MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>", "nat"})
 """What stands for a missing value in tables that pandas, numpy and databases write, in any case."""
+_SPLIT_NAMES = {
+    "TRAINING": "TRAIN", "VALID": "VAL", "VALIDATE": "VAL", "VALIDATION": "VAL", "DEV": "VAL",
+    "DEVELOPMENT": "VAL", "TESTING": "TEST",
+}  # fmt: skip
+"""Other words for the splits, as publishers write them."""
 _SHOWN = 5
 _OPENING_THREADS = 8
 
@@ -132,6 +148,7 @@ def load_manifest(
     source: Path,
     *,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     need_split: bool = True,
     max_missing: int | None = 0,
     frames: Frames = "first",
@@ -144,6 +161,7 @@ def load_manifest(
             case, others are ignored), or a folder: a subfolder is an identity with everything
             below it, and an image that lies in the folder itself is its own identity.
         basedir: folder that relative paths start from; by default the filelist's folder.
+        columns: what the filelist calls its columns.
         need_split: make an identity-disjoint split where there is none; otherwise the records'
             ``split`` stays ``None``.
         max_missing: listed files that may be missing, to be found unreadable later; ``None``: any
@@ -156,7 +174,12 @@ def load_manifest(
         ManifestError: the list is unusable; the message holds every problem found, with counts.
     """
     manifest, problems = _load(
-        Path(source), basedir, need_split=need_split, max_missing=max_missing, frames=frames
+        Path(source),
+        basedir,
+        columns,
+        need_split=need_split,
+        max_missing=max_missing,
+        frames=frames,
     )
     if problems:
         raise problems_error(manifest.source, problems)
@@ -166,7 +189,7 @@ def load_manifest(
 
 
 def inspect_manifest(
-    source: Path, *, basedir: Path | None = None
+    source: Path, *, basedir: Path | None = None, columns: ListColumns = STANDARD
 ) -> tuple[Manifest | None, tuple[str, ...]]:
     """Read a list of images as ``load_manifest`` does, and return what is wrong with it.
 
@@ -175,7 +198,7 @@ def inspect_manifest(
         problems that ``load_manifest`` would raise.
     """
     try:
-        return _load(Path(source), basedir, need_split=True, max_missing=0, frames="first")
+        return _load(Path(source), basedir, columns, need_split=True, max_missing=0, frames="first")
     except ManifestError as error:
         return None, error.problems
 
@@ -183,6 +206,7 @@ def inspect_manifest(
 def _load(
     source: Path,
     basedir: Path | None,
+    columns: ListColumns,
     *,
     need_split: bool,
     max_missing: int | None,
@@ -196,13 +220,17 @@ def _load(
             raise ManifestError(
                 f"--basedir has no effect with a folder ({source}); leave it out or pass a filelist"
             )
+        if columns != STANDARD:
+            raise ManifestError(
+                f"{source} is a folder, which has no columns; leave --path-column and the like out"
+            )
         base = source
         records, left_out = _read_folder(source)
     else:
         base = source.parent if basedir is None else Path(basedir)
         if not base.is_dir():
             raise ManifestError(f"--basedir: {_no_such(base, 'folder')}")
-        records, problems = _read_filelist(source, base, max_missing=max_missing)
+        records, problems = _read_filelist(source, base, columns, max_missing=max_missing)
     if frames == "all":
         records = _each_frame(records, base)
     if need_split and records and records[0].split is None:
@@ -218,10 +246,16 @@ def tells_identities(source: Path, records: Sequence[Record]) -> bool:
 
 def is_filelist(path: Path) -> bool:
     """Return whether a file's name is that of a filelist."""
-    return path.suffix.lower() in (".csv", *PARQUET_SUFFIXES)
+    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    return suffix.lower() in (".csv", *TAB_SUFFIXES, *PARQUET_SUFFIXES)
 
 
-def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
+def split_by_identity(
+    records: Sequence[Record],
+    *,
+    seed: int = 0,
+    shares: tuple[float, float, float] = SPLIT_SHARES,
+) -> list[Record]:
     """Assign TRAIN, VAL and TEST (60, 15 and 25 % of the identities) so that none is in two.
 
     Identities are drawn separately within each data set, and separately for identities with one
@@ -230,6 +264,7 @@ def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Recor
     Args:
         records: images without a split (an existing one is replaced).
         seed: of the draw.
+        shares: of the identities for each split.
 
     Returns:
         The records in the same order, with ``split`` set.
@@ -245,7 +280,7 @@ def split_by_identity(records: Sequence[Record], *, seed: int = 0) -> list[Recor
         names.sort()
         key = hashlib.sha256(_encode(f"{seed}\0{ds_name}\0{several}")).digest()[:16]
         order = np.random.default_rng(int.from_bytes(key, "little")).permutation(len(names))
-        sizes = _split_sizes(len(names))
+        sizes = _split_sizes(len(names), shares)
         labels = itertools.chain.from_iterable(
             itertools.repeat(split, size) for split, size in zip(SPLITS, sizes, strict=True)
         )
@@ -300,16 +335,16 @@ def _write_parquet(
     pq.write_table(pa.table(arrays, names=list(columns)), temporary)
 
 
-def _split_sizes(count: int) -> tuple[int, int, int]:
+def _split_sizes(count: int, shares: tuple[float, float, float]) -> tuple[int, int, int]:
     """Divide a number of identities by largest remainder; from 3 on, every split gets one."""
-    quotas = [share * count for share in SPLIT_SHARES]
+    quotas = [share * count for share in shares]
     sizes = [int(quota + 1e-9) for quota in quotas]
     by_remainder = sorted(range(3), key=lambda i: sizes[i] - quotas[i])
     for index in by_remainder[: count - sum(sizes)]:
         sizes[index] += 1
     if count >= 3:
         for index in range(3):
-            if sizes[index] == 0:
+            if sizes[index] == 0 and shares[index]:
                 sizes[index] += 1
                 sizes[0] -= 1
     return sizes[0], sizes[1], sizes[2]
@@ -377,10 +412,17 @@ def _each_frame(records: Sequence[Record], basedir: Path) -> list[Record]:
     ]
 
 
+def _columns(names: ListColumns) -> Columns:
+    """Return a filelist's columns under the names that the user gave."""
+    own = {"path": names.path, "id": names.id, "Split": names.split, "ds_name": names.dataset}
+    named = {name: given for name, given in own.items() if given is not None}
+    return dataclasses.replace(COLUMNS, named=named, separator=names.separator)
+
+
 def _read_filelist(
-    source: Path, basedir: Path, *, max_missing: int | None
+    source: Path, basedir: Path, names: ListColumns, *, max_missing: int | None
 ) -> tuple[list[Record], list[str]]:
-    table = read_table(source, COLUMNS)
+    table = read_table(source, _columns(names))
     if not table.numbers:
         raise ManifestError(f"{source}: no images, only a header")
     cells = {name: list(column) for name, column in table.cells.items()}
@@ -389,12 +431,13 @@ def _read_filelist(
         if name in cells:
             cells[name] = [cell.strip() for cell in cells[name]]
     if "Split" in cells:
-        cells["Split"] = [cell.strip().upper() for cell in cells["Split"]]
+        words = [cell.strip().upper() for cell in cells["Split"]]
+        cells["Split"] = [_SPLIT_NAMES.get(word, word) for word in words]
     blank: Sequence[None] = [None] * len(table.numbers)
     columns = (cells["path"], cells["id"], cells.get("Split", blank), cells.get("ds_name", blank))
     records = [Record(*row) for row in zip(*columns, strict=True)]
     problems = _check_cells(table, cells)
-    problems += _check_identities(records) if "Split" in cells else []
+    problems += check_identities(records) if "Split" in cells else []
     problems += check_paths(cells["path"], source, basedir, max_missing=max_missing)
     return records, problems
 
@@ -430,7 +473,8 @@ def _check_cells(table: Table, cells: dict[str, list[str]]) -> list[str]:
     return problems
 
 
-def _check_identities(records: Sequence[Record]) -> list[str]:
+def check_identities(records: Sequence[Record]) -> list[str]:
+    """Return as a problem the identities that are in more than one split."""
     first: dict[tuple[str, str], str | None] = {}
     mixed: dict[tuple[str, str], set[str]] = {}
     for record in records:

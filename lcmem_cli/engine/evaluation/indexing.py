@@ -12,6 +12,7 @@ import numpy as np
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.head import approximate_search
@@ -109,6 +110,7 @@ def add_to_index(
     detector: Detector,
     *,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     frames: Frames = "first",
     max_unreadable: int = 0,
     only_listed: bool = False,
@@ -125,6 +127,7 @@ def add_to_index(
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
+        columns: what a filelist calls its columns.
         frames: see ``load_manifest``.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
@@ -140,6 +143,7 @@ def add_to_index(
     manifest = load_manifest(
         source,
         basedir=basedir,
+        columns=columns,
         need_split=False,
         max_missing=max_unreadable,
         frames=frames,
@@ -278,6 +282,7 @@ def query_index(
     approximate: bool = False,
     verify: bool = True,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     max_unreadable: int | None = None,
     compute: Compute = DEFAULT_COMPUTE,
 ) -> QueryResult:
@@ -291,6 +296,7 @@ def query_index(
         approximate: see ``audit``.
         verify: align the best candidates with their query, where their files are still there.
         basedir: folder that a filelist's paths start from.
+        columns: what a filelist calls its columns.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
         compute: how the images are embedded.
 
@@ -304,7 +310,13 @@ def query_index(
     is_image = query.is_file() and not is_filelist(query)
     paths = [query]
     if not is_image:
-        listed = load_manifest(query, basedir=basedir, need_split=False, max_missing=max_unreadable)
+        listed = load_manifest(
+            query,
+            basedir=basedir,
+            columns=columns,
+            need_split=False,
+            max_missing=max_unreadable,
+        )
         paths = listed.paths()
     embedded = embed_files(detector, paths, compute, with_blank=False)
     check_unreadable(embedded.unreadable, max_unreadable)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.manifest import Manifest, load_manifest
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.adapted import some_images
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device
@@ -60,6 +61,7 @@ class CalibrationRequest:
         filelist: images with identities and splits (one is made where there is none).
         output: file to write.
         basedir: folder that paths start from.
+        columns: what the filelist calls its columns.
         half: round the network's weights to float16 first, which halves the file.
         size: side in pixels that images are brought to from now on; ``None`` keeps the trained one.
             Objects look larger in random crops than in whole images, so somewhat more than the
@@ -79,6 +81,7 @@ class CalibrationRequest:
     filelist: Path
     output: Path
     basedir: Path | None = None
+    columns: ListColumns = STANDARD
     half: bool = False
     size: int | None = None
     adapted: bool = False
@@ -121,7 +124,9 @@ def recalibrate(
     if request.size is not None:
         loaded = loaded.at_size(request.size)
     limit = request.max_unreadable
-    manifest = load_manifest(request.filelist, basedir=request.basedir, max_missing=limit)
+    manifest = load_manifest(
+        request.filelist, basedir=request.basedir, columns=request.columns, max_missing=limit
+    )
     train = manifest.select("TRAIN")
     if request.adapted:
         loaded = adapt(loaded, train, compute)

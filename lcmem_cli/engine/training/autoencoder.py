@@ -24,6 +24,7 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import CodecConfig
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import naming_target, write_json, write_text
@@ -164,6 +165,7 @@ def train_codec(
     filelist: Path,
     *,
     basedir: Path | None,
+    columns: ListColumns = STANDARD,
     output: Path,
     resume: bool = False,
     max_unreadable: int = 0,
@@ -175,6 +177,7 @@ def train_codec(
         config: shape, loss and schedule.
         filelist: images with splits; the reconstruction error is measured on VAL.
         basedir: folder that its paths start from.
+        columns: what the filelist calls its columns.
         output: run folder; the codec is its folder ``codec``.
         resume: continue a run that stopped.
         max_unreadable: tolerated unreadable images.
@@ -189,7 +192,7 @@ def train_codec(
     compute = Compute(
         device=config.runtime.device, workers=config.runtime.num_workers, reporter=reporter
     )
-    listed = load_manifest(filelist, basedir=basedir, max_missing=max_unreadable)
+    listed = load_manifest(filelist, basedir=basedir, columns=columns, max_missing=max_unreadable)
     manifest, unreadable = readable_part(listed, compute)
     check_unreadable(unreadable, max_unreadable)
     train_paths, val_paths = (manifest.select(split).paths() for split in ("TRAIN", "VAL"))

@@ -151,7 +151,11 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
         cache = FeatureCaches.of_user() if settings.cache else None
         basedir = None if settings.basedir is None else Path(settings.basedir)
         listing = list_set(
-            Path(settings.training), what="training", basedir=basedir, frames=settings.frames
+            Path(settings.training),
+            what="training",
+            basedir=basedir,
+            columns=settings.columns,
+            frames=settings.frames,
         )
         if listing.index is not None:
             listing.index.check(detector.fingerprint)

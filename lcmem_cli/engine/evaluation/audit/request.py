@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from lcmem_cli.engine.data.manifest import Frames
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
@@ -26,6 +27,7 @@ class AuditRequest:
 
     sources: Sets[Source]
     basedir: Path | None
+    columns: ListColumns
     frames: Frames
     null: str | None
     fpr: float
@@ -102,6 +104,7 @@ class AuditSettings(BaseModel):
         None, validation_alias="held-out", serialization_alias="held-out"
     )
     basedir: FileName | None = None
+    columns: ListColumns = STANDARD
     frames: Frames = "first"
     null: NullKind
     fpr: float

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
@@ -63,6 +64,7 @@ def audit(
     *,
     held_out: Source | None = None,
     basedir: str | Path | None = None,
+    columns: ListColumns = STANDARD,
     frames: Literal["first", "all"] = "first",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
@@ -98,6 +100,7 @@ def audit(
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
+        columns: what the filelists call their columns.
         frames: ``all`` takes each image of a file of several, such as the pages of a TIFF, by
             itself, as ``scan.tif#3``.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
@@ -157,6 +160,7 @@ def audit(
     request = AuditRequest(
         sources=Sets(generated=generated, training=against, held_out=held_out),
         basedir=None if basedir is None else Path(basedir),
+        columns=columns,
         frames=frames,
         null=null,
         fpr=fpr,
@@ -243,7 +247,8 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
     """List the sets, and see whether there are real images enough before one is opened.
 
     Raises:
-        InputError: a set is empty, ``basedir`` has no effect, or the null is too small.
+        InputError: a set is empty, ``basedir`` or ``columns`` has no effect, or the null is too
+            small.
     """
     basedir, kind = request.basedir, request.null_kind
     listings = request.sources.map(
@@ -251,13 +256,21 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
             source,
             what=what,
             basedir=basedir,
+            columns=request.columns,
             frames=request.frames,
             max_missing=request.max_unreadable,
             reporter=reporter,
         )
     )
-    if basedir is not None and not any(Path(part.source).is_file() for _, part in listings.named()):
-        raise InputError("--basedir has no effect: none of the sets is a filelist; leave it out")
+    if not any(Path(part.source).is_file() for _, part in listings.named()):
+        for option, is_given in (
+            ("--basedir", basedir is not None),
+            ("--path-column and the like", request.columns != STANDARD),
+        ):
+            if is_given:
+                raise InputError(
+                    f"{option} has no effect: none of the sets is a filelist; leave it out"
+                )
     real = listings.held_out or listings.training
     sizes = sorted(Counter(record.identity for record in real.records).values())
     most = len(sizes)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.manifest import Frames, Record, load_manifest, tells_identities
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
@@ -208,6 +209,7 @@ def list_set(
     *,
     what: str,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     frames: Frames = "first",
     max_missing: int | None = None,
     reporter: Reporter = SILENT,
@@ -218,6 +220,7 @@ def list_set(
         source: path, or an open index.
         what: name of the set in messages.
         basedir: folder that the paths of a filelist are relative to.
+        columns: what a filelist calls its columns.
         frames: see ``load_manifest``.
         max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
             any number.
@@ -243,6 +246,7 @@ def list_set(
         manifest = load_manifest(
             path,
             basedir=None if path.is_dir() else basedir,
+            columns=STANDARD if path.is_dir() else columns,
             need_split=False,
             max_missing=max_missing,
             frames=frames,

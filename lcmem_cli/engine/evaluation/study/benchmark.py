@@ -18,6 +18,7 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Manifest, Record, load_manifest
 from lcmem_cli.engine.data.pairs import PairSet, all_pairs, dataset_name, reference_pairs
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.adapted import some_images
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
@@ -104,6 +105,7 @@ def benchmark(
     *,
     output: Path,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     detectors: Sequence[str] = DEFAULT_DETECTORS,
     ds_names: Sequence[str] | None = None,
     pairs: PairMode = "reference",
@@ -131,6 +133,7 @@ def benchmark(
             ``thresholds.json`` and plots. Finished parts are kept there, so that a killed run
             continues.
         basedir: folder that paths start from.
+        columns: what the filelist calls its columns.
         detectors: names, see ``registry.load_detector``.
         ds_names: data sets to use; all by default.
         pairs: the published ones, or every pair within each data set.
@@ -170,6 +173,7 @@ def benchmark(
         filelist=filelist,
         output=output,
         basedir=basedir,
+        columns=columns,
         detectors=detectors,
         ds_names=ds_names,
         pairs=pairs,
@@ -218,6 +222,7 @@ class Benchmark(Study[BenchmarkResult]):
         manifest = load_manifest(
             request.filelist,
             basedir=request.basedir,
+            columns=request.columns,
             # Where latents are stored, the files may have gone.
             max_missing=None if store is not None else request.max_unreadable,
         )

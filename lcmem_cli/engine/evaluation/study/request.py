@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.data.pairs import PairSet
+from lcmem_cli.engine.data.tables import ListColumns
 from lcmem_cli.engine.detectors.registry import check_name
 from lcmem_cli.engine.errors import InputError
 
@@ -27,6 +28,7 @@ class StudyRequest(abc.ABC):
     filelist: Path
     output: Path
     basedir: Path | None
+    columns: ListColumns
     detectors: Sequence[str]
     ds_names: Sequence[str] | None
     split: str

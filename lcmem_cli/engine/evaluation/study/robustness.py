@@ -30,6 +30,7 @@ from lcmem_cli.engine.data.perturb import (
     Setting,
     perturb,
 )
+from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_perturbed
 from lcmem_cli.engine.distributed import resolve_device
@@ -113,6 +114,7 @@ def robustness(
     *,
     output: Path,
     basedir: Path | None = None,
+    columns: ListColumns = STANDARD,
     detectors: Sequence[str] = DEFAULT_DETECTORS,
     ds_names: Sequence[str] | None = None,
     suite: Suite = "reference",
@@ -141,6 +143,7 @@ def robustness(
         output: folder for ``robustness_results.csv`` and ``.json``, ``thresholds.json`` and plots.
             Finished parts are kept there, so that a killed run continues.
         basedir: folder that paths start from.
+        columns: what the filelist calls its columns.
         detectors: names, see ``registry.load_detector``.
         ds_names: data sets to use; all by default.
         suite: the published 24 settings, or harder ones too.
@@ -179,6 +182,7 @@ def robustness(
         filelist=filelist,
         output=output,
         basedir=basedir,
+        columns=columns,
         detectors=detectors,
         ds_names=ds_names,
         suite=suite,
@@ -229,7 +233,10 @@ class Robustness(Study[RobustnessResult]):
             codec = _load_round_trip(request.round_trip, compute.device, request.input_size)
             settings += (Setting(VAE_ROUND_TRIP, 1.0),)
         manifest = load_manifest(
-            request.filelist, basedir=request.basedir, max_missing=request.max_unreadable
+            request.filelist,
+            basedir=request.basedir,
+            columns=request.columns,
+            max_missing=request.max_unreadable,
         )
         images = pair_images(manifest, request, compute.reporter)
         _check_support(images, request)
