@@ -137,7 +137,10 @@ def test_altered_copies_among_the_real_are_told_or_leave_the_null(
     told = run(sets, held_out=tmp_path / "held-out")
     assert any("but compared with: " in warning for warning in told.warnings)
     monkeypatch.setattr("lcmem_cli.engine.evaluation.audit.null.SURELY_SAME", 10.0)
-    taken_out = run(sets, held_out=tmp_path / "held-out")
+    assert told.null.closest[0].path == "leaked.jpg" and told.null.closest[0].may_be_copy
+    taken_out = run(sets, held_out=tmp_path / "held-out", output=tmp_path / "audit")
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert '" alt="Real image leaked.jpg">' in page[page.index("Taken out: altered copies") :]
     removed = [(item.path, item.match, item.kind) for item in taken_out.null.removed]
     assert removed == [("leaked.jpg", "007.png", "altered")]
     assert taken_out.rule.threshold == verified.rule.threshold < told.rule.threshold

@@ -250,12 +250,19 @@ def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
     )
     scores = np.linspace(0, 1, 50)
     text = render_report(
-        dataclasses.replace(result, num_flagged=2000, matches=matches, exposed_images=()),
+        dataclasses.replace(
+            result,
+            num_flagged=2000,
+            matches=matches,
+            exposed_images=(),
+            null=dataclasses.replace(result.null, closest=()),
+        ),
         Pictures(
             uris=[None],
             generated=dict.fromkeys(names, 0),
             training={match.match: 0 for match in matches},
             laid_over={},
+            real={},
         ),
         Distribution(generated=scores, null=scores, threshold=0.9, as_logit=False),
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEMPLATE_NAME = "report.html.j2"
 MAX_PAIRS = 5000
 """Flagged pairs that the page holds."""
+MAX_ALTERED = 10
 _NUM_BINS = 48
 _WORD_STARTS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 """Where words begin in a name such as ``JPEGCompression``."""
@@ -40,12 +41,14 @@ class Pictures:
         training: place of each training image.
         laid_over: place of each generated image as it lies on its training image, where both show
             one picture.
+        real: place of the real images that are shown, by name.
     """
 
     uris: Sequence[str | None]
     generated: Mapping[str, int]
     training: Mapping[str, int]
     laid_over: Mapping[str, int]
+    real: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,12 +148,22 @@ def render_report(
                 "pictures": list(pictures.uris),
             }
         ),
+        altered=altered_among(result.null),
         css=assets["report.css"],
         js=assets["report.js"],
         policy=content_policy(assets["report.js"], assets["report.css"]),
         max_lines=max_lines,
         version=__version__,
     )
+
+
+def altered_among(null: Any) -> list[Any]:
+    """Return the first images that left the null as altered copies, which are shown as pictures.
+
+    Args:
+        null: a ``NullSummary``.
+    """
+    return [item for item in null.removed if item.kind == "altered"][:MAX_ALTERED]
 
 
 def content_policy(script: str, style: str) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.evaluation.audit import sentences
 from lcmem_cli.engine.evaluation.audit.conditions import Conditions
+from lcmem_cli.engine.evaluation.audit.contamination import closest_real
 from lcmem_cli.engine.evaluation.audit.exposed import exposed_identities, exposed_images
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.gate import judge
@@ -232,6 +233,7 @@ def _null_summary(
         smallest_rate=smallest_rate(count, in_pairs=in_pairs, confidence=request.confidence),
         num_not_searched=not_searched,
         removed=null.removed,
+        closest=closest_real(null, training, request),
         shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
         meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
     )

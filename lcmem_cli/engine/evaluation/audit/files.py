@@ -34,7 +34,13 @@ from lcmem_cli.engine.files import (
     write_json,
     write_text,
 )
-from lcmem_cli.engine.report.html import MAX_PAIRS, Distribution, Pictures, render_report
+from lcmem_cli.engine.report.html import (
+    MAX_PAIRS,
+    Distribution,
+    Pictures,
+    altered_among,
+    render_report,
+)
 from lcmem_cli.engine.report.panels import laid_over
 from lcmem_cli.engine.report.shares import MAX_POINTS, SharePoint, plot_shares
 from lcmem_cli.engine.report.thumbnails import SIDES, make_thumbnails
@@ -184,10 +190,23 @@ def _pictures(result: AuditResult, embedded: Embedded) -> Pictures:
         if match.outline and match.evidence is not None:
             item = _LaidOver(query, original, match.evidence.matrix)
             aligned[match.query] = numbers.setdefault(item, len(numbers))
+    images = sets.held_out if result.null.kind == "held-out" else sets.training
+    assert images is not None
+    real: dict[str, int] = {}
+    for shown in (*result.null.closest, *altered_among(result.null)):
+        original = sets.training.file_of[shown.match]
+        real[shown.path] = numbers.setdefault(images.file_of[shown.path], len(numbers))
+        training[shown.match] = numbers.setdefault(original, len(numbers))
     thumbnails = make_thumbnails(
         list(numbers), _draw, workers=compute.num_workers, reporter=compute.reporter
     )
-    return Pictures(uris=thumbnails.uris, generated=generated, training=training, laid_over=aligned)
+    return Pictures(
+        uris=thumbnails.uris,
+        generated=generated,
+        training=training,
+        laid_over=aligned,
+        real=real,
+    )
 
 
 class _LaidOver(NamedTuple):

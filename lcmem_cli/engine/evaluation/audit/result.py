@@ -87,6 +87,27 @@ class SharedPicture:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RealMatch:
+    """A real image of the null and its best match.
+
+    Attributes:
+        path: the real image.
+        match: the training image.
+        score: of both.
+        may_be_copy: whether evidence takes both for one picture, but not beyond doubt; ``None``
+            where candidates were not verified.
+        threshold_without: the threshold if the image were not in the null; ``None`` where too few
+            would be left, and under Benjamini-Hochberg.
+    """
+
+    path: FileName
+    match: FileName
+    score: FiniteFloat
+    may_be_copy: bool | None
+    threshold_without: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NullSummary:
     """The real images that say what a match looks like when nothing was copied.
 
@@ -100,6 +121,7 @@ class NullSummary:
         smallest_rate: the smallest false-positive rate per image that so many scores allow.
         num_not_searched: training images that were split off and so are not looked for.
         removed: images taken out because their picture is in the training set.
+        closest: the ten images that match the training set best, the closest first.
         shared_identities: labels that occur in both sets, where the labels can be compared.
         meaning: what the rate means with this null.
     """
@@ -112,6 +134,7 @@ class NullSummary:
     smallest_rate: float
     num_not_searched: int
     removed: tuple[SharedPicture, ...]
+    closest: tuple[RealMatch, ...]
     shared_identities: tuple[FileName, ...]
     meaning: str
 
