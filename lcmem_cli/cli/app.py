@@ -18,6 +18,7 @@ from lcmem_cli.cli.benchmark import benchmark_command
 from lcmem_cli.cli.check import check
 from lcmem_cli.cli.checkpoints import calibrate, convert, info
 from lcmem_cli.cli.commands import Command, Group, flat
+from lcmem_cli.cli.compare import compare_command
 from lcmem_cli.cli.config import check_config, copy_config, list_configs, show_config
 from lcmem_cli.cli.demo import demo
 from lcmem_cli.cli.detectors import detectors
@@ -35,7 +36,12 @@ from lcmem_cli.engine.errors import LcmemError, first_line
 
 Commands = dict[str, Callable[..., None]]
 COMMANDS: dict[str, Commands] = {
-    "Audit a set": {"audit": audit_command, "filter": filter_command, "demo": demo},
+    "Audit a set": {
+        "audit": audit_command,
+        "compare": compare_command,
+        "filter": filter_command,
+        "demo": demo,
+    },
     "Compare pairs and detectors": {
         "infer": infer,
         "benchmark": benchmark_command,

@@ -23,6 +23,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
     Match,
     NullSummary,
     SetSummary,
+    Times,
 )
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
 from lcmem_cli.engine.files import (
@@ -99,7 +100,19 @@ class AuditDocument:
     rule: FlagRule
     null: NullSummary
     num_queries: int
+    num_flagged: int
+    share_flagged: float
+    confidence_interval: tuple[float, float]
+    excess_interval: tuple[float, float] | None
+    num_exact_copies: int
+    num_same_pixels: int
+    num_altered: int | None
+    num_alike: int
+    num_exposed_images: int
+    comparable: bool | None
     generated: SetSummary
+    training: SetSummary
+    times: Times
     flagged: tuple[Match, ...]
 
 

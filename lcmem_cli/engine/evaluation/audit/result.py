@@ -56,6 +56,7 @@ class SetSummary:
         unreadable: images that could not be used.
         num_guessed: images of more than 8 bits whose range was guessed from their values; ``None``
             where that is not known (an index).
+        digest: SHA-256 over the contents of the readable images, in any order.
         blank: images that show nothing but one colour; they are counted here and not judged.
     """
 
@@ -67,6 +68,7 @@ class SetSummary:
     duplicates: tuple[tuple[FileName, ...], ...]
     unreadable: tuple[Unreadable, ...]
     num_guessed: int | None
+    digest: str
     blank: tuple[BlankImage, ...] = ()
 
 

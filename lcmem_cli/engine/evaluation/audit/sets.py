@@ -18,6 +18,7 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.result import BlankImage, SetSummary
+from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.index import Index, is_index
@@ -339,6 +340,7 @@ def _assemble(
             duplicates=tuple(tuple(paths) for paths in members.values() if len(paths) > 1),
             unreadable=unreadable,
             num_guessed=None if guessed is None else int(guessed[rows].sum()),
+            digest=sha256_bytes("".join(sorted(row_hashes)).encode("ascii")),
             blank=blank,
         ),
         records=records,
