@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import types
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -19,7 +21,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from lcmem_cli.engine.config import tomllib
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.detectors import backbones, registry
+from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name, parse_name, split_names
 from lcmem_cli.engine.detectors.pixel import MSE
 from lcmem_cli.engine.detectors.registry import (
@@ -259,7 +264,7 @@ def test_names_are_split_at_the_last_options_unless_the_file_is_so_called(tmp_pa
     [
         ("dinov22", "did you mean 'dinov2'"),
         ("mse:3", "takes nothing after a colon"),
-        ("onnx", "needs more: onnx:FILE"),
+        ("onnx", "needs a file of its weights: write onnx:FILE"),
         ("mse?size=3", "has no options"),
         ("onnx:a?siz=3", "did you mean 'size'"),
         ("onnx:a?size=0", "whole number of pixels"),
@@ -336,6 +341,106 @@ def test_entry_points_add_detectors_and_broken_ones_stop_nothing(
     assert "lcmem_no_such_plugin" in infos["gone"].note
     with pytest.raises(LcmemError, match="lcmem_no_such_plugin"):
         load_detector("gone")
+
+
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "own_detector"
+
+
+@pytest.fixture
+def installed_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example package of the docs, as pip would install it: module, and entry points."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    site = tmp_path / "site"
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    shutil.copy(EXAMPLE / "mean_colour.py", site)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    ((group, points),) = project["entry-points"].items()
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "mean_colour", raising=False)
+
+
+@pytest.mark.usefixtures("installed_example")
+def test_the_example_package_of_the_docs_works_in_every_command(
+    run_cli, image_folder: Path, tmp_path: Path
+) -> None:
+    assert "mean-colour" in run_cli("detectors").stdout
+    a, b = image_folder / "id00" / "0.png", image_folder / "id01" / "0.png"
+    shown = json.loads(run_cli("infer", a, b, "--detector", "mean-colour", "--json").stdout)
+    colours = [to_tensor(load_image(path), 64).mean(dim=(1, 2)).numpy() for path in (a, b)]
+    expected = -np.abs(colours[0] - colours[1]).sum(dtype=np.float64)
+    assert shown["pairs"][0]["score"] == pytest.approx(expected, abs=1e-6)
+    run_cli(
+        "benchmark", "--filelist", image_folder, "--detectors", "mean-colour?label=Mine,mse",
+        "--input-size", 16, "--pairs", "all", "-o", tmp_path / "out",
+    )  # fmt: skip
+    run_cli("index", "build", image_folder, "--detector", "mean-colour", "-o", tmp_path / "index")
+    found = run_cli("index", "query", tmp_path / "index", a, "--json").stdout
+    (matches,) = json.loads(found)["matches"].values()
+    assert matches[0]["score"] == 0.0
+
+
+class _Half(Detector):
+    """Lacks the score of two rows."""
+
+    input_size, num_features, fingerprint = 8, 3, "a" * 64
+
+    def embed_batch(self, batch: torch.Tensor) -> Any:
+        return batch.mean(dim=(2, 3)).numpy()
+
+
+class _Whole(_Half):
+    def score_features(self, a: Any, b: Any) -> Any:
+        return -np.abs(a - b).sum(axis=1, dtype=np.float64)
+
+
+def _changed(**attributes: Any) -> type[_Whole]:
+    return type("Changed", (_Whole,), attributes)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (_Half, "score_features"),
+        (_changed(num_features=4), r"embed_batch returns \[2, 3\], expected .* \[2, 4\]"),
+        (_changed(num_features=None), "num_features must be at least 1, not None"),
+        (_changed(fingerprint="mine"), "its fingerprint is no SHA-256"),
+        (
+            _changed(feature_dtype=np.uint8),
+            "embed_batch returns float32, but feature_dtype is uint8",
+        ),
+        (_changed(embed_batch=lambda self, batch: batch), "embed_batch returns Tensor"),
+        (_changed(embed_batch=lambda self, batch: 1 / 0), "ZeroDivisionError: division by zero"),
+        (_changed(score_features=lambda self, a, b: a - b), "score_features returns"),
+        (_changed(score_features=lambda self, a, b: a[:, 0]), "finite and symmetric"),
+        (_changed(score_matrix=lambda self, a, b: None), "score_matrix returns NoneType"),
+    ],
+)
+def test_a_class_that_lacks_something_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, made: type[Detector], words: str
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    register_detector(
+        DetectorKind(
+            name="mine", summary="", weights="none", licence="none", build=lambda request: made()
+        )
+    )
+    with pytest.raises(InputError, match=f"detector 'mine'.*{words}"):
+        load_detector("mine")
+
+
+def test_all_pairs_are_scored_row_by_row_where_nothing_else_is_written() -> None:
+    a, b = np.random.default_rng(0).random((2, 7, 3)).astype(np.float32)
+    matrix = _Whole().score_matrix(a, b[:5])
+    expected = -np.abs(a[:, None] - b[None, :5]).sum(axis=2, dtype=np.float64)
+    np.testing.assert_array_equal(matrix, expected)
+    scores, rows = _Whole().top_k(a, b, 2)[:2]
+    np.testing.assert_array_equal(scores[:, 0], _Whole().score_matrix(a, b).max(axis=1))
+    assert rows.shape == (7, 2)
 
 
 def test_the_list_says_what_can_run_here(run_cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ def embed_perturbed(
     detector: Any, paths: Any, setting: Any, *, working_size: int, seed: int = 0, **options: Any
 ) -> EmbeddedFiles:
     round_trip = options.pop("round_trip", None)
-    return embedding.embed_perturbed(
-        detector,
+    (found,) = embedding.embed_perturbed(
+        [detector],
         paths,
         setting,
         working_size=working_size,
@@ -49,6 +49,7 @@ def embed_perturbed(
         round_trip=round_trip,
         compute=Compute(**options),
     )
+    return found
 
 
 class Counting(NetworkDetector):

@@ -9,6 +9,7 @@ import torch
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.perturb import EXTENDED_SUITE, REFERENCE_SUITE, Setting, perturb
+from lcmem_cli.engine.detectors import embedding
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.evaluation.study import files
 from lcmem_cli.engine.evaluation.study import robustness as module
@@ -183,6 +184,65 @@ def test_each_image_is_embedded_once_and_each_edit_once(filelist, tmp_path):
     # More settings in the same folder: only those are new.
     more = events(tmp_path / "a", same_image=True, suite="extended")
     assert more == {"unedited": 0, "Rotation 20.0": 12}
+
+
+def test_detectors_share_what_is_decoded_and_edited(filelist, tmp_path, monkeypatch):
+    names = ["mse", "ncc", "phash", "random"]
+    decoded = []
+    original = embedding.iter_images
+
+    def counting(files, *arguments, **options):
+        decoded.extend(files)
+        return original(files, *arguments, **options)
+
+    monkeypatch.setattr(embedding, "iter_images", counting)
+    monkeypatch.setattr(embedding, "_PICTURE_BYTES", 5 * 12 * 24**2)  # in parts of five
+    options = {"same_image": True, "cache": False, "batch_size": 2}
+    together = run(filelist, tmp_path / "together", detectors=names, **options)
+    assert len(decoded) == 36 + 2 * 12  # the unedited ones, and two edits of those of TEST
+    alone = [
+        run(filelist, tmp_path / name, detectors=[name], **options).detectors[0] for name in names
+    ]
+    assert together.detectors == tuple(alone)
+    assert len(decoded) == 5 * (36 + 2 * 12)
+    # More than are held at once: the next group decodes anew, with the same result.
+    decoded.clear()
+    monkeypatch.setattr(module.Robustness, "together", 3)
+    assert run(filelist, tmp_path / "groups", detectors=names, **options) == together
+    assert len(decoded) == 2 * (36 + 2 * 12)
+
+
+def test_shared_pictures_that_cannot_be_read_are_named_for_all(filelist, tmp_path):
+    (filelist.parent / "images" / "id00" / "1.png").write_bytes(b"no image")
+    result = run(filelist, tmp_path / "out", detectors=["mse", "ncc"], cache=False, batch_size=1)
+    assert [item.path for item in result.unreadable] == ["id00/1.png"]
+    one = run(filelist, tmp_path / "one", detectors=["ncc"], cache=False)
+    assert one.detectors[0] == result.detectors[1]
+
+
+def test_a_small_set_gets_the_rate_that_it_can_tell_and_says_so(filelist, tmp_path, run_cli):
+    result = run(filelist, tmp_path / "out", fit_rate=None)
+    assert result.fit_rate == 0.042  # 24 different negative pairs of VAL
+    assert result.notes == (
+        "VAL has 24 different negative pairs; a threshold for a false-positive rate of 0.01 needs "
+        "100, so that the thresholds hold 0.042, the smallest rate that they can",
+    )
+    common = ["robustness", "--filelist", filelist, "--basedir", filelist.parent / "images"]
+    common += ["--detectors", "mse", "--input-size", 24, "-o", tmp_path / "x"]
+    assert "so that the thresholds hold 0.042" in run_cli(*common).stdout.replace("\n", " ")
+    refused = run_cli(*common, "--fit-rate", 0.01, exit_code=2).stderr
+    assert "or --fit-rate 0.042 at least" in refused.replace("\n", " ")
+    assert run(filelist, tmp_path / "as asked").notes == ()
+
+
+def test_another_run_adds_its_detectors(filelist, tmp_path):
+    run(filelist, tmp_path / "out", detectors=["mse"])
+    result = run(filelist, tmp_path / "out", detectors=["ncc?label=Correlation"])
+    assert [item.name for item in result.detectors] == ["Correlation", "mse"]
+    assert {row["Detector"] for row in rows_of(tmp_path / "out")} == {"Correlation", "mse"}
+    # The new setting of the larger suite was not measured for the first one.
+    more = run(filelist, tmp_path / "out", detectors=["phash"], suite="extended")
+    assert [item.name for item in more.detectors] == ["phash"]
 
 
 def test_reruns_never_mix(filelist, tmp_path, run_cli):

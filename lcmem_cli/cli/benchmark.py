@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.options import INPUT, JUDGING, StudyOptions, option
+from lcmem_cli.cli.options import INPUT, JUDGING, OUTPUT, StudyOptions, option
 
 if TYPE_CHECKING:
-    from lcmem_cli.engine.evaluation.study.results import BenchmarkResult, SetResult
+    from lcmem_cli.engine.evaluation.study.results import BenchmarkResult
 
 
 class BenchmarkOptions(StudyOptions):
@@ -30,6 +29,7 @@ class BenchmarkOptions(StudyOptions):
         "are not used.",
         False,
     )
+    latex: bool = option(OUTPUT, "Also write benchmark_results.tex.", False)
 
 
 def benchmark_command(options: BenchmarkOptions) -> None:
@@ -40,7 +40,7 @@ def benchmark_command(options: BenchmarkOptions) -> None:
 
     Examples:
         lcmem benchmark --filelist list.csv -o benchmark
-        lcmem benchmark --filelist list.csv --detectors joint,ssim -o benchmark
+        lcmem benchmark --filelist list.csv --detectors "joint?label=Ours,ssim" --latex -o benchmark
     """
     from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 
@@ -50,13 +50,15 @@ def benchmark_command(options: BenchmarkOptions) -> None:
 
 
 def _show(result: BenchmarkResult, output: Path) -> None:
-    from lcmem_cli.engine.evaluation.study.results import OVERALL
+    from lcmem_cli.engine.evaluation.study.tables import benchmark_tables
 
-    datasets = list(dict.fromkeys(name for item in result.detectors for name in item.per_dataset))
-    _show_set(result, [item.overall for item in result.detectors], OVERALL)
-    if len(datasets) > 1:
-        for name in datasets:
-            _show_set(result, [item.per_dataset[name] for item in result.detectors], name)
+    for table in benchmark_tables(result):
+        if table.columns:
+            render.fitting_tables(table.columns, table.rows, title=table.title, best=table.best)
+        else:
+            render.line(table.title)
+        for remark in table.remarks:
+            render.line(remark)
     if len(result.detectors) > 1:
         render.line(render.BEST_NOTE)
     render.line(f"Note: {'; '.join(result.notes)}.")
@@ -69,54 +71,3 @@ def _show(result: BenchmarkResult, output: Path) -> None:
     )
     render.unreadable(result.unreadable, listed_in="benchmark_results.json")
     render.line(f"Written to {output}")
-
-
-def _show_set(result: BenchmarkResult, parts: list[SetResult], name: str) -> None:
-    problem = next((part.problem for part in parts if part.problem), None)
-    if problem:
-        render.line(f"{name}: {problem}")
-        return
-    is_wide = render.is_wide()
-    recall = f"{100 * result.target_recall:g} % recall"
-    headings = {  # by metric; in a narrow terminal, where one of them is left out
-        "auc": ("AUC (95 % interval)", "AUC"),
-        "precision_bestF1": ("best F1: precision", "F1: prec."),
-        "recall_bestF1": ("recall", "F1: recall"),
-        "precision_atR": (f"at {recall}: precision", None),
-        "fpr_atR": ("FPR", f"FPR at {recall}"),
-    }
-    columns, cells, best = ["detector"], [[item.name for item in result.detectors]], {}
-
-    def add(heading: str, values: Sequence[float | None], *, lower_is_better: bool = False) -> None:
-        known = [(-v if lower_is_better else v, -i) for i, v in enumerate(values) if v is not None]
-        if known and len(values) > 1:
-            best[len(columns)] = -max(known)[1]
-        columns.append(heading)
-        cells.append(["-" if value is None else f"{value:.3f}" for value in values])
-
-    for key, (wide, narrow) in headings.items():
-        heading = wide if is_wide else narrow
-        if heading is not None:
-            metrics = [(part.metrics or {})[key] for part in parts]
-            add(heading, metrics, lower_is_better=key == "fpr_atR")
-    if is_wide:
-        intervals = [part.intervals.get("auc") for part in parts]
-        shown = ["" if ends is None else f" ({ends[0]:.3f}–{ends[1]:.3f})" for ends in intervals]
-        cells[1] = [cell + more for cell, more in zip(cells[1], shown, strict=True)]
-    at_fpr = parts[0].at_fpr if result.fit_split is not None else ()
-    for number, at in enumerate(at_fpr):
-        rates = [part.at_fpr[number] for part in parts]
-        heading = f"TPR at {100 * at.rate:g} % FPR"
-        add(
-            heading + (f" of {result.fit_split} (FPR here)" if is_wide else ""),
-            [r.tpr for r in rates],
-        )
-        if is_wide:
-            reached = ["" if r.fpr is None else f" ({r.fpr:.4f})" for r in rates]
-            cells[-1] = [cell + more for cell, more in zip(cells[-1], reached, strict=True)]
-    counts = f"{parts[0].num_positives:,} positive, {parts[0].num_negatives:,} negative pairs"
-    rows = [list(row) for row in zip(*cells, strict=True)]
-    render.table(columns, rows, title=f"{name}: {counts}", best=best)
-    for at in at_fpr:
-        if at.reason:
-            render.line(f"{name}: no TPR at {100 * at.rate:g} % FPR: {at.reason}")

@@ -49,6 +49,8 @@ settings = Settings()
 _NAME_WIDTH = 9
 """Columns that a table's first one keeps, whatever the others need."""
 _WIDE = 100
+_LONGEST_NAME = 28
+_COLUMN_EDGE = 3
 _STDERR = 2
 _SECONDS_FOR_THE_REST = 2.0
 _SHOWN_UNREADABLE = 10
@@ -172,6 +174,52 @@ def table(
             )
         view.add_row(*cells)
     _console(sys.stdout).print(view)
+
+
+def fitting_tables(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str,
+    best: Mapping[int, int] | None = None,
+) -> None:
+    """Print a table of numbers, in several parts where it is wider than the terminal.
+
+    Each part begins with the first column, in which long names are shortened.
+
+    Args:
+        columns: see ``table``.
+        rows: see ``table``.
+        title: stands above each part.
+        best: see ``table``.
+    """
+    best = best or {}
+    rows = [[_shortened(row[0]), *row[1:]] for row in rows]
+    widths = [
+        max(len(column), *(len(row[index]) + (index in best) for row in rows)) + _COLUMN_EDGE
+        for index, column in enumerate(columns)
+    ]
+    room = _console(sys.stdout).width - 1
+    part = [0]
+    for index in range(1, len(columns) + 1):
+        if index == len(columns) or (
+            len(part) > 1 and sum(widths[i] for i in part) + widths[index] > room
+        ):
+            table(
+                [columns[i] for i in part],
+                [[row[i] for i in part] for row in rows],
+                title=title,
+                best={place: best[i] for place, i in enumerate(part) if i in best},
+            )
+            part = [0]
+        part.append(index)
+
+
+def _shortened(name: str) -> str:
+    """Return a name whose ends are kept where it is too long for a table."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:8]}…{name[9 - _LONGEST_NAME :]}"
 
 
 def is_wide() -> bool:

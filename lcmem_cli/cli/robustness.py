@@ -59,7 +59,7 @@ def _show(result: RobustnessResult, output: Path) -> None:
         best = max(recall for recall, _ in cells) if len(cells) > 1 else None
         rows.append([label, *(_cell(recall, fpr, recall == best) for recall, fpr in cells)])
     shown = "Recall" if result.only_positives else "Recall / false-positive rate"
-    render.table(
+    render.fitting_tables(
         ["edit", *(item.name for item in result.detectors)],
         rows,
         title=f"{shown}, means over strengths; thresholds: {result.fit} {result.fit_rate:g} on "
@@ -67,6 +67,8 @@ def _show(result: RobustnessResult, output: Path) -> None:
     )
     if len(per_detector) > 1:
         render.line("* the highest recall of the row")
+    for note in result.notes:
+        render.line(f"Note: {note}.")
     for left_out in result.skipped:
         render.line(f"Left out: {left_out.name}: {left_out.reason}")
     render.line(

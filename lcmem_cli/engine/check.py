@@ -20,6 +20,7 @@ from lcmem_cli.engine.config import AnyConfig, CodecConfig, FinetuneConfig, Stag
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.detectors.options import take_label
 from lcmem_cli.engine.detectors.registry import check_name, load_detector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import ConfigError, LcmemError, ManifestError
@@ -571,7 +572,7 @@ class _Check:
         """Check that each detector can be loaded."""
         for name in self.request.detectors:
             with self.guard("detectors", "see: lcmem detectors"):
-                self._detector(name)
+                self._detector(take_label(name)[1])
 
     def _detector(self, name: str) -> None:
         kind, target, options = check_name(name)

@@ -53,6 +53,10 @@ class WeightsUnavailableError(LcmemError):
     """Weights of an external model are not on this machine and could not be fetched."""
 
 
+class WeightsFileNeededError(InputError):
+    """A detector has no weights of its own, and no file of them was named."""
+
+
 class HubError(LcmemError):
     """The hub could not be reached, or it refused what was asked."""
 

@@ -29,8 +29,8 @@ _BLOCK_BYTES = 32 << 20
 class Detector(abc.ABC):
     """Turns images into features once and compares features as often as needed.
 
-    A subclass implements ``embed_batch``, ``score_features`` and ``score_matrix`` and sets the
-    attributes. Scores are larger for more alike images and symmetric in their two arguments.
+    A subclass implements ``embed_batch`` and ``score_features`` and sets the attributes without a
+    default. Scores are larger for more alike images and symmetric in their two arguments.
 
     Attributes:
         name: how the user named it, for example ``"lcmem"`` or ``"timm:resnet50"``.
@@ -75,9 +75,16 @@ class Detector(abc.ABC):
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Score row i of ``a`` with row i of ``b``: ``[n, d], [n, d] -> [n]``."""
 
-    @abc.abstractmethod
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-        """Score every row of ``a`` with every row of ``b``: ``[n, d], [m, d] -> [n, m]``."""
+        """Score every row of ``a`` with every row of ``b``: ``[n, d], [m, d] -> [n, m]``.
+
+        By default row by row, by ``score_features``; where all pairs can be computed at once, a
+        subclass does so.
+        """
+        scores = np.empty((len(a), len(b)))
+        for number, row in enumerate(a):
+            scores[number] = self.score_features(np.broadcast_to(row, b.shape), b)
+        return scores
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank, exactly and in bounded memory.

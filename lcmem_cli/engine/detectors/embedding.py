@@ -22,12 +22,14 @@ from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, per
 from lcmem_cli.engine.data.remarks import BLANK, GUESSED, Remarks, no_remarks, remarks_texts
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.errors import LcmemError, WriteError
+from lcmem_cli.engine.reporter import Task
 from lcmem_cli.engine.results import Unreadable
 from lcmem_cli.engine.store.features import FeatureCache
 
 MAX_BYTES_IN_MEMORY = 256 << 20
 _ROUND_IMAGES = 512
 _ROUND_BYTES = 64 << 20
+_PICTURE_BYTES = 256 << 20
 
 Load = Callable[[Sequence[Path], Sequence[str]], Iterator[LoadedBatch]]
 
@@ -117,32 +119,39 @@ def embed_files(
         description=f"embedding ({detector.name})",
         tells=True,
     )
-    return _embed(detector, paths, way, compute, contents=contents, with_blank=with_blank)
+    (found,) = _embed([detector], paths, [way], compute, contents=contents, with_blank=with_blank)
+    return found
 
 
+# Long by its arguments and what is said of each.
 def embed_perturbed(
-    detector: Detector,
+    detectors: Sequence[Detector],
     paths: Sequence[Path],
     setting: Setting | None,
     *,
     working_size: int,
     seed: int = 0,
     round_trip: RoundTrip | None = None,
+    contents: Sequence[str | None] | None = None,
     compute: Compute = DEFAULT_COMPUTE,
-) -> EmbeddedFiles:
-    """Embed edited images: resized to the working size, edited, resized to the detector's size.
+) -> list[EmbeddedFiles]:
+    """Embed edited images: resized to the working size, edited, resized to a detector's size.
 
     What is random in an edit depends on seed, image and setting only, so every detector sees the
-    same picture.
+    same picture; it is decoded and edited once for all of them.
 
     Args:
-        detector: what embeds.
+        detectors: what embeds.
         paths: image files, in any number of copies.
         setting: the edit; ``None`` leaves the image as it is.
         working_size: side in pixels at which the edit is made.
         seed: of the edit's randomness.
         round_trip: see ``perturb``; such features are not cached: what made them has no name.
+        contents: see ``embed_files``.
         compute: see ``embed_files``.
+
+    Returns:
+        What each detector made of them.
 
     Raises:
         InputError: unknown transform, or strength out of range.
@@ -150,38 +159,107 @@ def embed_perturbed(
     """
     if setting is not None:
         check_setting(setting)
-    batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
 
     def edit(image: torch.Tensor, _: int) -> torch.Tensor:
         assert setting is not None
         return perturb(image, setting.transform, setting.strength, seed=seed, round_trip=round_trip)
 
-    def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
-        batches = iter_images(
+    def make(
+        files: Sequence[Path], expected: Sequence[str], batch_size: int
+    ) -> Iterator[LoadedBatch]:
+        return iter_images(
             files,
             working_size,
             workers=compute.num_workers,
-            batch_size=batching.loaded,
+            batch_size=batch_size,
             transform=None if setting is None else edit,
             expected=expected,
         )
-        for batch in batches:
-            yield dataclasses.replace(batch, images=resize_batch(batch.images, detector.input_size))
+
+    pictures = _Pictures(make)
+
+    def way_of(detector: Detector) -> _Way:
+        batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
+        source = pictures.load if len(detectors) > 1 else make
+
+        def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
+            for batch in source(files, expected, batching.loaded):
+                images = resize_batch(batch.images, detector.input_size)
+                yield dataclasses.replace(batch, images=images)
+
+        names = detectors[0].name if len(detectors) == 1 else f"{len(detectors)} detectors"
+        return _Way(
+            load=load,
+            key=key,
+            batching=batching,
+            description=f"embedding ({names}, {setting or 'unedited'})",
+            # The same images are edited in many ways, and seen by all detectors.
+            tells=setting is None and detector is detectors[0],
+        )
 
     def key(content: str) -> str:
         edited = "" if setting is None else f"{setting.transform}\0{setting.strength!r}\0{seed}"
         return hashlib.sha256(f"{content}\0{working_size}\0{edited}".encode()).hexdigest()
 
-    way = _Way(
-        load=load,
-        key=key,
-        batching=batching,
-        description=f"embedding ({detector.name}, {setting or 'unedited'})",
-        tells=setting is None,  # the same images are edited in many ways
-    )
     if round_trip is not None:
         compute = dataclasses.replace(compute, cache=None)
-    return _embed(detector, paths, way, compute)
+    return _embed(
+        detectors,
+        paths,
+        [way_of(detector) for detector in detectors],
+        compute,
+        contents=contents,
+        shared=pictures if len(detectors) > 1 else None,
+        together=max(1, _PICTURE_BYTES // (12 * working_size**2)),
+    )
+
+
+class _Pictures:
+    """Pictures that several detectors take one after the other; each is made once.
+
+    Args:
+        make: makes those of some files, in batches of some size.
+    """
+
+    def __init__(
+        self, make: Callable[[Sequence[Path], Sequence[str], int], Iterator[LoadedBatch]]
+    ) -> None:
+        self._make = make
+        self._made: dict[Path, tuple[torch.Tensor, str, NDArray[np.int32]] | str] = {}
+
+    def forget(self) -> None:
+        """Make room."""
+        self._made.clear()
+
+    def load(
+        self, files: Sequence[Path], expected: Sequence[str], batch_size: int
+    ) -> Iterator[LoadedBatch]:
+        """Yield the pictures of some files, in order; those that lack are made meanwhile."""
+        lacking = [index for index, file in enumerate(files) if file not in self._made]
+        making = self._make([files[i] for i in lacking], [expected[i] for i in lacking], batch_size)
+        for start in range(0, len(files), batch_size):
+            part = files[start : start + batch_size]
+            while any(file not in self._made for file in part):
+                self._take([files[i] for i in lacking], next(making))
+            found = [(start + place, self._made[file]) for place, file in enumerate(part)]
+            good = [(index, item) for index, item in found if not isinstance(item, str)]
+            yield LoadedBatch(
+                indices=[index for index, _ in good],
+                images=torch.stack([item[0] for _, item in good])
+                if good
+                else torch.zeros(0, 3, 1, 1),
+                unreadable=[(index, item) for index, item in found if isinstance(item, str)],
+                contents=[item[1] for _, item in good],
+                remarks=np.stack([item[2] for _, item in good]) if good else no_remarks(0),
+            )
+
+    def _take(self, files: Sequence[Path], batch: LoadedBatch) -> None:
+        for index, image, content, remark in zip(
+            batch.indices, batch.images, batch.contents, batch.remarks, strict=True
+        ):
+            self._made[files[index]] = (image, content, remark)
+        for index, reason in batch.unreadable:
+            self._made[files[index]] = reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,14 +282,28 @@ class _Way:
 
 
 def _embed(
-    detector: Detector,
+    detectors: Sequence[Detector],
     paths: Sequence[Path],
-    way: _Way,
+    ways: Sequence[_Way],
     compute: Compute,
     *,
     with_blank: bool = True,
     contents: Sequence[str | None] | None = None,
-) -> EmbeddedFiles:
+    shared: _Pictures | None = None,
+    together: int = 1,
+) -> list[EmbeddedFiles]:
+    """Embed files with several detectors.
+
+    Args:
+        detectors: what embeds.
+        paths: files.
+        ways: of each detector.
+        compute: how it is done.
+        with_blank: see ``embed_files``.
+        contents: see ``embed_files``.
+        shared: pictures that all take; ``None``: each has its own.
+        together: distinct contents that ``shared`` has room for.
+    """
     hashes: list[str | None] = [None] * len(paths) if contents is None else list(contents)
     unknown = [index for index, content in enumerate(hashes) if content is None]
     found, failed = hash_files([paths[index] for index in unknown], compute)
@@ -222,10 +314,42 @@ def _embed(
     for index, content in enumerate(hashes):
         if content is not None:
             first.setdefault(content, index)
-    work = _Features(detector, [way.key(content) for content in first], compute)
     files = {row: (paths[index], content) for row, (content, index) in enumerate(first.items())}
-    todo = work.fill_from_cache()
-    passes = work.compute(todo, files, way)
+    works = [
+        _Features(detector, [way.key(content) for content in first], compute)
+        for detector, way in zip(detectors, ways, strict=True)
+    ]
+    todo = [work.fill_from_cache() for work in works]
+    count = sum(len(compute.ranks.share(rows)) for rows in todo)
+    with compute.reporter.task(ways[0].description, count, unit="image") as task:
+        for part in _parts(len(files), None if shared is None else together):
+            for work, way, rows in zip(works, ways, todo, strict=True):
+                work.compute([row for row in rows if row in part], files, way, task)
+            if shared is not None:
+                shared.forget()
+    return [
+        _result(work, way, paths, hashes, failed_files, files, with_blank, compute)
+        for work, way in zip(works, ways, strict=True)
+    ]
+
+
+def _parts(count: int, size: int | None) -> list[range]:
+    size = size or max(count, 1)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _result(
+    work: _Features,
+    way: _Way,
+    paths: Sequence[Path],
+    hashes: list[str | None],
+    failed_files: Mapping[int, str],
+    files: Mapping[int, tuple[Path, str]],
+    with_blank: bool,
+    compute: Compute,
+) -> EmbeddedFiles:
+    """Bring a detector's rows of distinct contents to the files that were asked for."""
+    first = [content for _, content in files.values()]
     if way.tells:
         used = [row for row in range(len(files)) if row not in work.failed]
         for text in remarks_texts([files[row][0] for row in used], work.remarks[used]):
@@ -249,7 +373,7 @@ def _embed(
             if content is not None and (colour := colours[content]) is not None
         ),
         remarks=work.remarks,
-        encoder_passes=passes,
+        encoder_passes=work.passes,
     )
 
 
@@ -271,6 +395,7 @@ class _Features:
         self.cache: FeatureCache | None = None
         if compute.cache is not None and self.ranks.is_main:
             self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
+        self.passes = 0
         self.failed: dict[int, str] = {}
         self.taken_out: set[int] = set()
         self.remarks = no_remarks(len(keys))
@@ -301,45 +426,41 @@ class _Features:
         todo: Sequence[int],
         files: Mapping[int, tuple[Path, str]],
         way: _Way,
-    ) -> int:
+        task: Task,
+    ) -> None:
         """Embed rows in rounds; after each, all processes hold the rows of all.
 
         Args:
             todo: rows to embed.
             files: file and content of each row.
             way: how they are embedded.
-
-        Returns:
-            Images embedded, over all processes.
+            task: told of the progress.
         """
         mine, batching = list(self.ranks.share(todo)), way.batching
         batches = way.load([files[row][0] for row in mine], [files[row][1] for row in mine])
         per_round = max(1, self.round_images // batching.loaded)
         most = -(-len(todo) // self.ranks.size)
         num_rounds = -(-most // (per_round * batching.loaded))
-        passes = 0
-        with self.reporter.task(way.description, len(mine), unit="image") as task:
-            for _ in range(num_rounds):
-                rows: list[int] = []
-                values: list[NDArray[Any]] = []
-                remarks: dict[int, NDArray[np.int32]] = {}
-                bad: dict[int, str] = {}
-                for batch in itertools.islice(batches, per_round):
-                    bad.update({mine[i]: reason for i, reason in batch.unreadable})
-                    remarks.update(
-                        (mine[i], remark)
-                        for i, remark in zip(batch.indices, batch.remarks, strict=True)
-                    )
-                    if batch.indices:
-                        indices, features, failed = batching.embed(self.detector.embed_batch, batch)
-                        bad.update({mine[i]: reason for i, reason in failed})
-                        rows += [mine[i] for i in indices]
-                        values += features
-                    task.advance(len(batch.indices) + len(batch.unreadable))
-                made = (rows, np.concatenate(values) if values else None, remarks, bad)
-                for part in self.ranks.gather(made):
-                    passes += self._take(*part)
-        return passes
+        for _ in range(num_rounds):
+            rows: list[int] = []
+            values: list[NDArray[Any]] = []
+            remarks: dict[int, NDArray[np.int32]] = {}
+            bad: dict[int, str] = {}
+            for batch in itertools.islice(batches, per_round):
+                bad.update({mine[i]: reason for i, reason in batch.unreadable})
+                remarks.update(
+                    (mine[i], remark)
+                    for i, remark in zip(batch.indices, batch.remarks, strict=True)
+                )
+                if batch.indices:
+                    indices, features, failed = batching.embed(self.detector.embed_batch, batch)
+                    bad.update({mine[i]: reason for i, reason in failed})
+                    rows += [mine[i] for i in indices]
+                    values += features
+                task.advance(len(batch.indices) + len(batch.unreadable))
+            made = (rows, np.concatenate(values) if values else None, remarks, bad)
+            for part in self.ranks.gather(made):
+                self.passes += self._take(*part)
 
     def _take(
         self,

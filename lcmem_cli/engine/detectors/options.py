@@ -15,6 +15,7 @@ _OPTIONS = re.compile(r"\?(?=[a-z]+=)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _MAX_SIDE = 4096
 _CONFIG = "config"
+_LABEL = "label"
 _PATHS = (_CONFIG, "adapt", "codec", "weights")
 _UNQUOTED = "".join(c for c in map(chr, range(33, 127)) if c not in "%&,") + " "
 
@@ -86,6 +87,22 @@ def join_name(kind: str, target: str, options: Mapping[str, str]) -> str:
     return kind + (f":{target}" if target else "") + (f"?{text}" if text else "")
 
 
+def take_label(name: str) -> tuple[str, str]:
+    """Return what a study shows a detector as, and the name to load it by.
+
+    Args:
+        name: perhaps with the option ``label=TEXT``; without it the name is its own label.
+
+    Raises:
+        InputError: the options cannot be read.
+    """
+    kind, target, options = parse_name(name)
+    if _LABEL not in options:
+        return name, name
+    rest = {key: value for key, value in options.items() if key != _LABEL}
+    return options[_LABEL], join_name(kind, target, rest)
+
+
 def _absolute(text: str) -> str:
     return str(Path(text).absolute())
 
@@ -146,6 +163,8 @@ def read_options(
     for key, value in values.items():
         if key not in allowed:
             hint = nearest(key, known) if known else "it has no options"
+            if key == _LABEL:
+                hint = "it names a detector in the tables of benchmark and robustness only"
             raise InputError(f"detector '{name}': unknown option '{key}'; {hint}")
         try:
             result[key] = _CONVERTERS[key](value)

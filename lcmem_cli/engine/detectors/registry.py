@@ -14,10 +14,19 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
+import torch
+
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.kinds import DetectorKind, Request, Status
 from lcmem_cli.engine.detectors.options import parse_name, read_options, split_names
-from lcmem_cli.engine.errors import InputError, LcmemError, nearest
+from lcmem_cli.engine.errors import (
+    InputError,
+    LcmemError,
+    WeightsFileNeededError,
+    first_line,
+    nearest,
+)
 from lcmem_cli.engine.results import Result
 
 __all__ = [
@@ -78,18 +87,38 @@ def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> 
         >>> detector.score("a.png", "b.png")
     """
     kind, target, options = check_name(name)
-    detector = kind.builder(
-        Request(
-            kind=kind.name,
-            name=name,
-            target=target or kind.stands_for,
-            options=options,
-            device=device,
-            input_size=input_size,
-        )
+    request = Request(
+        kind=kind.name,
+        name=name,
+        target=target or kind.stands_for,
+        options=options,
+        device=device,
+        input_size=input_size,
     )
-    _check_built(detector, name)
+    if kind in _BUILT_IN:
+        detector = kind.builder(request)
+    else:
+        detector = _built_elsewhere(kind, request)
     detector.name = name
+    return detector
+
+
+def _built_elsewhere(kind: DetectorKind, request: Request) -> Detector:
+    """Build a detector of another package and try it out: its code may fail in any way.
+
+    Raises:
+        InputError: saying what it lacks.
+    """
+    try:
+        detector = kind.builder(request)
+        _check_built(detector, request.name)
+        _try_out(detector, request.name)
+    except LcmemError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"detector '{request.name}': {type(error).__name__}: {first_line(error)}"
+        ) from error
     return detector
 
 
@@ -101,6 +130,7 @@ def check_name(name: str) -> tuple[DetectorKind, str, dict[str, Any]]:
 
     Raises:
         InputError: unknown name or option, or a part of the name is missing or too many.
+        WeightsFileNeededError: that part is a file of weights.
     """
     parsed = parse_name(name)
     known = detectors()
@@ -117,7 +147,11 @@ def check_name(name: str) -> tuple[DetectorKind, str, dict[str, Any]]:
             f"detector '{kind.name}' takes nothing after a colon, not '{parsed.target}'"
         )
     if kind.target_needed and not parsed.target:
-        raise InputError(f"detector '{kind.name}' needs more: {kind.pattern}")
+        if kind.weights == _YOUR_FILE:
+            raise WeightsFileNeededError(
+                f"detector '{kind.name}' needs a file of its weights: write {kind.pattern}"
+            )
+        raise InputError(f"detector '{kind.name}' needs a name: write {kind.pattern}")
     options = read_options(name, parsed.options, kind.options, config=kind.config_file)
     return kind, parsed.target, options
 
@@ -175,6 +209,36 @@ def _check_built(detector: object, name: str) -> None:
             raise InputError(f"detector '{name}': {attribute} must be at least 1, not {value!r}")
 
 
+def _try_out(detector: Detector, name: str) -> None:
+    """Embed and score two grey images, and look at the shapes of what comes back."""
+    side, count = detector.input_size, 2
+    grey = torch.linspace(0.25, 0.75, count)[:, None, None, None].expand(count, 3, side, side)
+    features = detector.embed_batch(grey.clone())
+    _check_shape(name, "embed_batch", features, (count, detector.num_features))
+    if features.dtype != np.dtype(detector.feature_dtype):
+        raise InputError(
+            f"detector '{name}': embed_batch returns {features.dtype}, but feature_dtype is "
+            f"{np.dtype(detector.feature_dtype)}"
+        )
+    pairs = detector.score_features(features, features[::-1])
+    _check_shape(name, "score_features", pairs, (count,))
+    if not np.isfinite(pairs).all() or not np.allclose(pairs, pairs[::-1]):
+        raise InputError(
+            f"detector '{name}': score_features gives {pairs.tolist()} for two images and for the "
+            "same in the other order; scores must be finite and symmetric"
+        )
+    _check_shape(name, "score_matrix", detector.score_matrix(features, features), (count, count))
+
+
+def _check_shape(name: str, method: str, found: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(found, np.ndarray) or found.shape != shape:
+        what = list(found.shape) if isinstance(found, np.ndarray) else type(found).__name__
+        raise InputError(
+            f"detector '{name}': {method} returns {what}, expected an array of the shape "
+            f"{list(shape)}"
+        )
+
+
 def detectors() -> dict[str, DetectorKind]:
     """Return all kinds by name: built in, registered, and those of other packages.
 
@@ -228,6 +292,7 @@ def _hub_status(hub_id: str, extra: str = "", package: str = "") -> tuple[Status
     return "needs a download", "not in the local cache"
 
 
+_YOUR_FILE = "your file"
 _registered: dict[str, DetectorKind] = {}
 _HERE = "lcmem_cli.engine.detectors"
 _INPUT_OPTIONS = ("size", "mean", "std", "score")
@@ -259,7 +324,7 @@ def _file_kind(name: str, summary: str, build: str, **settings: Any) -> Detector
     return DetectorKind(
         name=name,
         summary=summary,
-        weights="your file",
+        weights=_YOUR_FILE,
         licence="the file's",
         build=f"{_HERE}.{build}",
         target_needed=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,13 @@ from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.evaluation.metrics import roc_curve
 from lcmem_cli.engine.evaluation.study.results import OVERALL, FitRule
-from lcmem_cli.engine.evaluation.study.scoring import Measure, embed_listed, embed_stored, fit_rates
+from lcmem_cli.engine.evaluation.study.scoring import (
+    Measure,
+    embed_listed,
+    embed_stored,
+    fit_rates,
+    listed_files,
+)
 from lcmem_cli.engine.models.checkpoint import Checkpoint
 from lcmem_cli.engine.results import Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
@@ -115,8 +120,8 @@ def embed_split(
     if isinstance(source, LatentStore):
         found = embed_stored(detector, source, records, rows, compute)
     else:
-        embed = functools.partial(embed_files, detector, compute=compute)
-        found = embed_listed(records, source.basedir, rows, embed)
+        made = embed_files(detector, listed_files(records, source.basedir, rows), compute)
+        found = embed_listed(records, source.basedir, rows, made)
     readable = [record for record, row in zip(records, found.rows, strict=True) if row >= 0]
     return readable, found.features[found.rows[found.rows >= 0]], found.unreadable
 

@@ -7,7 +7,6 @@ image is embedded once per detector, whatever the number of pairs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from lcmem_cli.engine.evaluation.study.scoring import (
     embed_listed,
     embed_stored,
     fit_on_split,
+    listed_files,
 )
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -58,6 +58,7 @@ RECALL_RATE = 0.95
 FIT_NEGATIVES_PER_ANCHOR = 10
 MAX_REPLICATES = 1000
 MIN_REPLICATES = 100
+FEW_IDENTITIES = 30
 _REPLICATE_CELLS = 500_000_000
 TEST_SCORES_NOTE = (
     "threshold_bestF1 and threshold_atR are picked on the scores that they are judged on, as in "
@@ -66,6 +67,9 @@ TEST_SCORES_NOTE = (
 FIT_NOTE = (
     "the rates at a false-positive rate use thresholds fitted on {fit_split}; the false-positive "
     "rate that they reach here is another (fpr_at in benchmark_results.csv)"
+)
+FEW_NOTE = (
+    "{count} identities are few: a bootstrap over fewer than 30 gives intervals that are too short"
 )
 ADAPTED_NOTE = (
     "(adapted): each data set's pairs are scored by the detector adapted to its TRAIN images, "
@@ -81,6 +85,7 @@ class BenchmarkRequest(StudyRequest):
     target_recall: float
     latents: Path | None
     adapt: bool
+    latex: bool
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before any work."""
@@ -116,6 +121,7 @@ def benchmark(
     input_size: int = 512,
     latents: Path | None = None,
     adapt: bool = False,
+    latex: bool = False,
     strict: bool = False,
     cache: bool = True,
     overwrite: bool = False,
@@ -147,6 +153,7 @@ def benchmark(
         latents: a latent store; LCMem detectors take stored latents instead of images.
         adapt: also score with each detector that can be adapted to the TRAIN images of each data
             set (``detectors.adapted``), as ``NAME (adapted)``.
+        latex: also write the tables as ``benchmark_results.tex``.
         strict: fail where a detector's weights cannot be had, instead of leaving it out.
         cache: keep features in the user's cache, so that other runs need no encoder pass.
         overwrite: replace the results of another study in ``output``.
@@ -184,6 +191,7 @@ def benchmark(
         input_size=input_size,
         latents=latents,
         adapt=adapt,
+        latex=latex,
         strict=strict,
         overwrite=overwrite,
         max_unreadable=max_unreadable,
@@ -289,9 +297,15 @@ class Benchmark(Study[BenchmarkResult]):
         return {"input_size": self.request.input_size, "latents": self.request.latents}
 
     def score(
-        self, detector: Detector, missing: Sequence[PartKey], compute: Compute
+        self, missing: Sequence[tuple[Detector, Sequence[PartKey]]], compute: Compute
     ) -> Iterator[tuple[PartKey, Part]]:
         """Embed every image that is needed, once, and score the pairs of both splits."""
+        for detector, keys in missing:
+            yield from self._score(detector, keys, compute)
+
+    def _score(
+        self, detector: Detector, missing: Sequence[PartKey], compute: Compute
+    ) -> Iterator[tuple[PartKey, Part]]:
         adapts = any(key.fingerprint != detector.fingerprint for key in missing)
         embedded = self._embed(detector, adapts, compute)
         if not compute.ranks.is_main:
@@ -328,9 +342,14 @@ class Benchmark(Study[BenchmarkResult]):
         if self.store is not None and isinstance(detector, LCMemDetector):
             check_latents(detector, self.store)
             return embed_stored(detector, self.store, images.records, rows, compute)
-        embed = functools.partial(embed_files, detector, compute=compute)
+        made = embed_files(
+            detector,
+            listed_files(images.records, images.basedir, rows),
+            compute,
+            contents=[self.contents[row] for row in rows],
+        )
         return embed_listed(
-            images.records, images.basedir, rows, embed, compute.reporter, detector=detector.name
+            images.records, images.basedir, rows, made, compute.reporter, detector=detector.name
         )
 
     def _strangers(self) -> dict[str, list[int]]:
@@ -359,6 +378,10 @@ class Benchmark(Study[BenchmarkResult]):
             notes.append(FIT_NOTE.format(fit_split=request.fit_split))
         if any(item.adapted_to is not None for item in results):
             notes.append(ADAPTED_NOTE)
+        rows = np.unique(np.concatenate([scored.test.first, scored.test.second]))
+        identities = len({self.images.records[row].identity for row in rows})
+        if identities < FEW_IDENTITIES:
+            notes.append(FEW_NOTE.format(count=identities))
         result = BenchmarkResult(
             detectors=tuple(results),
             pairs=request.pairs,
@@ -368,7 +391,7 @@ class Benchmark(Study[BenchmarkResult]):
             notes=tuple(notes),
             **scored.common,
         )
-        write_benchmark(request.output, result, scored, self.images.records)
+        write_benchmark(request.output, result, scored, self.images.records, latex=request.latex)
         return result
 
     def _judge(self, item: ScoredDetector, scored: Scored, replicates: int) -> DetectorResult:

@@ -9,7 +9,12 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.registry import load_detector
-from lcmem_cli.engine.errors import InputError, MissingExtraError, WeightsUnavailableError
+from lcmem_cli.engine.errors import (
+    InputError,
+    MissingExtraError,
+    WeightsFileNeededError,
+    WeightsUnavailableError,
+)
 from lcmem_cli.engine.evaluation.study.request import StudyRequest
 from lcmem_cli.engine.evaluation.study.results import Skipped
 
@@ -19,13 +24,15 @@ class Available:
     """Detectors that can run here.
 
     Attributes:
+        names: to load them by, by what they are shown as.
         device: where they compute.
         input_size: of the pixel measures.
-        fingerprints: by name, in the order asked for.
+        fingerprints: by what they are shown as, in the order asked for.
         skipped: those that cannot run.
         adaptable: those that can be adapted to a kind of images.
     """
 
+    names: dict[str, str]
     device: str
     input_size: int
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -38,10 +45,11 @@ class Available:
 
         Raises:
             WeightsUnavailableError: its weights cannot be had.
+            WeightsFileNeededError: no file of them was named.
             MissingExtraError: a library that it needs is not installed.
             InputError: a checkpoint that is named is not there, or not one.
         """
-        detector = load_detector(name, device=self.device, input_size=self.input_size)
+        detector = self._load(name)
         # To bound memory only the one that is used first is kept, and such as cost much to load.
         if not self.fingerprints or detector.adapted_to:
             self._kept[name] = detector
@@ -51,9 +59,12 @@ class Available:
 
     def take(self, name: str) -> Detector:
         """Return a detector; it is not held here any more, to save memory."""
-        return self._kept.pop(name, None) or load_detector(
-            name, device=self.device, input_size=self.input_size
-        )
+        return self._kept.pop(name, None) or self._load(name)
+
+    def _load(self, name: str) -> Detector:
+        detector = load_detector(self.names[name], device=self.device, input_size=self.input_size)
+        detector.name = name
+        return detector
 
 
 def find_detectors(request: StudyRequest, compute: Compute) -> Available:
@@ -61,14 +72,15 @@ def find_detectors(request: StudyRequest, compute: Compute) -> Available:
 
     Raises:
         WeightsUnavailableError: one cannot and ``strict`` is set, or none is left.
+        WeightsFileNeededError: the same, for want of a file.
         MissingExtraError: the same, for want of a library.
         InputError: a checkpoint that is named is not there, or not one.
     """
-    found = Available(device=compute.device, input_size=request.input_size)
-    for name in request.detectors:
+    found = Available(names=request.named, device=compute.device, input_size=request.input_size)
+    for name in found.names:
         try:
             found.load(name)
-        except (WeightsUnavailableError, MissingExtraError) as error:
+        except (WeightsUnavailableError, MissingExtraError, WeightsFileNeededError) as error:
             if request.strict:
                 raise
             found.skipped.append(Skipped(name=name, reason=str(error)))

@@ -20,12 +20,15 @@ from lcmem_cli.engine.evaluation.study.results import (
     RobustnessResult,
 )
 from lcmem_cli.engine.evaluation.study.runner import Scored
-from lcmem_cli.engine.files import write_csv, write_json
+from lcmem_cli.engine.evaluation.study.tables import benchmark_tables
+from lcmem_cli.engine.files import write_csv, write_json, write_text
 from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc, plot_strengths, plot_transforms
+from lcmem_cli.engine.report.tables import to_latex
 
 THRESHOLDS_NAME = "thresholds.json"
 SCORES_NAME = "scores.csv"
 BENCHMARK_JSON, BENCHMARK_CSV = "benchmark_results.json", "benchmark_results.csv"
+BENCHMARK_TEX = "benchmark_results.tex"
 ROC_NAME, BARS_NAME = "roc", "bars"
 ROBUSTNESS_JSON, ROBUSTNESS_CSV = "robustness_results.json", "robustness_results.csv"
 RECALL_NAME, FPR_NAME = "robustness_recall", "robustness_fpr"
@@ -38,7 +41,7 @@ def _pictures(*names: str) -> list[str]:
 
 
 BENCHMARK_FILES = (
-    *(BENCHMARK_JSON, BENCHMARK_CSV, SCORES_NAME, THRESHOLDS_NAME),
+    *(BENCHMARK_JSON, BENCHMARK_CSV, BENCHMARK_TEX, SCORES_NAME, THRESHOLDS_NAME),
     *_pictures(ROC_NAME, BARS_NAME),
 )
 ROBUSTNESS_FILES = (
@@ -51,7 +54,12 @@ Example = tuple[NDArray[Any], dict[str, list[tuple[str, NDArray[Any]]]]]
 
 
 def write_benchmark(
-    folder: Path, result: BenchmarkResult, scored: Scored, records: Sequence[Record]
+    folder: Path,
+    result: BenchmarkResult,
+    scored: Scored,
+    records: Sequence[Record],
+    *,
+    latex: bool,
 ) -> None:
     """Write everything; the JSON file last, so that where it stands the rest does too.
 
@@ -60,8 +68,12 @@ def write_benchmark(
         result: of it.
         scored: that the result follows from.
         records: that the pairs hold rows of.
+        latex: whether the tables are written for a paper too.
     """
-    (folder / BENCHMARK_JSON).unlink(missing_ok=True)
+    for name in (BENCHMARK_JSON, BENCHMARK_TEX):
+        (folder / name).unlink(missing_ok=True)
+    if latex:
+        write_text(folder / BENCHMARK_TEX, to_latex(benchmark_tables(result)))
     columns = ["path_a", "path_b", "label", "ds_name", *(item.name for item in scored.detectors)]
     write_csv(folder / SCORES_NAME, columns, _score_rows(scored, records))
     _write_table(folder / BENCHMARK_CSV, _benchmark_rows(result))

@@ -67,11 +67,13 @@ class ResultsFolder:
     Args:
         folder: that of the study's results.
         digest: SHA-256 of everything that the scores depend on, except the detectors.
+        others: fingerprints by name of detectors of earlier runs, which were not named now.
     """
 
-    def __init__(self, folder: Path, digest: str) -> None:
+    def __init__(self, folder: Path, digest: str, others: Mapping[str, str]) -> None:
         self.folder = folder
         self.digest = digest
+        self.others = others
 
     def load(self, key: PartKey) -> Part | None:
         """Return a finished part, or ``None`` where it is missing or damaged."""
@@ -128,7 +130,7 @@ def open_results(
             known name and another fingerprint is refused.
         config: written as ``config.toml``.
         results: names of the files that the study writes.
-        overwrite: remove what another study has left here.
+        overwrite: remove what another study, or another detector, has left here.
 
     Raises:
         InputError: the folder holds something else.
@@ -148,18 +150,20 @@ def open_results(
                     f"{folder}: holds results of another study ({problem}); choose another folder, "
                     "or pass --overwrite to replace them"
                 )
-            if problem:
+            if overwrite:
                 known = {}
+            if problem:
                 # The record stays until it is replaced: without it the rest would look foreign.
                 _remove(folder / name for name in ours - {LOCK_NAME, INPUTS_NAME})
         else:
             _refuse_foreign(folder, ours)
-        detectors = {**known, **fingerprints}
+        others = {name: known[name] for name in known if name not in fingerprints}
+        detectors = {**others, **fingerprints}
         write_json(
             folder / INPUTS_NAME, {"inputs": inputs, "digest": digest, "detectors": detectors}
         )
         write_run_files(folder, config)
-        yield ResultsFolder(folder, digest)
+        yield ResultsFolder(folder, digest, others)
 
 
 def _refuse_foreign(folder: Path, ours: set[str]) -> None:

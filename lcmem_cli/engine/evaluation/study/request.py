@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.data.pairs import PairSet
 from lcmem_cli.engine.data.tables import ListColumns
+from lcmem_cli.engine.detectors.options import take_label
 from lcmem_cli.engine.detectors.registry import check_name
-from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.errors import InputError, WeightsFileNeededError
 
 DEFAULT_DETECTORS = ("lcmem", "mse", "ssim", "ncc", "phash", "random")
 
@@ -43,15 +45,22 @@ class StudyRequest(abc.ABC):
         """Refuse what can be refused before any work."""
         if not self.detectors:
             raise InputError(f"no detector named; for example {','.join(DEFAULT_DETECTORS)}")
-        for name in self.detectors:
-            check_name(name)
-            if self.detectors.count(name) > 1:
-                raise InputError(f"detector '{name}' is named twice; name each one once")
+        labels = [take_label(name)[0] for name in self.detectors]
+        for label, name in zip(labels, self.named.values(), strict=False):
+            if labels.count(label) > 1:
+                raise InputError(f"detector '{label}' is named twice; name each one once")
+            with contextlib.suppress(WeightsFileNeededError):  # it is left out, with this reason
+                check_name(name)
         if self.split == self.fit_split:
             raise InputError(
                 f"--fit-split: thresholds must not be fitted on the split that is judged "
                 f"({self.split})"
             )
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Names to load the detectors by, by what they are shown as."""
+        return dict(take_label(name) for name in self.detectors)
 
     @abc.abstractmethod
     def make_pairs(

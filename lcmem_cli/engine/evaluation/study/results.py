@@ -22,7 +22,7 @@ class Skipped:
     """A detector that could not be run.
 
     Attributes:
-        name: as the user named it.
+        name: that it would be shown under.
         reason: why, and what to do about it.
     """
 
@@ -83,7 +83,7 @@ class DetectorResult:
     """Everything about one detector.
 
     Attributes:
-        name: as the user named it.
+        name: that it is shown under: its label, or as the user named it.
         fingerprint: of what was run.
         overall: over all pairs.
         per_dataset: by data set, sorted by name.
@@ -105,7 +105,7 @@ class BenchmarkResult(Result):
     """A finished benchmark.
 
     Attributes:
-        detectors: in the order asked for.
+        detectors: in the order asked for, then those of earlier runs in the same folder.
         skipped: detectors that could not run.
         split: that was judged.
         fit_split: that thresholds were fitted on; ``None``: none was asked for.
@@ -218,7 +218,7 @@ class RobustnessOfDetector:
     """Everything about one detector.
 
     Attributes:
-        name: as the user named it.
+        name: that it is shown under: its label, or as the user named it.
         fingerprint: of what was run.
         thresholds: by rule.
         reasons: by rule, why it has no threshold.
@@ -239,7 +239,7 @@ class RobustnessResult(Result):
     """A finished robustness study.
 
     Attributes:
-        detectors: in the order asked for.
+        detectors: in the order asked for, then those of earlier runs in the same folder.
         skipped: detectors that could not run.
         suite: which settings.
         same_image: each image with its own edited copy, instead of pairs within identities.
@@ -256,6 +256,7 @@ class RobustnessResult(Result):
         num_fit_pairs: pairs that thresholds were fitted on.
         unreadable: images that could not be used.
         digest: SHA-256 over the images and settings that scores depend on.
+        notes: how the numbers are to be read.
     """
 
     detectors: tuple[RobustnessOfDetector, ...]
@@ -275,6 +276,7 @@ class RobustnessResult(Result):
     num_fit_pairs: int
     unreadable: tuple[Unreadable, ...]
     digest: str
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; detectors by name, rates beside the counts."""

@@ -7,8 +7,8 @@ one rule for every detector. Recall always stands beside the false-positive rate
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,12 @@ from lcmem_cli.engine.evaluation.study.results import (
     Suite,
 )
 from lcmem_cli.engine.evaluation.study.runner import Scored, ScoredDetector, Study, run_study
-from lcmem_cli.engine.evaluation.study.scoring import Embedded, embed_listed, fit_on_split
+from lcmem_cli.engine.evaluation.study.scoring import (
+    Embedded,
+    embed_listed,
+    fit_on_split,
+    listed_files,
+)
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -63,6 +68,9 @@ SUITES: Mapping[str, tuple[Setting, ...]] = {
     "extended": EXTENDED_SUITE,
 }
 _UNEDITED = "unedited"
+# Detectors that share decoded and edited pictures, and so are held at once: six networks of the
+# size of ViT-B take 2 GB.
+_TOGETHER = 6
 _MAX_PICTURE = 256
 
 
@@ -216,13 +224,16 @@ class Robustness(Study[RobustnessResult]):
     Attributes:
         suite: the settings by the names of their parts; ``None`` stands for the unedited pairs.
         codec: of the setting that encodes and decodes images.
+        note: what the small number of pairs means for the rate; perhaps empty.
     """
 
     command = "robustness"
+    together = _TOGETHER
     result_files = ROBUSTNESS_FILES
     request: RobustnessRequest
     suite: dict[str, Setting | None]
     codec: Codec | None
+    note: str
 
     @classmethod
     def prepare(cls, request: RobustnessRequest, compute: Compute) -> Robustness:
@@ -239,7 +250,7 @@ class Robustness(Study[RobustnessResult]):
             max_missing=request.max_unreadable,
         )
         images = pair_images(manifest, request, compute.reporter)
-        _check_support(images, request)
+        request, note = _with_support(images, request)
         available = find_detectors(request, compute)
         names = {f"{setting.transform} {setting.strength!r}": setting for setting in settings}
         return cls(
@@ -249,6 +260,7 @@ class Robustness(Study[RobustnessResult]):
             available=available,
             suite={_UNEDITED: None, **names},
             codec=codec,
+            note=note,
         )
 
     @property
@@ -287,51 +299,73 @@ class Robustness(Study[RobustnessResult]):
         }
 
     def score(
-        self, detector: Detector, missing: Sequence[PartKey], compute: Compute
+        self, missing: Sequence[tuple[Detector, Sequence[PartKey]]], compute: Compute
     ) -> Iterator[tuple[PartKey, Part]]:
-        """Embed each unedited image once, and each edited one once."""
+        """Embed each unedited image once, and each edited one once, with all that lack it."""
         test, fit = self.images.test, self.images.fit
         assert fit is not None
-        plain = self._embed(detector, self.images.rows_in_pairs, _UNEDITED, compute)
-        name = f"settings ({detector.name})"
-        with compute.reporter.task(name, len(missing), unit="setting") as task:
-            for key in missing:
-                edited = plain
-                if key.setting != _UNEDITED:
-                    edited = self._embed(detector, np.unique(test.second), key.setting, compute)
-                if compute.ranks.is_main:
-                    part = Part(
-                        test=score_listed(
-                            detector,
-                            plain.features,
-                            plain.rows[test.first],
-                            edited.rows[test.second],
-                            edited.features,
-                        ),
-                        fit=plain.score(detector, fit) if edited is plain else None,
-                        unreadable=edited.unreadable,
-                    )
-                    yield key, part
-                task.advance()
+        detectors = [detector for detector, _ in missing]
+        plain = self._embed(detectors, self.images.rows_in_pairs, _UNEDITED, compute)
+        by_setting = {
+            name: [
+                (place, k)
+                for place, (_, keys) in enumerate(missing)
+                for k in keys
+                if k.setting == name
+            ]
+            for name in self.suite
+        }
+        total = sum(map(len, by_setting.values()))
+        with compute.reporter.task("settings", total, unit="setting") as task:
+            for name, lacking in by_setting.items():
+                edited = [plain[place] for place, _ in lacking]
+                if name != _UNEDITED and lacking:
+                    those = [detectors[place] for place, _ in lacking]
+                    edited = self._embed(those, np.unique(test.second), name, compute)
+                for (place, key), found in zip(lacking, edited, strict=True):
+                    detector, unedited = detectors[place], plain[place]
+                    if compute.ranks.is_main:
+                        part = Part(
+                            test=score_listed(
+                                detector,
+                                unedited.features,
+                                unedited.rows[test.first],
+                                found.rows[test.second],
+                                found.features,
+                            ),
+                            fit=unedited.score(detector, fit) if found is unedited else None,
+                            unreadable=found.unreadable,
+                        )
+                        yield key, part
+                    task.advance()
 
     def _embed(
-        self, detector: Detector, needed: NDArray[np.int64], name: str, compute: Compute
-    ) -> Embedded:
-        images, setting = self.images, self.suite[name]
+        self, detectors: Sequence[Detector], needed: NDArray[np.int64], name: str, compute: Compute
+    ) -> list[Embedded]:
+        images, setting, rows = self.images, self.suite[name], needed.tolist()
         uses_codec = setting is not None and setting.transform == VAE_ROUND_TRIP
-        embed = functools.partial(
-            embed_perturbed,
-            detector,
-            setting=setting,
+        made = embed_perturbed(
+            detectors,
+            listed_files(images.records, images.basedir, rows),
+            setting,
             working_size=self.request.input_size,
             seed=self.request.seed,
             round_trip=self._round_trip() if uses_codec else None,
+            contents=[self.contents[row] for row in rows],
             compute=compute,
         )
-        told = {"detector": detector.name, "setting": name}
-        return embed_listed(
-            images.records, images.basedir, needed.tolist(), embed, compute.reporter, **told
-        )
+        return [
+            embed_listed(
+                images.records,
+                images.basedir,
+                rows,
+                found,
+                compute.reporter,
+                detector=detector.name,
+                setting=name,
+            )
+            for detector, found in zip(detectors, made, strict=True)
+        ]
 
     def _round_trip(self) -> RoundTrip | None:
         """Return a function that encodes and decodes images ``[1, 3, H, W]`` in [0, 1]."""
@@ -360,6 +394,7 @@ class Robustness(Study[RobustnessResult]):
             fit=request.fit,
             fit_rate=request.rates[request.fit],
             input_size=request.input_size,
+            notes=(self.note,) if self.note else (),
             **scored.common,
         )
         write_robustness(request.output, result, self._example())
@@ -446,8 +481,12 @@ class Robustness(Study[RobustnessResult]):
         return picture(image), edits
 
 
-def _check_support(images: StudyImages, request: RobustnessRequest) -> None:
-    """Refuse, before any work, pairs that nothing can be judged or fitted on."""
+def _with_support(images: StudyImages, request: RobustnessRequest) -> tuple[RobustnessRequest, str]:
+    """Return what the pairs can tell: the smallest rate where none was asked for, and say so.
+
+    Raises:
+        InputError: nothing can be judged or fitted on them, or not at the rate asked for.
+    """
     if not images.test.num_positives:
         raise InputError(
             f"{request.filelist}: no positive pairs can be made of the {images.num_judged:,} "
@@ -457,12 +496,22 @@ def _check_support(images: StudyImages, request: RobustnessRequest) -> None:
     if request.fit == "recall" and not images.fit.num_positives:
         raise InputError(f"{request.fit_split} has no positive pairs to fit a threshold on")
     distinct, rate = images.fit.num_distinct(0), request.rates[request.fit]
-    if request.fit == "fpr" and distinct < required_negatives(rate):
+    if request.fit == "recall" or distinct >= required_negatives(rate):
+        return request, ""
+    lacking = (
+        f"{request.fit_split} has {distinct} different negative pairs; a threshold for a "
+        f"false-positive rate of {rate:g} needs {required_negatives(rate)}"
+    )
+    smallest = math.ceil(1000 / distinct) / 1000 if distinct else 1.0
+    if request.fit_rate is not None or smallest >= 1:
         raise InputError(
-            f"{request.fit_split} has {distinct} different negative pairs; a threshold for a "
-            f"false-positive rate of {rate:g} needs {required_negatives(rate)}: use more images "
-            "or a larger --fit-rate"
+            f"{lacking}: use more images"
+            + (f", or --fit-rate {smallest:g} at least" if smallest < 1 else "")
         )
+    return (
+        dataclasses.replace(request, fit_rate=smallest),
+        f"{lacking}, so that the thresholds hold {smallest:g}, the smallest rate that they can",
+    )
 
 
 def _load_round_trip(name: str, device: str, input_size: int) -> Codec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -64,6 +64,7 @@ class Study(abc.ABC, Generic[Conclusion]):
     Attributes:
         command: its name.
         result_files: names of the files that it writes.
+        together: detectors that are scored at once.
         request: what was asked for.
         images: that are needed, and the pairs of them.
         contents: SHA-256 of each image file, ``None`` where it cannot be read.
@@ -72,6 +73,7 @@ class Study(abc.ABC, Generic[Conclusion]):
 
     command: ClassVar[str]
     result_files: ClassVar[tuple[str, ...]]
+    together: ClassVar[int] = 1
     request: StudyRequest
     images: StudyImages
     contents: Sequence[str | None]
@@ -96,9 +98,14 @@ class Study(abc.ABC, Generic[Conclusion]):
 
     @abc.abstractmethod
     def score(
-        self, detector: Detector, missing: Sequence[PartKey], compute: Compute
+        self, missing: Sequence[tuple[Detector, Sequence[PartKey]]], compute: Compute
     ) -> Iterator[tuple[PartKey, Part]]:
-        """Make parts of a detector's scores: all processes embed, the first one yields."""
+        """Make parts of detectors' scores: all processes embed, the first one yields.
+
+        Args:
+            missing: detectors, at most ``together``, with the parts that each lacks.
+            compute: how it is done.
+        """
 
     @abc.abstractmethod
     def conclude(self, scored: Scored, reporter: Reporter) -> Conclusion:
@@ -126,9 +133,12 @@ def run_study(study: Study[Conclusion], compute: Compute) -> Conclusion:
             every = [key for of_detector in keys.values() for key in of_detector]
             folder = stack.enter_context(_open(study, every))
         parts: dict[PartKey, Part] = {}
-        for name, of_detector in keys.items():
-            parts |= _complete(study, name, of_detector, folder, compute)
+        names = list(keys)
+        for start in range(0, len(names), study.together):
+            group = {name: keys[name] for name in names[start : start + study.together]}
+            parts |= _complete(study, group, folder, compute)
         if folder is not None:
+            parts |= _of_earlier_runs(study, folder, compute.reporter)
             scored = _without_unreadable(study, parts, folder.digest, compute.reporter)
             conclusion = study.conclude(scored, compute.reporter)
         conclusion = compute.ranks.broadcast(conclusion)
@@ -165,27 +175,55 @@ def _open(
 
 def _complete(
     study: Study[Any],
-    name: str,
-    keys: Sequence[PartKey],
+    keys: Mapping[str, Sequence[PartKey]],
     folder: ResultsFolder | None,
     compute: Compute,
 ) -> dict[PartKey, Part]:
-    """Return all parts of a detector in the first process; it loads, or all make and it keeps."""
-    found: dict[PartKey, Part] = {}
-    if folder is not None:
-        loaded = {key: folder.load(key) for key in keys}
-        found = {k: part for k, part in loaded.items() if part and not _lacks(study, part)}
+    """Return all parts of detectors in the first process; it loads, or all make and it keeps."""
+    every = [key for of_detector in keys.values() for key in of_detector]
+    found = {} if folder is None else _kept(study, folder, every)
     # The first process alone sees the folder; all have to embed the same images.
-    missing = compute.ranks.broadcast([key for key in keys if key not in found])
+    lacking = {
+        name: [key for key in of_detector if key not in found] for name, of_detector in keys.items()
+    }
+    missing: list[tuple[Detector, Sequence[PartKey]]] = []
+    for name, of_detector in compute.ranks.broadcast(lacking).items():
+        if of_detector:
+            images, detector = study.images, study.available.take(name)
+            count = images.num_paired
+            refuse_adapted_to(detector, images.records[:count], study.contents[:count])
+            missing.append((detector, of_detector))
     if missing:
-        images, detector = study.images, study.available.take(name)
-        count = images.num_paired
-        refuse_adapted_to(detector, images.records[:count], study.contents[:count])
-        for key, part in study.score(detector, missing, compute):
+        for key, part in study.score(missing, compute):
             assert folder is not None
             folder.save(key, part)
             found[key] = part
-    return {key: found[key] for key in keys if key in found}
+    return {key: found[key] for key in every if key in found}
+
+
+def _kept(study: Study[Any], folder: ResultsFolder, keys: Sequence[PartKey]) -> dict[PartKey, Part]:
+    """Return those parts that stand in the folder and need not be made anew."""
+    loaded = {key: folder.load(key) for key in keys}
+    return {key: part for key, part in loaded.items() if part and not _lacks(study, part)}
+
+
+def _of_earlier_runs(
+    study: Study[Any], folder: ResultsFolder, reporter: Reporter
+) -> dict[PartKey, Part]:
+    """Return the parts of detectors that stand in the folder and were not named now."""
+    parts: dict[PartKey, Part] = {}
+    for name, fingerprint in folder.others.items():
+        keys = study.keys(name, fingerprint)
+        found = _kept(study, folder, keys)
+        if len(found) == len(keys):
+            parts |= found
+            reporter.event("kept from an earlier run", detector=name)
+        else:
+            reporter.warn(
+                f"detector '{name}' of an earlier run is not in the results: its scores are "
+                "incomplete; name it again"
+            )
+    return parts
 
 
 def _lacks(study: Study[Any], part: Part) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +69,29 @@ class Embedded:
         return score_listed(detector, self.features, first, second)
 
 
+def listed_files(records: Sequence[Record], basedir: Path, needed: Sequence[int]) -> list[Path]:
+    """Return the files of the ``needed`` rows of ``records``."""
+    return [basedir / records[row].path for row in needed]
+
+
 def embed_listed(
     records: Sequence[Record],
     basedir: Path,
     needed: Sequence[int],
-    embed: Callable[[list[Path]], EmbeddedFiles],
+    made: EmbeddedFiles,
     reporter: Reporter = SILENT,
     **told: str,
 ) -> Embedded:
-    """Embed the files of the ``needed`` rows of ``records``.
+    """Bring the features of the files of the ``needed`` rows of ``records`` to these rows.
 
     Args:
         records: images.
         basedir: folder that their paths start from.
         needed: rows.
-        embed: embeds files.
+        made: what was made of ``listed_files``.
         reporter: told how many images there were, and how many the network had to see.
         **told: what else it is told.
     """
-    made = embed([basedir / records[row].path for row in needed])
     counts = {"distinct": len(made.features), "encoder_passes": made.encoder_passes}
     reporter.event("embedded", **told, images=len(needed), **counts)
     rows = np.full(len(records), -1, dtype=np.int64)
