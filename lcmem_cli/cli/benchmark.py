@@ -40,7 +40,7 @@ def benchmark_command(options: BenchmarkOptions) -> None:
 
     Examples:
         lcmem benchmark --filelist list.csv -o benchmark
-        lcmem benchmark --filelist list.csv --detectors "joint?label=Ours,ssim" --latex -o benchmark
+        lcmem benchmark --filelist list.csv --detectors joint,ssim --latex -o bench
     """
     from lcmem_cli.engine.evaluation.study.benchmark import benchmark
 
