@@ -7,8 +7,8 @@ from scipy.linalg import fractional_matrix_power
 from scipy.special import expit, logit
 
 from lcmem_cli import audit, load_detector
-from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
+from lcmem_cli.engine.data.reading import content_hash
 from lcmem_cli.engine.detectors import adapted as module
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, JointDetector, correlation_scores
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector

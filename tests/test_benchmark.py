@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from lcmem_cli.cli import render
 from lcmem_cli.cli.app import app
-from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest, write_manifest
 from lcmem_cli.engine.data.pairs import reference_pairs
+from lcmem_cli.engine.data.reading import content_hash
 from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.registry import load_detector

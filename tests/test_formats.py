@@ -17,11 +17,12 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data import memory
 from lcmem_cli.engine.data.formats import format_of, is_image
 from lcmem_cli.engine.data.frames import split_frame
-from lcmem_cli.engine.data.images import DEPTH_NOTE, content_hash, list_frames, load_image
+from lcmem_cli.engine.data.images import DEPTH_NOTE, list_frames, load_image
 from lcmem_cli.engine.data.loading import iter_images
 from lcmem_cli.engine.data.looks import look_at, same_blank, without_bars
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.pixels import from_image, from_values
+from lcmem_cli.engine.data.reading import content_hash
 from lcmem_cli.engine.data.remarks import BLANK, remarks_texts
 from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.errors import ManifestError, UnreadableImageError

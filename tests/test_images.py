@@ -13,12 +13,12 @@ from PIL import Image, ImageCms, features
 
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
-    content_hash,
     load_image,
     load_pixels,
     to_tensor,
 )
 from lcmem_cli.engine.data.loading import hash_files
+from lcmem_cli.engine.data.reading import content_hash
 from lcmem_cli.engine.errors import UnreadableImageError
 
 RED, GREEN = (200, 30, 40), (20, 180, 60)

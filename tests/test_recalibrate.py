@@ -14,8 +14,8 @@ from sklearn.decomposition import PCA
 
 from lcmem_cli import load_detector
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.images import content_hash
 from lcmem_cli.engine.data.manifest import load_manifest
+from lcmem_cli.engine.data.reading import content_hash
 from lcmem_cli.engine.detectors import adapted
 from lcmem_cli.engine.detectors.adapted import picture_weights, shrunk_whitening
 from lcmem_cli.engine.detectors.embedding import embed_files

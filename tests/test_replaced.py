@@ -1,5 +1,6 @@
 """Files that are replaced while they are read: nothing is kept under another content's name."""
 
+import csv
 import os
 import threading
 
@@ -9,65 +10,110 @@ from conftest import draw_identity
 from PIL import Image
 
 from lcmem_cli import Index, load_detector
-from lcmem_cli.engine.data import loading
-from lcmem_cli.engine.detectors import embedding
+from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data import images, loading, reading
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.evaluation import indexing
-from lcmem_cli.engine.files import sha256_file
+from lcmem_cli.engine.files import sha256_bytes, sha256_file
+from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture
-def swap_after_hashing(monkeypatch, image_folder):
-    """Replace the content of one file by another's as soon as all files have been hashed."""
+def swap_after_reading(monkeypatch, image_folder):
+    """Replace one file by another's content as soon as it has been read; return its old content."""
     victim, other = image_folder / "id03" / "1.png", image_folder / "id07" / "2.png"
+    before = victim.read_bytes()
 
-    def hash_then_swap(paths, compute=loading.DEFAULT_COMPUTE):
-        found = hash_files(paths, compute)
-        if victim in paths:
+    def read_then_swap(path, **options):
+        found = read_bytes(path, **options)
+        if path == victim:
             victim.write_bytes(other.read_bytes())
         return found
 
-    hash_files = loading.hash_files
-    monkeypatch.setattr(embedding, "hash_files", hash_then_swap)
-    monkeypatch.setattr(indexing, "hash_files", hash_then_swap)
-    return victim
+    read_bytes = reading.read_bytes
+    monkeypatch.setattr(loading, "read_bytes", read_then_swap)
+    return victim, before
 
 
-def test_an_audit_names_the_file_and_leaves_the_cache_as_good_as_none(
-    run_cli, image_folder, swap_after_hashing, monkeypatch, tmp_path
+def test_an_audit_keeps_what_it_has_read(
+    run_cli, image_folder, swap_after_reading, monkeypatch, tmp_path
 ):
-    victim, before = swap_after_hashing, swap_after_hashing.read_bytes()
+    victim, before = swap_after_reading
     asked = tmp_path / "asked"
     asked.mkdir()
     draw_identity(99, 0).save(asked / "a.png")
     draw_identity(98, 0).save(asked / "b.png")
     with Image.open(victim) as image:
         image.save(asked / "copy.bmp")
-    command = ("audit", asked, "--against", image_folder, "--fpr", 0.1, "--detector", "phash")
-    refused = run_cli(*command, "-o", tmp_path / "o", "--max-unreadable", 0, exit_code=1)
-    assert f"{victim.parent.name}/{victim.name}" in refused.stderr
-    assert "has changed while it was read" in refused.stderr
+    command = (
+        "audit", asked, "--against", image_folder, "--fpr", 0.1, "--detector", "phash",
+        "--no-verify",
+    )  # fmt: skip
+    run_cli(*command, "-o", tmp_path / "swapped")
+    assert victim.read_bytes() != before
     victim.write_bytes(before)
     monkeypatch.undo()
     for name, cached in (("cached", ()), ("anew", ("--no-cache",))):
         run_cli(*command, *cached, "-o", tmp_path / name)
-    matches = [(tmp_path / name / "matches.csv").read_bytes() for name in ("cached", "anew")]
-    assert matches[0] == matches[1] and b"copy.bmp" in matches[0]
+    swapped, cached, anew = (
+        list(csv.DictReader((tmp_path / name / "matches.csv").open()))
+        for name in ("swapped", "cached", "anew")
+    )
+    assert cached == anew
+    (copied,) = [row for row in cached if row["query"] == "copy.bmp" and row["rank"] == "1"]
+    assert copied["match"].endswith("id03/1.png") and copied["flagged"] == "true"
+    assert copied["same_picture"] == "true"
+    (copied,) = [row for row in swapped if row["query"] == "copy.bmp" and row["rank"] == "1"]
+    assert copied["same_picture"] != "true"  # the file that is there now has not
+    scores = [
+        [(row["query"], row["match"], row["score"]) for row in rows] for rows in (swapped, anew)
+    ]
+    assert scores[0] == scores[1]
 
 
-def test_an_index_holds_no_row_of_another_content(
-    run_cli, image_folder, swap_after_hashing, tmp_path
-):
-    victim, before = swap_after_hashing, swap_after_hashing.read_bytes()
-    command = ("index", "build", image_folder, "-o", tmp_path / "index", "--detector", "phash")
-    refused = run_cli(*command, exit_code=1)
-    assert "has changed while it was read" in refused.stderr and victim.name in refused.stderr
+def test_an_index_keeps_what_it_has_read(run_cli, image_folder, swap_after_reading, tmp_path):
+    victim, before = swap_after_reading
+    run_cli("index", "build", image_folder, "-o", tmp_path / "index", "--detector", "phash")
     index = Index.open(tmp_path / "index")
-    assert len(index) == 71 and str(victim) not in {entry.path for entry in index.entries}
+    (entry,) = [entry for entry in index.entries if entry.path == str(victim)]
+    assert entry.content_hash == sha256_bytes(before) != sha256_file(victim)
     victim.write_bytes(before)
+    expected = embed_files(load_detector("phash", device="cpu"), [victim]).features[0]
+    np.testing.assert_array_equal(index.features[entry.row], expected)
+
+
+def test_every_file_is_opened_once(run_cli, image_folder, tiny_codec, monkeypatch, tmp_path):
+    opened = []
+    paths = sorted(image_folder.rglob("*.png"))
+    (image_folder / "id00" / "copy.png").write_bytes(paths[0].read_bytes())
+
+    def open_image(path):
+        opened.append(path)
+        return inner(path)
+
+    inner = reading.open_image
+    monkeypatch.setattr(reading, "open_image", open_image)
+    monkeypatch.setattr(images, "open_image", open_image)
+    detector = load_detector("phash", device="cpu")
+    cache = FeatureCaches(tmp_path / "cache")
+    wanted = sorted(image_folder.rglob("*.png"))
+    for passes in (len(paths), 0):
+        found = embed_files(detector, wanted, Compute(cache=cache, workers=3))
+        assert sorted(opened) == wanted and found.encoder_passes == passes
+        opened.clear()
+    folder = tmp_path / "index"
+    for command in (
+        ("build", image_folder, "-o", folder, "--detector", "phash"),
+        ("add", folder, image_folder),
+    ):
+        run_cli("index", *command)
+        assert sorted(opened) == wanted
+        opened.clear()
+    run_cli("latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 16,
+            "-o", tmp_path / "latents")  # fmt: skip
+    assert sorted(opened) == wanted
 
 
 def test_files_that_are_swapped_all_the_time(run_cli, image_folder, tiny_codec, tmp_path):

@@ -10,6 +10,11 @@ DICOM = "DICOM"
 HEIC = "HEIC"
 JPEG_XL = "JPEG XL"
 JPEG_2000 = "JPEG 2000"
+NO_FORMAT = (
+    "not an image in a known format (JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, JPEG XL, "
+    "JPEG 2000, HEIC, DICOM)"
+)
+"""Why such a file gives no image."""
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 _BY_SUFFIX = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA", ".dib": "DIB"}
 """Formats without a mark of their own."""

@@ -16,13 +16,8 @@ Beside them:
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import stat
-import unicodedata
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,16 +28,15 @@ from PIL import Image, UnidentifiedImageError
 
 from lcmem_cli.engine.data import decoders, dicom
 from lcmem_cli.engine.data.decoders import ORIENTATION_TAG, Picture, Wanted
-from lcmem_cli.engine.data.formats import DICOM, HEAD_BYTES, format_of
+from lcmem_cli.engine.data.formats import DICOM, HEAD_BYTES, NO_FORMAT, format_of
 from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.memory import LARGE_PIXELS, room_for
 from lcmem_cli.engine.data.pixels import UnusableValuesError, from_image, from_values
+from lcmem_cli.engine.data.reading import EMPTY, open_image, why_unread
 from lcmem_cli.engine.errors import UnreadableImageError
-from lcmem_cli.engine.files import sha256_bytes, sha256_file
 
 # Pillow refuses more than this when it opens a file, before it decodes.
 MAX_PIXELS = 2 * 89_478_485
-MAX_BYTES_AT_ONCE = 256 << 20
 DECODING_VERSION = 2
 """Raised where a rule changes the pixels of files that could be read before."""
 DEPTH_NOTE = "lcmem_depth"
@@ -60,10 +54,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG, _COLOUR_MAP_TAG = 262, 258, 339, 320
-_NO_FORMAT = (
-    "not an image in a known format (JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, PNM, TGA, JPEG XL, "
-    "JPEG 2000, HEIC, DICOM)"
-)
 _SUBFILE_TAG = 254
 _WHITE_IS_ZERO, _UNSIGNED, _REDUCED = 0, 1, 1
 _SEVERAL = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
@@ -133,7 +123,7 @@ def list_frames(path: Path) -> list[int]:
     """
     wanted = Wanted(path=path, frame=0, size=None, max_pixels=MAX_PIXELS)
     try:
-        with _opened(path, None) as file:
+        with open_image(path) as file:
             format_name = _format(file, path)
             if format_name == DICOM:
                 return list(range(dicom.count_frames(file, wanted)))
@@ -201,94 +191,11 @@ def pixels_to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.divide(channels_first, 255, dtype=np.float32, order="C"))
 
 
-def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal; of a later frame, with its number.
-
-    What is no image by its first bytes is not read to its end: it may be huge, or have no end, as
-    some files of the system.
-
-    Raises:
-        UnreadableImageError: the file cannot be read, or is no image.
-    """
-    file, frame = split_frame(path)
-    try:
-        with _opened(file, None) as opened:
-            if _format(opened, file) is None:
-                raise UnreadableImageError(path, _NO_FORMAT)
-        content = sha256_file(file)
-    except OSError as error:
-        raise UnreadableImageError(path, _reason(error, file)) from error
-    return _of_frame(content, frame)
-
-
-def read_once(path: Path) -> tuple[bytes | None, str]:
-    """Return a file's bytes and ``content_hash`` of these very bytes.
-
-    A file may be replaced between two readings. What is kept under a content's hash has to be made
-    of the bytes that were hashed, so they are read once for both.
-
-    Returns:
-        ``None`` for the bytes of a file of more than ``MAX_BYTES_AT_ONCE``.
-
-    Raises:
-        UnreadableImageError: the file cannot be read.
-    """
-    file, frame = split_frame(path)
-    try:
-        if _check_regular(file) > MAX_BYTES_AT_ONCE:
-            return None, content_hash(path)
-        data = file.read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(path, _reason(error, file)) from error
-    return data, _of_frame(sha256_bytes(data), frame)
-
-
-def _of_frame(content: str, frame: int) -> str:
-    """Return the hash of one image of a file: of the first one that of the file."""
-    return sha256_bytes(f"{content}#{frame + 1}".encode()) if frame else content
-
-
-def why_missing(path: Path) -> str:
-    """Return what is odd about the name of a file that is not there; empty where nothing is."""
-    if "\\" in str(path):
-        return "the name holds backslashes, as Windows writes paths; write '/'"
-    form = unicodedata.normalize("NFC", path.name)
-    try:
-        others = os.listdir(path.parent)
-    except OSError:
-        return ""
-    if any(unicodedata.normalize("NFC", other) == form for other in others):
-        return "the folder holds the same name in another Unicode normal form"
-    return ""
-
-
 def _reason(error: BaseException, path: Path) -> str:
-    if isinstance(error, FileNotFoundError):
-        odd = why_missing(path)
-        return f"no such file; {odd}" if odd else "no such file"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.strerror):
+        return why_unread(error, path)
     text = " ".join(str(error).split())
     return f"cannot be decoded ({text[:160] or type(error).__name__})"
-
-
-def _check_regular(path: Path) -> int:
-    """Return the size of a regular file; opening a pipe would wait for ever."""
-    status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise UnreadableImageError(path, "is a folder")
-    if not stat.S_ISREG(status.st_mode):
-        raise UnreadableImageError(path, "is not a regular file")
-    return status.st_size
-
-
-@contextlib.contextmanager
-def _opened(file: Path, data: bytes | None) -> Iterator[BinaryIO]:
-    num_bytes = _check_regular(file) if data is None else len(data)
-    if num_bytes == 0:
-        raise UnreadableImageError(file, "empty file")
-    with io.BytesIO(data) if data is not None else file.open("rb") as opened:
-        yield opened
 
 
 def _format(file: BinaryIO, path: Path) -> str | None:
@@ -299,12 +206,14 @@ def _format(file: BinaryIO, path: Path) -> str | None:
 
 def _read(path: Path, data: bytes | None, size: int | None, max_pixels: int) -> Picture:
     """Decode a file with the library that reads all its bits."""
+    if data == b"":
+        raise UnreadableImageError(path, EMPTY)
     named, frame = split_frame(path)
     wanted = Wanted(path=path, frame=frame, size=size, max_pixels=max_pixels)
-    with _opened(named, data) as file:
+    with open_image(named) if data is None else io.BytesIO(data) as file:
         format_name = _format(file, named)
         if format_name is None:
-            raise UnreadableImageError(path, _NO_FORMAT)
+            raise UnreadableImageError(path, NO_FORMAT)
         if format_name == DICOM:
             return dicom.read_dicom(file, wanted)
         if format_name in decoders.READERS:

@@ -1,11 +1,12 @@
-"""Decoding many files in threads, in order and in bounded memory."""
+"""Reading and decoding many files in threads, in order and in bounded memory."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,21 +19,22 @@ from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
     FRAMES_NOTE,
-    content_hash,
     load_image,
     pixels_to_tensor,
-    read_once,
     resized_pixels,
 )
 from lcmem_cli.engine.data.looks import look_at
 from lcmem_cli.engine.data.pixels import ON_WHITE_NOTE
+from lcmem_cli.engine.data.reading import content_hash, read_bytes
 from lcmem_cli.engine.data.remarks import NOTHING_REMARKABLE, Remarks, no_remarks
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 Edit = Callable[[Image.Image, int], Image.Image]
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
+IsKnown = Callable[[str], bool]
 CHANGED = "has changed while it was read; run the same command again"
+_MOST_SKIPPED = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,27 +46,38 @@ class LoadedBatch:
         images: ``[len(indices), 3, size, size]`` float32 in [0, 1], or what a transform or a codec
             made of each; perhaps of length zero.
         unreadable: position and reason of each path that gave no image.
-        contents: SHA-256 of the bytes that each image was decoded from; none where they are no
-            images.
+        hashes: SHA-256 of each file that could be read, by its position: of those that were
+            decoded, of the very bytes that were, and of those that did not need to be.
         remarks: ``[len(indices), 7]``, see ``Remarks``; of no rows where they are no images.
     """
 
     indices: list[int]
     images: torch.Tensor
     unreadable: list[tuple[int, str]]
-    contents: list[str] = dataclasses.field(default_factory=list)
+    hashes: dict[int, str] = dataclasses.field(default_factory=dict)
     remarks: Remarks = dataclasses.field(default_factory=lambda: no_remarks(0))
+
+    def __len__(self) -> int:
+        """Return the number of paths that it tells of."""
+        return len(self.hashes) + sum(index not in self.hashes for index, _ in self.unreadable)
+
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of files that were hashed, and did not need to be decoded."""
+        others = {*self.indices, *(index for index, _ in self.unreadable)}
+        return [index for index in self.hashes if index not in others]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-    """One path's outcome: 8-bit pixels, or a transformed image, or a reason."""
+    """One path's outcome: 8-bit pixels, or a transformed image, or a reason; or it was skipped."""
 
+    content: str | None = None
     pixels: NDArray[np.uint8] | None = None
     image: torch.Tensor | None = None
-    content: str = ""
     reason: str | None = None
     remark: tuple[int, ...] = NOTHING_REMARKABLE
+    is_skipped: bool = False
 
 
 def load_once(
@@ -83,13 +96,17 @@ def load_once(
     Raises:
         UnreadableImageError: it cannot be read, or its content is another by now.
     """
-    data, content = read_once(path)
+    data, content = read_bytes(path)
     if expected is not None and content != expected:
         raise UnreadableImageError(path, CHANGED)
+    return _decode(path, data, content, size), content
+
+
+def _decode(path: Path, data: bytes | None, content: str, size: int | None) -> Image.Image:
     image = load_image(path, data=data, size=size)
     if data is None and content_hash(path) != content:  # too large to be held while it is decoded
         raise UnreadableImageError(path, CHANGED)
-    return image, content
+    return image
 
 
 def iter_images(
@@ -99,35 +116,48 @@ def iter_images(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
-    expected: Sequence[str] | None = None,
+    expected: Sequence[str | None] | None = None,
+    is_known: IsKnown | None = None,
     edit: Edit | None = None,
 ) -> Iterator[LoadedBatch]:
     """Load images in order; the next batch is decoded while the caller works on this one.
 
-    At most ``2 * batch_size + 2 * workers`` images are held. An image's pixels depend neither on
-    ``workers`` nor on ``batch_size``. A file that cannot be read, or has gone, becomes an entry of
-    ``unreadable``; it never raises.
+    Each file is read once: what is hashed is what is decoded. At most ``2 * batch_size + 2 *
+    workers`` images are held, and the bytes of ``workers`` files. An image's pixels depend neither
+    on ``workers`` nor on ``batch_size``. A file that cannot be read, or has gone, becomes an entry
+    of ``unreadable``; it never raises.
 
     Args:
         paths: files to load.
         size: side of the square images in pixels.
-        workers: decoding threads; 0 decodes in the calling thread.
+        workers: reading and decoding threads; 0 does both in the calling thread.
         batch_size: paths per batch.
         transform: gets an image ``[3, size, size]`` in [0, 1] and its position in ``paths``, and
             returns what is to stand in its place. It runs in the decoding thread.
-        expected: SHA-256 that each file had before; one that has another now is unreadable.
+        expected: SHA-256 that each file had before, where it is known: one that need not be decoded
+            is not read either, and one that has another now is unreadable.
+        is_known: gets the SHA-256 of a file, in the decoding threads, and returns whether it need
+            not be decoded. Where it is given, of equal files the first alone is.
         edit: gets a decoded image and its position, and returns what is to be resized.
 
     Yields:
-        One ``LoadedBatch`` for every ``batch_size`` paths.
+        One ``LoadedBatch`` for every ``batch_size`` paths; those that are only hashed count little.
     """
+    chosen = None if is_known is None else _Chosen(is_known)
 
     def load(index: int) -> _Loaded:
+        before = content = None if expected is None else expected[index]
         try:
-            known = None if expected is None else expected[index]
-            image, content = load_once(paths[index], known, size=size)
+            if content is not None and chosen is not None and not chosen.take(index, content):
+                return _Loaded(content, is_skipped=True)
+            data, content = read_bytes(paths[index])
+            if before is not None and content != before:
+                return _Loaded(before, reason=CHANGED)
+            if before is None and chosen is not None and not chosen.take(index, content):
+                return _Loaded(content, is_skipped=True)
+            image = _decode(paths[index], data, content, size)
         except UnreadableImageError as error:
-            return _Loaded(reason=error.reason)
+            return _Loaded(content, reason=error.reason)
         notes = image.info
         if edit is not None:
             image = edit(image, index)
@@ -143,17 +173,40 @@ def iter_images(
             int(look.is_page),
         )
         if transform is None:
-            return _Loaded(pixels=pixels, content=content, remark=remark)
+            return _Loaded(content, pixels=pixels, remark=remark)
         made = transform(pixels_to_tensor(pixels), index)
-        return _Loaded(image=made, content=content, remark=remark)
+        return _Loaded(content, image=made, remark=remark)
 
     outcomes = _in_order(load, len(paths), workers=workers, ahead=batch_size + 2 * workers)
     try:
-        for start in range(0, len(paths), batch_size):
-            part = range(start, min(start + batch_size, len(paths)))
-            yield _collate(part, [next(outcomes) for _ in part], size)
+        yield from _batches(outcomes, chosen, batch_size, size)
     finally:
         outcomes.close()
+
+
+class _Chosen:
+    """Which files are decoded: of each content that is not known, the first.
+
+    Threads come here in any order. One that comes before an earlier file of the same content
+    decodes it in vain, which ``is_first`` tells afterwards, when all earlier ones have been here.
+    """
+
+    def __init__(self, is_known: IsKnown) -> None:
+        self._is_known = is_known
+        self._first: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def take(self, index: int, content: str) -> bool:
+        """Return whether a file is to be decoded, by what is known so far."""
+        with self._lock:
+            if self._first.setdefault(content, index) < index:
+                return False
+            self._first[content] = index
+        return not self._is_known(content)
+
+    def is_first(self, index: int, content: str) -> bool:
+        """Return whether a file is the first of its content."""
+        return self._first[content] == index
 
 
 def iter_readable(
@@ -202,8 +255,29 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> LoadedBatch:
-    readable = [(index, o) for index, o in zip(part, outcomes, strict=True) if o.reason is None]
+def _batches(
+    outcomes: Iterable[_Loaded], chosen: _Chosen | None, batch_size: int, size: int
+) -> Iterator[LoadedBatch]:
+    part: list[tuple[int, _Loaded]] = []
+    hashes: dict[int, str] = {}
+    for index, outcome in enumerate(outcomes):
+        content = outcome.content
+        if content is not None:
+            hashes[index] = content
+        is_first = chosen is None or content is None or chosen.is_first(index, content)
+        if is_first and not outcome.is_skipped:
+            part.append((index, outcome))
+        if len(part) == batch_size or len(hashes) - len(part) >= _MOST_SKIPPED:
+            yield _collate(part, hashes, size)
+            part, hashes = [], {}
+    if part or hashes:
+        yield _collate(part, hashes, size)
+
+
+def _collate(
+    outcomes: Sequence[tuple[int, _Loaded]], hashes: dict[int, str], size: int
+) -> LoadedBatch:
+    readable = [(index, outcome) for index, outcome in outcomes if outcome.reason is None]
     pixels = [outcome.pixels for _, outcome in readable if outcome.pixels is not None]
     images = [outcome.image for _, outcome in readable if outcome.image is not None]
     if images:
@@ -215,11 +289,9 @@ def _collate(part: Sequence[int], outcomes: Sequence[_Loaded], size: int) -> Loa
     return LoadedBatch(
         indices=[index for index, _ in readable],
         images=batch,
-        contents=[outcome.content for _, outcome in readable],
+        hashes=hashes,
         unreadable=[
-            (index, outcome.reason)
-            for index, outcome in zip(part, outcomes, strict=True)
-            if outcome.reason is not None
+            (index, outcome.reason) for index, outcome in outcomes if outcome.reason is not None
         ],
         remarks=np.array([outcome.remark for _, outcome in readable], np.int32).reshape(
             -1, len(NOTHING_REMARKABLE)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lcmem_cli.engine.data.frames import strip_frame
-from lcmem_cli.engine.data.images import why_missing
+from lcmem_cli.engine.data.reading import why_missing
 from lcmem_cli.engine.data.tables import some
 
 

@@ -1,4 +1,4 @@
-"""Embedding many files: each distinct content is decoded once and embedded once."""
+"""Embedding many files: each is read once, each distinct content decoded and embedded once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.batching import Batching
-from lcmem_cli.engine.data.loading import LoadedBatch, hash_files, iter_images
+from lcmem_cli.engine.data.loading import IsKnown, LoadedBatch, hash_files, iter_images
 from lcmem_cli.engine.data.perturb import RoundTrip, Setting, check_setting, perturb
 from lcmem_cli.engine.data.remarks import BLANK, GUESSED, Remarks, no_remarks, remarks_texts
 from lcmem_cli.engine.detectors.base import Detector, resize_batch
@@ -31,7 +31,8 @@ _ROUND_IMAGES = 512
 _ROUND_BYTES = 64 << 20
 _PICTURE_BYTES = 256 << 20
 
-Load = Callable[[Sequence[Path], Sequence[str]], Iterator[LoadedBatch]]
+Expected = Sequence[str | None]
+Load = Callable[[Sequence[Path], Expected, IsKnown], Iterator[LoadedBatch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +79,26 @@ def embed_files(
     paths: Sequence[Path],
     compute: Compute = DEFAULT_COMPUTE,
     *,
-    contents: Sequence[str | None] | None = None,
+    contents: Expected | None = None,
+    known: Container[str] = (),
     with_blank: bool = True,
 ) -> EmbeddedFiles:
-    """Embed files; equal contents, and contents in the cache, cost nothing more.
+    """Embed files; equal contents, and contents in the cache, are read and hashed only.
 
     Files that cannot be read, or that the network gives no finite features for, are listed, never
     skipped silently. Memory holds one round of images and the features, which go to a temporary
-    file where they are large. Features are kept under the hash of the very bytes that they were
-    made of: a file that was replaced between hashing and decoding is listed, too.
+    file where they are large. Each file is read once, so features are kept under the hash of the
+    very bytes that they were made of, whatever becomes of the file.
 
     Args:
         detector: what embeds.
         paths: image files, in any number of copies.
         compute: how it is done. Features change by rounding at most with the batch size. The cache
-            is filled as the work goes on, so that a killed run continues; each process gets the
-            whole result, and the first one's cache is used for all.
-        contents: SHA-256 of each file, where they are known; ``None`` for those that are not.
+            is filled as the work goes on, so that a killed run continues. Each process embeds its
+            share of the files and gets the whole result.
+        contents: SHA-256 of each file, where it is known, so that it need not be read for that; a
+            file that has another by now is listed as unreadable.
+        known: SHA-256 of contents that no features are wanted of; their rows are -1.
         with_blank: keep images that show nothing but one colour; otherwise ``left_out`` lists them.
 
     Raises:
@@ -103,13 +107,14 @@ def embed_files(
     """
     batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
 
-    def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
+    def load(files: Sequence[Path], expected: Expected, is_known: IsKnown) -> Iterator[LoadedBatch]:
         return iter_images(
             files,
             detector.input_size,
             workers=compute.num_workers,
             batch_size=batching.loaded,
             expected=expected,
+            is_known=is_known,
         )
 
     way = _Way(
@@ -119,7 +124,9 @@ def embed_files(
         description=f"embedding ({detector.name})",
         tells=True,
     )
-    (found,) = _embed([detector], paths, [way], compute, contents=contents, with_blank=with_blank)
+    (found,) = _embed(
+        [detector], paths, [way], compute, contents=contents, known=known, with_blank=with_blank
+    )
     return found
 
 
@@ -132,7 +139,7 @@ def embed_perturbed(
     working_size: int,
     seed: int = 0,
     round_trip: RoundTrip | None = None,
-    contents: Sequence[str | None] | None = None,
+    contents: Expected | None = None,
     compute: Compute = DEFAULT_COMPUTE,
 ) -> list[EmbeddedFiles]:
     """Embed edited images: resized to the working size, edited, resized to a detector's size.
@@ -165,7 +172,7 @@ def embed_perturbed(
         return perturb(image, setting.transform, setting.strength, seed=seed, round_trip=round_trip)
 
     def make(
-        files: Sequence[Path], expected: Sequence[str], batch_size: int
+        files: Sequence[Path], expected: Expected, is_known: IsKnown | None, batch_size: int
     ) -> Iterator[LoadedBatch]:
         return iter_images(
             files,
@@ -174,6 +181,7 @@ def embed_perturbed(
             batch_size=batch_size,
             transform=None if setting is None else edit,
             expected=expected,
+            is_known=is_known,
         )
 
     pictures = _Pictures(make)
@@ -182,10 +190,14 @@ def embed_perturbed(
         batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
         source = pictures.load if len(detectors) > 1 else make
 
-        def load(files: Sequence[Path], expected: Sequence[str]) -> Iterator[LoadedBatch]:
-            for batch in source(files, expected, batching.loaded):
-                images = resize_batch(batch.images, detector.input_size)
-                yield dataclasses.replace(batch, images=images)
+        def load(
+            files: Sequence[Path], expected: Expected, is_known: IsKnown
+        ) -> Iterator[LoadedBatch]:
+            for batch in source(files, expected, is_known, batching.loaded):
+                if batch.indices:
+                    images = resize_batch(batch.images, detector.input_size)
+                    batch = dataclasses.replace(batch, images=images)
+                yield batch
 
         names = detectors[0].name if len(detectors) == 1 else f"{len(detectors)} detectors"
         return _Way(
@@ -222,26 +234,40 @@ class _Pictures:
     """
 
     def __init__(
-        self, make: Callable[[Sequence[Path], Sequence[str], int], Iterator[LoadedBatch]]
+        self,
+        make: Callable[[Sequence[Path], Expected, IsKnown | None, int], Iterator[LoadedBatch]],
     ) -> None:
         self._make = make
-        self._made: dict[Path, tuple[torch.Tensor, str, NDArray[np.int32]] | str] = {}
+        self._made: dict[Path, tuple[torch.Tensor, NDArray[np.int32], str] | str] = {}
 
     def forget(self) -> None:
         """Make room."""
         self._made.clear()
 
     def load(
-        self, files: Sequence[Path], expected: Sequence[str], batch_size: int
+        self, files: Sequence[Path], expected: Expected, is_known: IsKnown, batch_size: int
     ) -> Iterator[LoadedBatch]:
-        """Yield the pictures of some files, in order; those that lack are made meanwhile."""
-        lacking = [index for index, file in enumerate(files) if file not in self._made]
-        making = self._make([files[i] for i in lacking], [expected[i] for i in lacking], batch_size)
-        for start in range(0, len(files), batch_size):
-            part = files[start : start + batch_size]
-            while any(file not in self._made for file in part):
-                self._take([files[i] for i in lacking], next(making))
-            found = [(start + place, self._made[file]) for place, file in enumerate(part)]
+        """Yield the pictures of some files as ``iter_images`` does; those that lack are made."""
+        hashes = {index: content for index, content in enumerate(expected) if content is not None}
+        first: dict[str, int] = {}
+        for index, content in hashes.items():
+            first.setdefault(content, index)
+        is_needed = {index for content, index in first.items() if not is_known(content)}
+        wanted = [index for index in range(len(files)) if index in is_needed or index not in hashes]
+        yield LoadedBatch(
+            indices=[],
+            images=torch.zeros(0, 3, 1, 1),
+            unreadable=[],
+            hashes={index: content for index, content in hashes.items() if index not in is_needed},
+        )
+        lacking = [index for index in wanted if files[index] not in self._made]
+        lacking_files = [files[index] for index in lacking]
+        making = self._make(lacking_files, [expected[i] for i in lacking], None, batch_size)
+        for start in range(0, len(wanted), batch_size):
+            part = wanted[start : start + batch_size]
+            while any(files[index] not in self._made for index in part):
+                self._take(lacking_files, next(making))
+            found = [(index, self._made[files[index]]) for index in part]
             good = [(index, item) for index, item in found if not isinstance(item, str)]
             yield LoadedBatch(
                 indices=[index for index, _ in good],
@@ -249,15 +275,14 @@ class _Pictures:
                 if good
                 else torch.zeros(0, 3, 1, 1),
                 unreadable=[(index, item) for index, item in found if isinstance(item, str)],
-                contents=[item[1] for _, item in good],
-                remarks=np.stack([item[2] for _, item in good]) if good else no_remarks(0),
+                hashes={index: hashes[index] for index in part if index in hashes}
+                | {index: item[2] for index, item in good},
+                remarks=np.stack([item[1] for _, item in good]) if good else no_remarks(0),
             )
 
     def _take(self, files: Sequence[Path], batch: LoadedBatch) -> None:
-        for index, image, content, remark in zip(
-            batch.indices, batch.images, batch.contents, batch.remarks, strict=True
-        ):
-            self._made[files[index]] = (image, content, remark)
+        for index, image, remark in zip(batch.indices, batch.images, batch.remarks, strict=True):
+            self._made[files[index]] = (image, remark, batch.hashes[index])
         for index, reason in batch.unreadable:
             self._made[files[index]] = reason
 
@@ -287,8 +312,9 @@ def _embed(
     ways: Sequence[_Way],
     compute: Compute,
     *,
+    contents: Expected | None = None,
+    known: Container[str] = (),
     with_blank: bool = True,
-    contents: Sequence[str | None] | None = None,
     shared: _Pictures | None = None,
     together: int = 1,
 ) -> list[EmbeddedFiles]:
@@ -299,38 +325,26 @@ def _embed(
         paths: files.
         ways: of each detector.
         compute: how it is done.
-        with_blank: see ``embed_files``.
         contents: see ``embed_files``.
+        known: see ``embed_files``.
+        with_blank: see ``embed_files``.
         shared: pictures that all take; ``None``: each has its own.
-        together: distinct contents that ``shared`` has room for.
+        together: files whose pictures ``shared`` has room for.
     """
-    hashes: list[str | None] = [None] * len(paths) if contents is None else list(contents)
-    unknown = [index for index, content in enumerate(hashes) if content is None]
-    found, failed = hash_files([paths[index] for index in unknown], compute)
-    for index, content in zip(unknown, found, strict=True):
-        hashes[index] = content
-    failed_files = {unknown[place]: reason for place, reason in failed.items()}
-    first: dict[str, int] = {}
-    for index, content in enumerate(hashes):
-        if content is not None:
-            first.setdefault(content, index)
-    files = {row: (paths[index], content) for row, (content, index) in enumerate(first.items())}
+    if contents is None and shared is not None:  # to choose which to make, all have to be known
+        contents = hash_files(paths, compute)[0]
     works = [
-        _Features(detector, [way.key(content) for content in first], compute)
+        _Work(detector, paths, way, compute, known, contents)
         for detector, way in zip(detectors, ways, strict=True)
     ]
-    todo = [work.fill_from_cache() for work in works]
-    count = sum(len(compute.ranks.share(rows)) for rows in todo)
+    count = sum(len(compute.ranks.share(range(len(paths)))) for _ in works)
     with compute.reporter.task(ways[0].description, count, unit="image") as task:
-        for part in _parts(len(files), None if shared is None else together):
-            for work, way, rows in zip(works, ways, todo, strict=True):
-                work.compute([row for row in rows if row in part], files, way, task)
+        for part in _parts(len(paths), None if shared is None else together):
+            for work in works:
+                work.embed(part, task)
             if shared is not None:
                 shared.forget()
-    return [
-        _result(work, way, paths, hashes, failed_files, files, with_blank, compute)
-        for work, way in zip(works, ways, strict=True)
-    ]
+    return [_result(work, way, with_blank) for work, way in zip(works, ways, strict=True)]
 
 
 def _parts(count: int, size: int | None) -> list[range]:
@@ -338,178 +352,237 @@ def _parts(count: int, size: int | None) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _result(
-    work: _Features,
-    way: _Way,
-    paths: Sequence[Path],
-    hashes: list[str | None],
-    failed_files: Mapping[int, str],
-    files: Mapping[int, tuple[Path, str]],
-    with_blank: bool,
-    compute: Compute,
-) -> EmbeddedFiles:
-    """Bring a detector's rows of distinct contents to the files that were asked for."""
-    first = [content for _, content in files.values()]
+def _result(work: _Work, way: _Way, with_blank: bool) -> EmbeddedFiles:
+    """Bring what a detector made of distinct contents to the files that were asked for."""
+    paths, hashes = work.paths, work.hashes
+    work.share_cached()
+    first = work.first_positions()
+    used = {content: index for content, index in first.items() if index not in work.failed}
     if way.tells:
-        used = [row for row in range(len(files)) if row not in work.failed]
-        for text in remarks_texts([files[row][0] for row in used], work.remarks[used]):
-            compute.reporter.warn(text)
-    blank = {} if with_blank else work.take_out_blank()
-    row_of = dict(zip(first, work.close_gaps(), strict=True))
-    colours = dict(zip(first, (blank.get(i) for i in range(len(first))), strict=True))
-    reasons = dict(zip(first, (work.failed.get(i) for i in range(len(first))), strict=True))
+        told = list(used.values())
+        for text in remarks_texts([paths[index] for index in told], work.remarks[told]):
+            work.reporter.warn(text)
+    colours: dict[str, int] = {}
+    if not with_blank:
+        blank = {content: int(work.remarks[index, BLANK]) for content, index in used.items()}
+        colours = {content: colour for content, colour in blank.items() if colour >= 0}
+    kept = [content for content in used if content not in colours]
+    features, remarks = work.close_gaps([used[content] for content in kept])
+    row_of = {content: row for row, content in enumerate(kept)}
+    reasons = [
+        work.failed.get(index if content is None else first.get(content, -1))
+        for index, content in enumerate(hashes)
+    ]
     return EmbeddedFiles(
-        features=work.features,
-        rows=np.asarray([-1 if c is None else row_of[c] for c in hashes], dtype=np.int64),
+        features=features,
+        rows=np.asarray([-1 if c is None else row_of.get(c, -1) for c in hashes], dtype=np.int64),
         content_hashes=hashes,
         unreadable=tuple(
             Unreadable(path=str(path), reason=reason)
-            for index, (path, content) in enumerate(zip(paths, hashes, strict=True))
-            if (reason := failed_files[index] if content is None else reasons[content])
+            for path, reason in zip(paths, reasons, strict=True)
+            if reason is not None
         ),
         left_out=tuple(
-            (path, colour)
+            (path, colours[content])
             for path, content in zip(paths, hashes, strict=True)
-            if content is not None and (colour := colours[content]) is not None
+            if content in colours
         ),
-        remarks=work.remarks,
+        remarks=remarks,
         encoder_passes=work.passes,
     )
 
 
-class _Features:
-    """The rows of all distinct contents, filled from the cache and by the detector.
+class _Made(NamedTuple):
+    """What one process made in a round.
+
+    Attributes:
+        rows: positions of the files that ``features`` are of.
+        features: ``[len(rows), d]``; ``None``: of none.
+        remarks: ``[len(rows), 7]``.
+        failed: reason for each position without features.
+        is_last: whether the process has come to its end.
+    """
+
+    rows: list[int]
+    features: NDArray[Any] | None
+    remarks: Remarks
+    failed: dict[int, str]
+    is_last: bool
+
+
+class _Work:
+    """Embeds files in rounds, with what the cache has of them.
+
+    What a content's first file gives stands in that file's row; ``close_gaps`` ends that. With
+    several processes each knows and fills the rows of its share only, until they are gathered. Two
+    that meet copies of one content both embed it; what the first file gave counts.
 
     Args:
         detector: what embeds.
-        keys: cache key of each row.
-        compute: its cache is used in the first process only, which has the features sent to the
-            others; each process fills its own copy of all rows.
+        paths: all files.
+        way: how they are embedded.
+        compute: its cache is asked and filled by each process for its share.
+        known: contents that are not wanted.
+        contents: of each file, where it is known before.
+
+    Attributes:
+        passes: images embedded so far, over all processes.
+        hashes: content of each file that could be read.
+        failed: reason for each position that gave no features and should have.
+        features: ``[files, d]``.
+        remarks: ``[files, 7]``.
     """
 
-    def __init__(self, detector: Detector, keys: Sequence[str], compute: Compute) -> None:
-        self.detector = detector
-        self.keys = keys
-        self.ranks = compute.ranks
-        self.reporter = compute.reporter
-        self.cache: FeatureCache | None = None
-        if compute.cache is not None and self.ranks.is_main:
-            self.cache = compute.cache.open(detector.fingerprint, detector.num_features)
+    def __init__(
+        self,
+        detector: Detector,
+        paths: Sequence[Path],
+        way: _Way,
+        compute: Compute,
+        known: Container[str],
+        contents: Expected | None,
+    ) -> None:
+        self._detector, self.paths, self._way, self._known = detector, paths, way, known
+        self._ranks, self.reporter = compute.ranks, compute.reporter
         self.passes = 0
+        self._cache: FeatureCache | None = None
+        if compute.cache is not None:
+            self._cache = compute.cache.open(detector.fingerprint, detector.num_features)
+        self._cached: list[int] = []
+        self._done: set[str] = set()
+        self._expected = [None] * len(paths) if contents is None else list(contents)
+        self.hashes: list[str | None] = [None] * len(paths)
         self.failed: dict[int, str] = {}
-        self.taken_out: set[int] = set()
-        self.remarks = no_remarks(len(keys))
+        self.remarks = no_remarks(len(paths))
         row_bytes = detector.num_features * np.dtype(detector.feature_dtype).itemsize
-        self.round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
+        self._round_images = max(1, min(_ROUND_IMAGES, _ROUND_BYTES // row_bytes))
         self.features = allocate_features(
-            (len(keys), detector.num_features), detector.feature_dtype
+            (len(paths), detector.num_features), detector.feature_dtype
         )
 
-    def fill_from_cache(self) -> list[int]:
-        """Copy the known rows and return the numbers of the others."""
-        known = [
-            row for row, key in enumerate(self.keys) if self.cache is not None and key in self.cache
+    def embed(self, part: range, task: Task) -> None:
+        """Read some files, and embed what has to be; then all processes hold what any has made."""
+        mine = list(self._ranks.share(part))
+        batches = self._way.load(
+            [self.paths[index] for index in mine],
+            [self._expected[index] for index in mine],
+            self._need_not,
+        )
+        per_round = max(1, self._round_images // self._way.batching.loaded)
+        is_last = False
+        while not is_last:
+            made = self._round(batches, per_round, mine, task)
+            if made.features is not None:
+                self._keep(made)
+            gathered = self._ranks.gather(made)
+            for one in gathered:
+                self.failed.update(one.failed)
+                if one.features is not None:
+                    self.features[one.rows] = one.features
+                    self.remarks[one.rows] = one.remarks
+                    self.passes += len(one.rows)
+            is_last = all(one.is_last for one in gathered)
+        own = {index: self.hashes[index] for index in mine}
+        self._done.update(content for content in own.values() if content is not None)
+        for others in self._ranks.gather(own):
+            for index, content in others.items():
+                self.hashes[index] = content
+
+    def _need_not(self, content: str) -> bool:
+        """Return whether a content need not be decoded; asked by many threads."""
+        if content in self._known or content in self._done:
+            return True
+        return self._cache is not None and self._way.key(content) in self._cache
+
+    def _round(
+        self, batches: Iterator[LoadedBatch], per_round: int, mine: Sequence[int], task: Task
+    ) -> _Made:
+        rows: list[int] = []
+        values: list[NDArray[Any]] = []
+        remarks: list[Remarks] = []
+        failed: dict[int, str] = {}
+        num_batches = 0
+        for batch in itertools.islice(batches, per_round):
+            num_batches += 1
+            failed.update({mine[i]: reason for i, reason in batch.unreadable})
+            for i, content in batch.hashes.items():
+                self.hashes[mine[i]] = content
+            self._take_cached({mine[i]: batch.hashes[i] for i in batch.skipped})
+            if batch.indices:
+                indices, features, bad = self._way.batching.embed(self._detector.embed_batch, batch)
+                failed.update({mine[i]: reason for i, reason in bad})
+                rows += [mine[i] for i in indices]
+                values += features
+                remarks.append(batch.remarks[np.isin(batch.indices, indices)])
+            task.advance(len(batch))
+        return _Made(
+            rows=rows,
+            features=np.concatenate(values) if values else None,
+            remarks=np.concatenate([no_remarks(0), *remarks]),
+            failed=failed,
+            is_last=num_batches < per_round,
+        )
+
+    def _take_cached(self, skipped: Mapping[int, str]) -> None:
+        """Copy from the cache what it has of files that were not decoded."""
+        rows = [
+            index
+            for index, content in skipped.items()
+            if content not in self._known and content not in self._done
         ]
-        known = self.ranks.broadcast(known)
-        for start in range(0, len(known), self.round_images):
-            part = known[start : start + self.round_images]
-            found = None
-            if self.cache is not None:
-                keys = [self.keys[row] for row in part]
-                found = self.cache.get_many(keys)[0], self.cache.remarks(keys)
-            self.features[part], self.remarks[part] = self.ranks.broadcast(found)
-        left_out = set(known)
-        return [row for row in range(len(self.keys)) if row not in left_out]
+        if self._cache is None or not rows:
+            return
+        keys = [self._way.key(skipped[index]) for index in rows]
+        found, is_cached = self._cache.get_many(keys)
+        rows = [index for index, cached in zip(rows, is_cached, strict=True) if cached]
+        if rows:
+            self.features[rows] = found
+            self.remarks[rows] = self._cache.remarks(keys)[is_cached]
+        self._cached += rows
 
-    def compute(
-        self,
-        todo: Sequence[int],
-        files: Mapping[int, tuple[Path, str]],
-        way: _Way,
-        task: Task,
-    ) -> None:
-        """Embed rows in rounds; after each, all processes hold the rows of all.
+    def _keep(self, made: _Made) -> None:
+        """Put what was made into the cache, before another process may look for it there."""
+        if self._cache is None or not self._cache.is_kept:
+            return
+        keys = [self._way.key(str(self.hashes[index])) for index in made.rows]
+        try:
+            self._cache.put_many(keys, np.asarray(made.features), made.remarks)
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error, WriteError) else error
+            self.reporter.warn(
+                f"{self._cache.folder}: features cannot be kept "
+                f"({getattr(cause, 'strerror', None) or cause}); going on without"
+            )
+            self._cache.is_kept = False
 
-        Args:
-            todo: rows to embed.
-            files: file and content of each row.
-            way: how they are embedded.
-            task: told of the progress.
-        """
-        mine, batching = list(self.ranks.share(todo)), way.batching
-        batches = way.load([files[row][0] for row in mine], [files[row][1] for row in mine])
-        per_round = max(1, self.round_images // batching.loaded)
-        most = -(-len(todo) // self.ranks.size)
-        num_rounds = -(-most // (per_round * batching.loaded))
-        for _ in range(num_rounds):
-            rows: list[int] = []
-            values: list[NDArray[Any]] = []
-            remarks: dict[int, NDArray[np.int32]] = {}
-            bad: dict[int, str] = {}
-            for batch in itertools.islice(batches, per_round):
-                bad.update({mine[i]: reason for i, reason in batch.unreadable})
-                remarks.update(
-                    (mine[i], remark)
-                    for i, remark in zip(batch.indices, batch.remarks, strict=True)
-                )
-                if batch.indices:
-                    indices, features, failed = batching.embed(self.detector.embed_batch, batch)
-                    bad.update({mine[i]: reason for i, reason in failed})
-                    rows += [mine[i] for i in indices]
-                    values += features
-                task.advance(len(batch.indices) + len(batch.unreadable))
-            made = (rows, np.concatenate(values) if values else None, remarks, bad)
-            for part in self.ranks.gather(made):
-                self.passes += self._take(*part)
+    def share_cached(self) -> None:
+        """Give the other processes what this one had in its cache."""
+        if self._ranks.size == 1:
+            return
+        most = max(self._ranks.gather(len(self._cached)))
+        for start in range(0, most, self._round_images):
+            rows = self._cached[start : start + self._round_images]
+            for others, features, remarks in self._ranks.gather(
+                (rows, self.features[rows], self.remarks[rows])
+            ):
+                self.features[others] = features
+                self.remarks[others] = remarks
 
-    def _take(
-        self,
-        rows: list[int],
-        values: NDArray[Any] | None,
-        remarks: dict[int, NDArray[np.int32]],
-        bad: dict[int, str],
-    ) -> int:
-        self.failed.update(bad)
-        if values is None:
-            return 0
-        self.features[rows] = values
-        self.remarks[rows] = [remarks[row] for row in rows]
-        if self.cache is not None and self.cache.is_kept:
-            try:
-                self.cache.put_many([self.keys[row] for row in rows], values, self.remarks[rows])
-            except OSError as error:
-                cause = error.__cause__ if isinstance(error, WriteError) else error
-                self.reporter.warn(
-                    f"{self.cache.folder}: features cannot be kept "
-                    f"({getattr(cause, 'strerror', None) or cause}); going on without"
-                )
-                self.cache.is_kept = False
-        return len(rows)
+    def first_positions(self) -> dict[str, int]:
+        """Return the position of the first file of each wanted content, in their order."""
+        first: dict[str, int] = {}
+        for index, content in enumerate(self.hashes):
+            if content is not None and content not in self._known:
+                first.setdefault(content, index)
+        return first
 
-    def take_out_blank(self) -> dict[int, int]:
-        """Leave out the contents that show nothing; return the colour of each, by its row."""
-        blank = {
-            int(row): int(self.remarks[row, BLANK])
-            for row in np.flatnonzero(self.remarks[:, BLANK] >= 0)
-        }
-        self.taken_out.update(blank)
-        return blank
-
-    def close_gaps(self) -> list[int]:
-        """Move the rows up over those that are not used; return each content's row, or -1."""
-        numbers: list[int] = []
-        used = 0
-        for row in range(len(self.keys)):
-            if row in self.failed or row in self.taken_out:
-                numbers.append(-1)
-                continue
-            if used != row:
-                self.features[used] = self.features[row]
-                self.remarks[used] = self.remarks[row]
-            numbers.append(used)
-            used += 1
-        self.features, self.remarks = self.features[:used], self.remarks[:used]
-        return numbers
+    def close_gaps(self, positions: Sequence[int]) -> tuple[NDArray[Any], Remarks]:
+        """Move the rows at some ascending positions up; return the features and remarks of them."""
+        for row, index in enumerate(positions):
+            if row != index:
+                self.features[row] = self.features[index]
+                self.remarks[row] = self.remarks[index]
+        return self.features[: len(positions)], self.remarks[: len(positions)]
 
 
 def allocate_features(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:

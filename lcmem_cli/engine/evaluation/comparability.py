@@ -17,6 +17,7 @@ together.
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.data.formats import HEAD_BYTES, format_of
 from lcmem_cli.engine.data.images import load_image
+from lcmem_cli.engine.data.reading import read_bytes
 from lcmem_cli.engine.errors import LcmemError
 
 MIN_IDENTITIES = 20
@@ -250,7 +253,8 @@ def _traits(files: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
 
 
 def _traits_of(file: Path) -> tuple[float, ...]:
-    image = load_image(file)
+    data, _ = read_bytes(file)
+    image = load_image(file, data=data)
     width, height = image.size
     pixels = np.asarray(image, dtype=np.float64)
     grey = pixels.mean(axis=2)
@@ -259,17 +263,19 @@ def _traits_of(file: Path) -> tuple[float, ...]:
     fine = np.diff(small, axis=0)[:, 1:] + np.diff(small, axis=1)[1:, :]
     sharpness = float(fine.std() / max(small.std(), 1e-9))
     colour = float(np.abs(pixels - grey[:, :, None]).mean())
-    return float(width), float(height), sharpness, colour, float(grey.mean()), _jpeg_quality(file)
+    return float(width), float(height), sharpness, colour, float(grey.mean()), _jpeg_quality(data)
 
 
-def _jpeg_quality(file: Path) -> float:
-    """Return the quality that a JPEG's luminance table stands for; NaN for other files.
+def _jpeg_quality(data: bytes | None) -> float:
+    """Return the quality that a JPEG's luminance table stands for; NaN for other or huge files.
 
     The standard's table at quality 50 sums to 3,688; libjpeg scales it (ITU-T T.81, annex K).
     """
     from PIL import Image
 
-    with Image.open(file) as image:
+    if data is None or format_of(data[:HEAD_BYTES]) != "JPEG":
+        return float("nan")
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
         tables = getattr(image, "quantization", None)
     if not tables:
         return float("nan")

@@ -36,6 +36,7 @@ class _Form(NamedTuple):
 def compare_other_forms(
     detector: Detector,
     files: Sequence[Path],
+    contents: Sequence[str | None],
     pairs: NDArray[np.int64],
     scores: NDArray[np.float64],
     remarks: Remarks,
@@ -46,6 +47,7 @@ def compare_other_forms(
     Args:
         detector: what scores.
         files: all images.
+        contents: SHA-256 of each; one that has changed by now is not compared in another form.
         pairs: ``[n, 2]`` positions of each pair's images among the files.
         scores: ``[n]``, changed in place; NaN where an image is unreadable.
         remarks: ``[files, c]``, see ``data.remarks``.
@@ -61,7 +63,7 @@ def compare_other_forms(
         for pair in _forms_of(a, b, remarks)
     ]
     forms = list(dict.fromkeys(form for _, a, b in wanted for form in (a, b)))
-    features, rows = _embed(detector, files, forms, compute)
+    features, rows = _embed(detector, files, contents, forms, compute)
     place = dict(zip(forms, rows.tolist(), strict=True))
     first = np.array([place[form] for _, form, _ in wanted], dtype=np.int64)
     second = np.array([place[form] for _, _, form in wanted], dtype=np.int64)
@@ -90,7 +92,11 @@ def _forms_of(a: int, b: int, remarks: Remarks) -> list[tuple[_Form, _Form]]:
 
 
 def _embed(
-    detector: Detector, files: Sequence[Path], forms: Sequence[_Form], compute: Compute
+    detector: Detector,
+    files: Sequence[Path],
+    contents: Sequence[str | None],
+    forms: Sequence[_Form],
+    compute: Compute,
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Return features of forms, and the row of each, -1 where it cannot be had."""
     batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
@@ -112,5 +118,8 @@ def _embed(
         if batch.indices:
             indices, pieces, _ = batching.embed(detector.embed_batch, batch)
             if pieces:
-                features[indices], rows[indices] = np.concatenate(pieces), indices
+                features[indices] = np.concatenate(pieces)
+            for index in indices:
+                if batch.hashes[index] == contents[forms[index].file]:
+                    rows[index] = index
     return features, rows

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
@@ -158,9 +157,13 @@ def add_to_index(
         addition = _Addition(manifest, folder, detector, compute)
         if only_listed:
             addition.refuse_others()
-        num_new, num_changed = addition.count_new()
         for start in range(0, len(manifest.records), IMAGES_PER_SEGMENT):
             addition.add_segment(range(start, start + IMAGES_PER_SEGMENT))
+    if addition.num_changed:
+        compute.reporter.warn(
+            f"{folder}: {addition.num_changed} file(s) have another content than when they were "
+            "added; the index holds both contents"
+        )
     check_unreadable(
         addition.unreadable, max_unreadable, remark="the readable ones are in the index"
     )
@@ -170,8 +173,8 @@ def add_to_index(
         num_images=len(addition.index),
         num_distinct=addition.index.num_rows,
         num_added=addition.num_added,
-        num_known=len(manifest.records) - num_new,
-        num_changed=num_changed,
+        num_known=addition.num_known,
+        num_changed=addition.num_changed,
         encoder_passes=addition.encoder_passes,
         unreadable=tuple(addition.unreadable),
     )
@@ -190,6 +193,8 @@ class _Addition:
         index: as it is now.
         unreadable: images left out so far.
         num_added: images added so far.
+        num_known: listed images so far that the index held.
+        num_changed: added ones so far whose file it held with another content.
         encoder_passes: images that the encoder saw so far.
     """
 
@@ -201,15 +206,13 @@ class _Addition:
         if compute.ranks.is_main:
             self.index.verify()  # nothing is added to what is damaged
         self.unreadable: list[Unreadable] = []
-        self.num_added = self.encoder_passes = 0
+        self.num_added = self.num_known = self.num_changed = self.encoder_passes = 0
         self._records = manifest.records
         self._detector = detector
         self._compute = dataclasses.replace(compute, cache=None)
         self._paths = [path.absolute() for path in manifest.paths()]
-        self._contents, _ = hash_files(self._paths, compute)
-        known = {(entry.path, entry.content_hash) for entry in self.index.entries}
-        pairs = zip(map(str, self._paths), self._contents, strict=True)
-        self._is_new = [pair not in known for pair in pairs]
+        self._held = {(entry.path, entry.content_hash) for entry in self.index.entries}
+        self._held_paths = {path for path, _ in self._held}
 
     def refuse_others(self) -> None:
         """Refuse an index that holds images which are not listed.
@@ -217,7 +220,7 @@ class _Addition:
         Raises:
             InputError: it does.
         """
-        others = {entry.path for entry in self.index.entries}.difference(map(str, self._paths))
+        others = self._held_paths.difference(map(str, self._paths))
         if others:
             raise InputError(
                 f"{self.index.folder}: holds {len(others):,} image(s) that are not listed now, the "
@@ -225,43 +228,28 @@ class _Addition:
                 "index add"
             )
 
-    def count_new(self) -> tuple[int, int]:
-        """Count the images to add, and those of them that the index holds with another content."""
-        paths = {entry.path for entry in self.index.entries}
-        num_changed = sum(
-            new and content is not None and str(path) in paths
-            for new, path, content in zip(self._is_new, self._paths, self._contents, strict=True)
-        )
-        if num_changed:
-            self._compute.reporter.warn(
-                f"{self.index.folder}: {num_changed} file(s) have another content than when they "
-                "were added; the index holds both contents"
-            )
-        return sum(self._is_new), num_changed
-
     def add_segment(self, places: range) -> None:
-        """Add the new images among some places of the list."""
-        part = [place for place in places if place < len(self._paths) and self._is_new[place]]
-        missing = [place for place in part if self._contents[place] not in self.index]
+        """Add the new images among some places of the list; each file is read once."""
+        part = [place for place in places if place < len(self._paths)]
         embedded = embed_files(
             self._detector,
-            [self._paths[place] for place in missing],
+            [self._paths[place] for place in part],
             self._compute,
-            contents=[self._contents[place] for place in missing],
+            known=self.index,
             with_blank=False,
         )
-        content_of = dict(zip(missing, embedded.content_hashes, strict=True))
-        row_of = dict(zip(embedded.content_hashes, embedded.rows.tolist(), strict=True))
         images = []
-        for place in part:
-            record, content = self._records[place], content_of.get(place, self._contents[place])
-            if content is not None and (content in self.index or row_of.get(content, -1) >= 0):
-                images.append((str(self._paths[place]), record.id, content, record.ds_name))
-        fresh = {
-            content: row
-            for content, row in row_of.items()
-            if content is not None and row >= 0 and content not in self.index
-        }
+        fresh: dict[str, int] = {}
+        found = zip(part, embedded.content_hashes, embedded.rows.tolist(), strict=True)
+        for place, content, row in found:
+            path, record = str(self._paths[place]), self._records[place]
+            if (path, content) in self._held:
+                self.num_known += 1
+            elif content is not None and (row >= 0 or content in self.index):
+                images.append((path, record.id, content, record.ds_name))
+                self.num_changed += path in self._held_paths
+                if row >= 0:
+                    fresh.setdefault(content, row)
         ranks = self._compute.ranks
         if ranks.is_main and images:
             self.index.append(images, list(fresh), embedded.features[list(fresh.values())])

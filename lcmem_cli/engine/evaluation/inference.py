@@ -224,7 +224,9 @@ def _score(
     scores = score_listed(detector, embedded.features, rows[:, 0], rows[:, 1])
     remarks = no_remarks(len(paths))
     remarks[embedded.rows >= 0] = embedded.remarks[embedded.rows[embedded.rows >= 0]]
-    forms = compare_other_forms(detector, paths, files, scores, remarks, compute)
+    forms = compare_other_forms(
+        detector, paths, embedded.content_hashes, files, scores, remarks, compute
+    )
     aligned: list[Evidence | None] = [None] * len(pairs)
     if verified:
         aligned, values = _align(paths, embedded, files, compute)

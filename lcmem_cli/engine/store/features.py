@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class FeatureCaches:
         return cls(folder / f"features-{DECODING_VERSION}")
 
     def open(self, fingerprint: str, num_features: int) -> FeatureCache | None:
-        """Return the cache of a detector.
+        """Return the cache of a detector, with what other processes have added by now.
 
         ``None`` where its features are as large as the images: decoding again costs no more.
 
@@ -61,7 +62,9 @@ class FeatureCaches:
         """
         if num_features > MAX_CACHED_FEATURES:
             return None
-        if fingerprint not in self._opened:
+        if fingerprint in self._opened:
+            self._opened[fingerprint].refresh()
+        else:
             self._opened[fingerprint] = FeatureCache(self.folder, fingerprint)
         return self._opened[fingerprint]
 
@@ -89,6 +92,12 @@ class FeatureCache:
         self._shards: list[_Shard] = []
         self._places: dict[str, list[_Place]] = {}
         self._checked: set[_Place] = set()
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the files that are there, and were not when it was done before."""
         for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
             self._open(path)
 
@@ -155,11 +164,15 @@ class FeatureCache:
                 temporary,
                 metadata={"fingerprint": self.fingerprint},
             )
+        self._names.discard(path.name)  # one that was damaged is written anew
         self._open(path)
 
     def _open(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        if path.name in self._names:
+            return
+        self._names.add(path.name)
         try:
             shard: Any = safe_open(path, framework="numpy")
             if shard.metadata().get("fingerprint") != self.fingerprint:
@@ -168,10 +181,11 @@ class FeatureCache:
             rows, remarks = shard.get_slice("features"), shard.get_tensor("remarks")
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
-        number = len(self._shards)
-        self._shards.append(_Shard(rows, sums, remarks))
-        for row, key in enumerate(keys):
-            self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
+        with self._lock:
+            number = len(self._shards)
+            self._shards.append(_Shard(rows, sums, remarks))
+            for row, key in enumerate(keys):
+                self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
 
     def _read(self, place: _Place) -> NDArray[Any]:
         row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1]
@@ -179,6 +193,10 @@ class FeatureCache:
 
     def _find(self, content: str) -> _Place | None:
         """Return the first undamaged place of an image; damaged ones are forgotten."""
+        with self._lock:  # threads that decode ask while another one adds
+            return self._find_alone(content)
+
+    def _find_alone(self, content: str) -> _Place | None:
         places = self._places.get(content, [])
         while places:
             place = places[0]

@@ -619,7 +619,7 @@ class _Encoder:
         elif names:
             shard.batches.append(self.batching.call(self.encode, batch.images, names))
         shard.rows += kept
-        shard.contents += batch.contents
+        shard.contents += [batch.hashes[index] for index in batch.indices]
         shard.unreadable += [
             _LeftOut(path=self.manifest.records[rows[index]].path, reason=reason)
             for index, reason in batch.unreadable

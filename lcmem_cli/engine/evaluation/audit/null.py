@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.data.images import load_image
+from lcmem_cli.engine.data.loading import load_once
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
@@ -318,7 +318,7 @@ def same_pixels(
     """Return which contents have the decoded pixels of a training image.
 
     Files are opened only where the features are the same up to rounding, as those of equal pixels
-    are.
+    are. One that has changed since it was embedded has not.
 
     Args:
         images: a set.
@@ -334,10 +334,12 @@ def same_pixels(
         )
         if np.linalg.norm(a - b) > _SAME_FEATURES * np.linalg.norm(a):
             return False
-        files = images.files[images.first_image[row]], training.files[training.first_image[match]]
         try:
-            first, second = (load_image(file) for file in files)
-        except (LcmemError, OSError):
+            first, second = (
+                load_once(part.files[part.first_image[number]], part.hashes[number])[0]
+                for part, number in ((images, row), (training, match))
+            )
+        except LcmemError:
             return False
         return first.size == second.size and first.tobytes() == second.tobytes()
 
