@@ -14,16 +14,39 @@ if TYPE_CHECKING:
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
     from lcmem_cli.engine.evaluation.audit.run import audit as audit
+    from lcmem_cli.engine.serving.guard import Guard as Guard
+    from lcmem_cli.engine.serving.guard import Verdict as Verdict
+    from lcmem_cli.engine.serving.metric import FlaggedShare as FlaggedShare
+    from lcmem_cli.engine.serving.metric import log_flagged_share as log_flagged_share
     from lcmem_cli.engine.store.index import Index as Index
 
 _EXPORTS = {
     "Detector": "lcmem_cli.engine.detectors.base",
-    "load_detector": "lcmem_cli.engine.detectors.registry",
-    "audit": "lcmem_cli.engine.evaluation.audit.run",
+    "FlaggedShare": "lcmem_cli.engine.serving.metric",
+    "Guard": "lcmem_cli.engine.serving.guard",
     "Index": "lcmem_cli.engine.store.index",
+    "Verdict": "lcmem_cli.engine.serving.guard",
+    "audit": "lcmem_cli.engine.evaluation.audit.run",
+    "load_detector": "lcmem_cli.engine.detectors.registry",
+    "log_flagged_share": "lcmem_cli.engine.serving.metric",
 }
 
-__all__ = ["Detector", "Index", "__version__", "audit", "load_detector"]
+__all__ = [
+    "Detector",
+    "FlaggedShare",
+    "Guard",
+    "Index",
+    "Verdict",
+    "__version__",
+    "audit",
+    "load_detector",
+    "log_flagged_share",
+]
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

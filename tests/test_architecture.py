@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "data",
         "models",
     },
+    "serving": {"serving", "evaluation", "verification", "detectors", "store", "data", "models"},
     "training": {"training", "evaluation", "report", "detectors", "store", "data", "models"},
     "describe": {"models", "store"},
     "check": {"training", "evaluation", "detectors", "store", "data", "models"},

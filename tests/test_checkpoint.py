@@ -120,7 +120,7 @@ def test_a_checkpoint_reads_back_and_scores_like_the_network(tmp_path, tiny_code
     saved, network = tiny(tmp_path, tiny_codec)
     detector = Detector.load(tmp_path / "tiny.safetensors", device="cpu")
     assert detector.fingerprint == saved.fingerprint
-    images = torch.rand(5, 3, 32, 32)
+    images = torch.rand(5, 3, 32, 32).mul(255).round() / 255
     features = detector.embed(images)
     with torch.no_grad():
         latents = detector.codec.encode(images)
@@ -184,7 +184,7 @@ def test_the_same_weights_at_another_size(tmp_path, tiny_codec):
     ckpt.save_checkpoint(tmp_path / "larger.safetensors", larger)
     detector = Detector.load(tmp_path / "larger.safetensors", device="cpu")
     assert detector.input_size == 48
-    images = torch.rand(2, 3, 48, 48)
+    images = torch.rand(2, 3, 48, 48).mul(255).round() / 255
     with torch.no_grad():
         expected = network(detector.codec.encode(images))
     np.testing.assert_allclose(detector.embed(images), expected, atol=1e-5)

@@ -30,7 +30,7 @@ def images(detector):
 def test_scores_are_the_same_everywhere(detector, images):
     import torch
 
-    features = detector.embed(torch.stack(images))
+    features = detector.embed_batch(torch.stack(images))
     np.testing.assert_allclose(detector.score_matrix(features, features)[0], GOLDEN, atol=1e-4)
 
 
@@ -50,7 +50,7 @@ def test_features_do_not_depend_on_the_batch(detector, images):
 def test_copies_score_above_other_scenes(detector, images):
     import torch
 
-    features = detector.embed(torch.stack(images))
+    features = detector.embed_batch(torch.stack(images))
     matrix = detector.score_matrix(features, features)
     assert matrix[0, 3] > max(matrix[0, 1], matrix[0, 2])
     assert matrix[1, 4] > max(matrix[1, 0], matrix[1, 2])

@@ -100,11 +100,11 @@ def test_onnx_computes_what_the_checkpoint_computes(checkpoint, onnx_file):
     for num in (1, 3):
         found = session.run(["features"], {"images": images(num).numpy()})[0]
         assert found.dtype == np.float32 and found.shape == (num, 8)
-        np.testing.assert_allclose(found, detector.embed(images(num)), atol=1e-4)
+        np.testing.assert_allclose(found, detector.embed_batch(images(num)), atol=1e-4)
     header = json.loads(session.get_modelmeta().custom_metadata_map["lcmem"])
     assert header["image_size"] == SIDE and header["fingerprint"] == detector.fingerprint
     assert header["thresholds"] == [dataclasses.asdict(t) for t in detector.thresholds]
-    expected = detector.embed(images(3))
+    expected = detector.embed_batch(images(3))
     score = detector.score_features(expected[:1], expected[1:2])[0]
     assert score_without_lcmem(found, header) == pytest.approx(score, abs=1e-4)
 
@@ -174,7 +174,7 @@ def test_a_torch_export_archive_computes_what_the_checkpoint_computes(checkpoint
     detector = Detector.load(checkpoint, device="cpu")
     for num in (1, 3):
         found = program(images(num)).detach().numpy()
-        np.testing.assert_allclose(found, detector.embed(images(num)), atol=1e-4)
+        np.testing.assert_allclose(found, detector.embed_batch(images(num)), atol=1e-4)
     score = detector.score_features(found[:1], found[1:2])[0]
     assert score_without_lcmem(found, json.loads(extra["lcmem.json"])) == pytest.approx(score)
     assert "stack_trace" not in path.read_bytes().decode("latin-1")
@@ -192,12 +192,12 @@ def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli)
     assert result["fingerprint"] == embedded.fingerprint
     batch = images(3, embedded.input_size)
     batch[2, :, 60:] = 0  # a plain background, whose sums are the hardest
-    features, expected = exported.embed(batch), embedded.embed(batch)
+    features, expected = exported.embed_batch(batch), embedded.embed_batch(batch)
     np.testing.assert_allclose(features, expected, atol=1e-4)
     scores = embedded.score_matrix(expected, expected)
     np.testing.assert_allclose(exported.score_matrix(features, features), scores, atol=2e-3)
     joint, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{target}"))
-    np.testing.assert_allclose(fast.embed(batch), joint.embed(batch), atol=1e-4)
+    np.testing.assert_allclose(fast.embed_batch(batch), joint.embed_batch(batch), atol=1e-4)
     assert fast.fingerprint != joint.fingerprint and fast.name == f"joint:{target}"
 
 
@@ -220,7 +220,7 @@ def test_the_joint_detector_takes_no_export_but_of_the_embedded_model(onnx_file,
 def test_an_export_is_a_detector_with_its_own_head_and_thresholds(checkpoint, onnx_file):
     original = Detector.load(checkpoint, device="cpu")
     detector = load_detector(f"onnx:{onnx_file}", device="cpu")
-    features, expected = detector.embed(images(3)), original.embed(images(3))
+    features, expected = detector.embed_batch(images(3)), original.embed_batch(images(3))
     matrix = detector.score_matrix(features, features)
     np.testing.assert_allclose(matrix, original.score_matrix(expected, expected), atol=1e-4)
     pairs = detector.score_features(features[:2], features[1:])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lcmem_cli.engine.data.images import load_image, to_tensor, upright_rgb
+from lcmem_cli.engine.data.arrays import UNIT_RANGE, Images, ValueRange, iter_pictures
+from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.detectors.options import join_name
 from lcmem_cli.engine.errors import InputError, NotAdaptableError, NotFiniteError
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.search import TopK, top_k_blocked
-
-if TYPE_CHECKING:
-    Images = Sequence[Image.Image | str | Path] | Image.Image | str | Path | torch.Tensor
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -114,32 +113,28 @@ class Detector(abc.ABC):
             f"{self.name} cannot be adapted: only LCMem networks, and joint, can be"
         )
 
-    def embed(self, images: Images, *, batch_size: int = 32) -> FloatArray:
-        """Embed images.
+    def embed(
+        self, images: Images, *, batch_size: int = 32, value_range: ValueRange = UNIT_RANGE
+    ) -> FloatArray:
+        """Embed images, each as if it had been saved as PNG and read, see ``data.arrays``.
 
         Args:
-            images: a list of PIL images (of any mode) or paths, one of them, or a float tensor
-                ``[n, 3, H, W]`` in [0, 1].
+            images: PIL images of any mode, paths, arrays ``[n, H, W, C]``, tensors
+                ``[n, C, H, W]``; one of them, or an iterable of them, such as a DataLoader.
             batch_size: images per network call; the result changes by rounding at most.
+            value_range: black and white of floating-point values, such as ``(-1, 1)``.
 
         Returns:
             ``[n, num_features]``.
 
         Raises:
-            InputError: the tensor has another shape, type or range.
+            InputError: something is no image, or has another shape, type or range.
             UnreadableImageError: a path cannot be decoded.
         """
-        if isinstance(images, (str, Path, Image.Image)):
-            images = [images]
-        num_images = len(images)
+        pictures = iter_pictures(images, value_range=value_range)
         rows = []
-        for start in range(0, num_images, batch_size):
-            part = images[start : start + batch_size]
-            if isinstance(part, torch.Tensor):
-                batch = resize_batch(part, self.input_size)
-            else:
-                batch = torch.stack([self._tensor(image) for image in part])
-            rows.append(self.embed_batch(batch))
+        while part := list(itertools.islice(pictures, batch_size)):
+            rows.append(self.embed_batch(torch.stack([self._tensor(image) for image in part])))
         if not rows:
             return np.zeros((0, self.num_features), dtype=self.feature_dtype)
         return np.concatenate(rows)
@@ -170,15 +165,10 @@ class Detector(abc.ABC):
         features = self.embed([image_a, image_b])
         return float(self.score_features(features[:1], features[1:])[0])
 
-    def _tensor(self, image: Image.Image | str | Path) -> torch.Tensor:
-        if isinstance(image, (str, Path)):
-            return to_tensor(load_image(Path(image)), self.input_size)
-        if not isinstance(image, Image.Image):
-            raise InputError(
-                f"expected PIL images, paths, or one tensor [n, 3, H, W], not a list of "
-                f"{type(image).__name__}"
-            )
-        return to_tensor(upright_rgb(image), self.input_size)
+    def _tensor(self, image: Path | Image.Image) -> torch.Tensor:
+        if isinstance(image, Path):
+            image = load_image(image, size=self.input_size)
+        return to_tensor(image, self.input_size)
 
 
 class Adapted(NamedTuple):
@@ -232,7 +222,7 @@ def check_features(
 
 
 def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
-    """Check a batch of images and resize it to a square.
+    """Resize a batch of images to a square.
 
     Args:
         batch: ``[n, 3, H, W]``, floating point in [0, 1].
@@ -240,38 +230,12 @@ def resize_batch(batch: torch.Tensor, size: int) -> torch.Tensor:
 
     Returns:
         ``[n, 3, size, size]`` float32 in [0, 1].
-
-    Raises:
-        InputError: shape, type or range is another.
     """
-    batch = check_batch(batch)
+    batch = batch.to(torch.float32)
     if batch.shape[-2:] != (size, size):
         batch = torch.nn.functional.interpolate(
             batch, size=(size, size), mode="bilinear", align_corners=False, antialias=True
         )
-    return batch.clamp(0, 1)
-
-
-def check_batch(batch: torch.Tensor) -> torch.Tensor:
-    """Check that a tensor is a batch of images.
-
-    Args:
-        batch: ``[n, 3, H, W]``, floating point in [0, 1] (1e-4 beyond is rounding).
-
-    Returns:
-        The same in float32, clamped to [0, 1].
-
-    Raises:
-        InputError: shape, type or range is another.
-    """
-    if batch.ndim != 4 or batch.shape[1] != 3:
-        raise InputError(f"images must have the shape [n, 3, H, W], not {list(batch.shape)}")
-    if not batch.is_floating_point():
-        raise InputError(f"images must be floating point in [0, 1], not {batch.dtype}")
-    batch = batch.to(torch.float32)
-    low, high = (float(batch.min()), float(batch.max())) if batch.numel() else (0.0, 0.0)
-    if not (-1e-4 <= low and high <= 1 + 1e-4):  # also false for NaN
-        raise InputError(f"image values must lie in [0, 1], not [{low:.4g}, {high:.4g}]")
     return batch.clamp(0, 1)
 
 

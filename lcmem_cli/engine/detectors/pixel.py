@@ -1,8 +1,8 @@
 """Measures on pixels: the baselines that need no weights.
 
-Their features are the images themselves: 8-bit values of the resized image for files, and float32
-values at the tensor's own size for tensors. Sums over 8-bit values are whole numbers and therefore
-exact, so that a score depends neither on the order of work nor on how much is computed at once.
+Their features are the 8-bit values of the resized images themselves. Sums over these are whole
+numbers and therefore exact, so that a score depends neither on the order of work nor on how much is
+computed at once.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_batch
+from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.kinds import Request
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import sha256_bytes
-
-if TYPE_CHECKING:
-    from lcmem_cli.engine.detectors.base import Images
 
 MAX_SIDE = 1984  # 64-bit sums stay exact up to here
 _VERSION = 2
@@ -65,29 +62,6 @@ class PixelDetector(Detector):
         pixels: NDArray[Any] = _to_levels(batch).flatten(1).numpy()
         return pixels
 
-    def embed(self, images: Images, *, batch_size: int = 32) -> FloatArray:
-        """Embed images; a tensor keeps its own size and its values.
-
-        Args:
-            images: a list of PIL images or paths, or a float tensor ``[n, 3, H, W]`` in [0, 1].
-            batch_size: images held at once.
-
-        Returns:
-            uint8 ``[n, num_features]``, or for a tensor float32 ``[n, 3 * H * W]`` in [0, 1].
-            Both kinds can be scored with each other where they are of one size.
-
-        Raises:
-            InputError: the tensor has another shape, type or range.
-            UnreadableImageError: a path cannot be decoded.
-        """
-        if isinstance(images, torch.Tensor):
-            return self._embed_tensor(check_batch(images).cpu())
-        return super().embed(images, batch_size=batch_size)
-
-    def _embed_tensor(self, batch: torch.Tensor) -> FloatArray:
-        pixels: NDArray[Any] = batch.flatten(1).numpy()
-        return pixels
-
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Score row i of ``a`` with row i of ``b``: ``[n]``."""
         _check_widths(a, b)
@@ -114,8 +88,6 @@ class _SumsDetector(PixelDetector):
 
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Score every row of ``a`` with every row of ``b``: ``[n, m]``."""
-        if a.dtype != np.uint8 or b.dtype != np.uint8:
-            return super().score_matrix(a, b)
         _check_widths(a, b)
         width = a.shape[1]
         result = np.empty((len(a), len(b)))
@@ -132,14 +104,8 @@ class _SumsDetector(PixelDetector):
         return result
 
     def _pair(self, x: NDArray[Any], y: NDArray[Any]) -> float:
-        if x.dtype != np.uint8 or y.dtype != np.uint8:
-            return self._pair_of_reals(_levels(x), _levels(y))
         product = _products(x[None], y[None])[0]
         return float(self._from_sums(len(x), _moments(x[None]), _moments(y[None]), product).item())
-
-    @abc.abstractmethod
-    def _pair_of_reals(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-        """Score two rows of any values in [0, 255]."""
 
     @abc.abstractmethod
     def _from_sums(
@@ -152,9 +118,6 @@ class MSE(_SumsDetector):
     """Negative mean squared difference of pixels in [0, 1]; identical images score 0."""
 
     kind = "mse"
-
-    def _pair_of_reals(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-        return 0.0 - float(np.square(x - y).sum()) / (_LEVELS**2 * len(x))
 
     def _from_sums(
         self, width: int, x: _Moments, y: _Moments, products: NDArray[np.int64]
@@ -171,14 +134,6 @@ class NCC(_SumsDetector):
     """
 
     kind = "ncc"
-
-    def _pair_of_reals(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-        x, y = x - x.mean(), y - y.mean()
-        norm = float(np.sqrt((x @ x) * (y @ y)))
-        # Below a thousandth of a grey level only the rounding of the mean is left.
-        if min(x @ x, y @ y) <= 1e-6 * len(x):
-            return 0.0
-        return min(1.0, max(-1.0, float(x @ y) / norm))
 
     def _from_sums(
         self, width: int, x: _Moments, y: _Moments, products: NDArray[np.int64]
@@ -219,14 +174,11 @@ class SSIM(PixelDetector):
         _check_widths(a, b)
 
         @functools.lru_cache(maxsize=_SSIM_BLOCK_ROWS)  # an image mostly comes several times
-        def window(content: bytes, dtype: np.dtype[Any]) -> _Window:
-            return self._window(np.frombuffer(content, dtype=dtype))
+        def window(content: bytes) -> _Window:
+            return self._window(np.frombuffer(content, dtype=np.uint8))
 
         return np.array(
-            [
-                _ssim(window(x.tobytes(), a.dtype), window(y.tobytes(), b.dtype))
-                for x, y in zip(a, b, strict=True)
-            ],
+            [_ssim(window(x.tobytes()), window(y.tobytes())) for x, y in zip(a, b, strict=True)],
             dtype=np.float64,
         )
 
@@ -244,18 +196,9 @@ class SSIM(PixelDetector):
     def _pair(self, x: NDArray[Any], y: NDArray[Any]) -> float:
         return _ssim(self._window(x), self._window(y))
 
-    def _embed_tensor(self, batch: torch.Tensor) -> FloatArray:
-        height, width = batch.shape[-2:]
-        if height != width or width < self.min_side:
-            raise InputError(
-                f"ssim needs square images of at least {self.min_side} pixels, "
-                f"not {height} x {width}"
-            )
-        return super()._embed_tensor(batch)
-
     def _window(self, row: NDArray[Any]) -> _Window:
         side = round((len(row) / 3) ** 0.5)
-        image = (_levels(row) / _LEVELS).reshape(3, side, side)
+        image = (row.astype(np.float64) / _LEVELS).reshape(3, side, side)
         mean = _smooth(image)
         return _Window(image, mean, _smooth(image * image) - mean * mean)
 
@@ -286,9 +229,6 @@ class PHash(PixelDetector):
         x, y = a.astype(np.float64), b.astype(np.float64)
         scores: NDArray[np.float64] = (x @ y.T + (1 - x) @ (1 - y).T) / self.num_features
         return scores
-
-    def _embed_tensor(self, batch: torch.Tensor) -> FloatArray:
-        return self.embed_batch(batch)
 
     def _pair(self, x: NDArray[Any], y: NDArray[Any]) -> float:
         return float((x == y).mean())
@@ -328,12 +268,6 @@ def _blocks(count: int) -> Iterator[slice]:
 
 def _to_levels(batch: torch.Tensor) -> torch.Tensor:
     return (batch * _LEVELS).round().to("cpu", torch.uint8)
-
-
-def _levels(row: NDArray[Any]) -> NDArray[np.float64]:
-    """Return a row's values on the scale of 8-bit images."""
-    values = row.astype(np.float64)
-    return values if row.dtype == np.uint8 else values * _LEVELS
 
 
 def _check_widths(a: FloatArray, b: FloatArray) -> None:

@@ -56,9 +56,6 @@ class Searcher(Protocol):
     name: str
     fingerprint: str
 
-    def embed(self, images: Any) -> NDArray[Any]:
-        """Embed images to ``[n, d]``."""
-
     def top_k(self, queries: NDArray[Any], bank: NDArray[Any], k: int) -> TopK:
         """Search a bank of features."""
 
@@ -326,16 +323,6 @@ class Index:
             ]
             for rows, scores in zip(found.rows, found.scores, strict=True)
         ]
-
-    def best_match(self, detector: Searcher, image: Any) -> IndexMatch:
-        """Return the indexed image most like one image (PIL image, path, or tensor ``[3, H, W]``).
-
-        Example:
-            >>> while index.best_match(detector, image := sample()).score >= threshold.value:
-            ...     pass  # too close to a training image: sample again
-        """
-        images = image[None] if hasattr(image, "ndim") and image.ndim == 3 else [image]
-        return self.search(detector, detector.embed(images), 1)[0][0]
 
     @property
     def _features_path(self) -> Path:

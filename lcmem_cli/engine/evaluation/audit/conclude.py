@@ -71,8 +71,24 @@ def flag(
         found: best matches of the generated images.
         request: its rate, and how it is held.
     """
-    null_scores = null.scores[:, 0]
-    rule = _rule(found.best[embedded.sets.generated.rows], null, request)
+    rule = fit_rule(found.best[embedded.sets.generated.rows], null, request)
+    found, flags = apply_rule(found, rule, null.scores[:, 0])
+    return found, dataclasses.replace(flags, pixels=_same_pixels(embedded, found, flags.contents))
+
+
+def apply_rule(
+    found: Found, rule: FlagRule, null_scores: NDArray[np.float64]
+) -> tuple[Found, Flags]:
+    """Flag by a rule; of the flagged matches those that evidence supports come first.
+
+    Args:
+        found: best matches of some images.
+        rule: what is flagged.
+        null_scores: ``[m]`` of the best matches of real images.
+
+    Returns:
+        The matches in order, and the flags, with no word on pixels.
+    """
     found = found.evident_first(rule.threshold)
     matches = found.over(rule.threshold)
     contents = found.exact | matches.any(axis=1)
@@ -83,12 +99,19 @@ def flag(
         p_values=p_values.reshape(found.scores.shape),
         matches=matches,
         contents=contents,
-        pixels=_same_pixels(embedded, found, contents),
+        pixels=np.zeros(len(contents), dtype=np.bool_),
     )
     return found, flags
 
 
-def _rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
+def fit_rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> FlagRule:
+    """Return what is flagged at the rate that is asked for.
+
+    Args:
+        best: ``[n]`` scores of the generated images, which Benjamini-Hochberg looks at.
+        null: real images and their best matches.
+        request: its rate, and how it is held.
+    """
     null_scores, rate = null.scores[:, 0], request.fpr
     if not request.bh:
         threshold = float(np.sort(null_scores)[-_allowed(null, request)])
@@ -123,7 +146,7 @@ def _same_pixels(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -
     return result
 
 
-def _tier(found: Found, flags: Flags, row: int, rank: int) -> Tier | None:
+def tier_of(found: Found, flags: Flags, row: int, rank: int) -> Tier | None:
     """Return what is known of one match, if it is flagged."""
     if not flags.matches[row, rank]:
         return None
@@ -152,7 +175,7 @@ def conclude(
     matches = _matches(embedded, found, flags, request.top_k)
     flagged = [match for match in matches if match.rank == 1 and match.flagged]
     record_of = {match.match: sets.training.record_named(match.match) for match in flagged}
-    tiers = Counter(_tier(found, flags, row, 0) for row in rows[image_flags].tolist())
+    tiers = Counter(tier_of(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
     images = exposed_images(flagged, record_of)
     are_known = sets.training.summary.num_identities is not None
@@ -227,6 +250,7 @@ def _null_summary(
     return NullSummary(
         kind=null.kind,
         num_scores=count,
+        scores=tuple(np.sort(null.scores[:, 0])[::-1].tolist()),
         allowed=allowed,
         num_independent=count / share,
         rates=realised_rates(count / share, allowed / share),
@@ -255,7 +279,7 @@ def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tupl
                     p_value=float(flags.p_values[row, rank]),
                     flagged=bool(flags.matches[row, rank]),
                     exact=bool(found.exact[row]) and rank == 0,
-                    tier=_tier(found, flags, row, rank),
+                    tier=tier_of(found, flags, row, rank),
                     evidence=found.evidence(row, rank),
                 )
             )

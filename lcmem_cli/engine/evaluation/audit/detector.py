@@ -13,9 +13,9 @@ from lcmem_cli.engine.detectors.base import Adapted, Detector
 from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
-from lcmem_cli.engine.evaluation.audit.files import read_audit, read_settings
+from lcmem_cli.engine.evaluation.audit.files import AuditDocument, read_audit, read_settings
 from lcmem_cli.engine.evaluation.audit.null import split_rows
-from lcmem_cli.engine.evaluation.audit.request import AuditRequest
+from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import NullKind
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
@@ -136,6 +136,39 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
         FingerprintMismatchError: the training set is an index, of another detector by now.
         CorruptFileError: its files were damaged, or written by another version.
     """
+    return reopen(folder, compute, with_training=False).detector
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """What a finished audit compared with.
+
+    Attributes:
+        document: ``audit.json``.
+        settings: what was asked.
+        detector: see ``detector_of``.
+        training: the training set as the detector sees it; ``None`` where it is not needed.
+    """
+
+    document: AuditDocument
+    settings: AuditSettings
+    detector: Detector
+    training: ImageSet | None
+
+
+def reopen(folder: Path, compute: Compute, *, with_training: bool = True) -> Reopened:
+    """Have the detector, the threshold and the training set of a finished audit again.
+
+    Args:
+        folder: output of ``audit``.
+        compute: how the training images are embedded.
+        with_training: embed them, even where the detector was not adapted to them.
+
+    Raises:
+        InputError: see ``detector_of``.
+        FingerprintMismatchError: see ``detector_of``.
+        CorruptFileError: see ``detector_of``.
+    """
     document, settings = read_audit(folder), read_settings(folder)
     rule, num_real = document.rule, document.null.num_scores
     if rule.kind != "fpr" or rule.threshold is None:
@@ -147,23 +180,16 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
     detector = load_detector(
         settings.detector, device=compute.device, input_size=settings.input_size
     )
-    if is_adapted:
-        cache = FeatureCaches.of_user() if settings.cache else None
-        basedir = None if settings.basedir is None else Path(settings.basedir)
-        listing = list_set(
-            Path(settings.training),
-            what="training",
-            basedir=basedir,
-            columns=settings.columns,
-            frames=settings.frames,
+    if settings.approximate:
+        detector = approximate_search(detector)
+    training = None
+    if is_adapted or with_training:
+        training = _training_set(settings, detector, compute)
+    if training is not None and is_adapted:
+        detector, convert, _ = _adapt(
+            detector, training, null=document.null.kind, rate=rule.rate, seed=settings.seed
         )
-        if listing.index is not None:
-            listing.index.check(detector.fingerprint)
-        training = embed_set(listing, detector, dataclasses.replace(compute, cache=cache))
-        kind = document.null.kind
-        detector = _adapt(
-            detector, training, null=kind, rate=rule.rate, seed=settings.seed
-        ).detector
+        training = training.converted(convert)
     if detector.fingerprint != document.fingerprint:
         raise InputError(
             f"{folder}: the detector is not that of the audit any more: its weights"
@@ -183,4 +209,19 @@ def detector_of(folder: Path, compute: Compute = DEFAULT_COMPUTE) -> Detector:
             fused=document.verified,
         ),
     )
-    return detector
+    return Reopened(document=document, settings=settings, detector=detector, training=training)
+
+
+def _training_set(settings: AuditSettings, detector: Detector, compute: Compute) -> ImageSet:
+    """Embed the training set of an audit, or find its features in the cache or the index."""
+    listing = list_set(
+        Path(settings.training),
+        what="training",
+        basedir=None if settings.basedir is None else Path(settings.basedir),
+        columns=settings.columns,
+        frames=settings.frames,
+    )
+    if listing.index is not None:
+        listing.index.check(detector.fingerprint)
+    cache = FeatureCaches.of_user() if settings.cache else None
+    return embed_set(listing, detector, dataclasses.replace(compute, cache=cache))

@@ -116,6 +116,7 @@ class NullSummary:
     Attributes:
         kind: where they come from.
         num_scores: scores in the null.
+        scores: of the best match of each of its images, highest first.
         allowed: rank of the threshold among the scores, from the highest.
         num_independent: scores that count as independent of each other. In a leave-one-out null
             two images may be each other's best match, so it is half of them.
@@ -130,6 +131,7 @@ class NullSummary:
 
     kind: NullKind
     num_scores: int
+    scores: tuple[FiniteFloat, ...]
     allowed: int
     num_independent: float
     rates: tuple[float, float]

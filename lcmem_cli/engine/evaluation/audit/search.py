@@ -140,10 +140,9 @@ def best_matches(embedded: Embedded, bank: NDArray[np.int64], k: int) -> Found:
     generated, training = embedded.sets.generated, embedded.sets.training
     top = search_training(embedded, generated.features, bank, k)
     rows, scores = top.rows.copy(), top.scores.copy()
-    known = {digest: row for row, digest in enumerate(training.hashes)}
     exact = np.zeros(len(rows), dtype=np.bool_)
     for query, digest in enumerate(generated.hashes):
-        row = known.get(digest)
+        row = training.row_of.get(digest)
         if row is None:
             continue
         exact[query] = True

@@ -116,6 +116,11 @@ class ImageSet:
         return first
 
     @cached_property
+    def row_of(self) -> dict[str, int]:
+        """The feature row of each content."""
+        return {content: row for row, content in enumerate(self.hashes)}
+
+    @cached_property
     def file_of(self) -> dict[str, Path]:
         """The file behind each name."""
         names = (record.path for record in self.records)

@@ -77,7 +77,7 @@ def verify_found(embedded: Embedded, found: Found) -> Found:
 def _verified(embedded: Embedded, found: Found, training: FeatureBank) -> Found:
     generated, compute = embedded.sets.generated, embedded.compute
     queries = _bank(generated, np.arange(generated.num_distinct), compute)
-    return _ordered_found(found, verify(queries, training, found.rows[:, :NUM_CANDIDATES], compute))
+    return with_evidence(found, verify(queries, training, found.rows[:, :NUM_CANDIDATES], compute))
 
 
 def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
@@ -93,7 +93,8 @@ def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
     )
 
 
-def _ordered_found(found: Found, verification: Verification) -> Found:
+def with_evidence(found: Found, verification: Verification) -> Found:
+    """Return the matches with what aligning their first ones found, in order of both together."""
     values = _padded(verification.values, found.scores.shape[1])
     scores = fuse(found.scores, values)
     order = np.lexsort((found.rows, -values, -scores, ~found.identical), axis=1)

@@ -1,0 +1,1 @@
+"""Audits inside a sampling or training loop."""
