@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
     from lcmem_cli.engine.evaluation.audit.run import audit as audit
+    from lcmem_cli.engine.evaluation.features_audit import FeatureSet as FeatureSet
+    from lcmem_cli.engine.evaluation.features_audit import audit_features as audit_features
     from lcmem_cli.engine.serving.guard import Guard as Guard
     from lcmem_cli.engine.serving.guard import Verdict as Verdict
     from lcmem_cli.engine.serving.metric import FlaggedShare as FlaggedShare
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Detector": "lcmem_cli.engine.detectors.base",
+    "FeatureSet": "lcmem_cli.engine.evaluation.features_audit",
     "FlaggedShare": "lcmem_cli.engine.serving.metric",
     "Guard": "lcmem_cli.engine.serving.guard",
     "Index": "lcmem_cli.engine.store.index",
     "Verdict": "lcmem_cli.engine.serving.guard",
+    "audit_features": "lcmem_cli.engine.evaluation.features_audit",
     "audit": "lcmem_cli.engine.evaluation.audit.run",
     "load_detector": "lcmem_cli.engine.detectors.registry",
     "log_flagged_share": "lcmem_cli.engine.serving.metric",
@@ -33,12 +37,14 @@ _EXPORTS = {
 
 __all__ = [
     "Detector",
+    "FeatureSet",
     "FlaggedShare",
     "Guard",
     "Index",
     "Verdict",
     "__version__",
     "audit",
+    "audit_features",
     "load_detector",
     "log_flagged_share",
 ]

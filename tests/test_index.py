@@ -66,7 +66,8 @@ def test_equal_images_share_a_row_and_a_query_finds_itself(image_folder, tmp_pat
     best = query_index(tmp_path / "index", asked, detector, top_k=3).matches[str(asked)]
     assert best[0].path == str(asked) and best[0].score == pytest.approx(1)
     assert best[1].id == "id07" and best[0].score >= best[1].score >= best[2].score
-    assert Index.open(tmp_path / "index").best_match(detector, asked).path == str(asked)
+    found = Index.open(tmp_path / "index").search(detector, detector.embed(asked), 1)
+    assert found[0][0].path == str(asked)
 
 
 def test_another_detector_is_refused(image_folder, tmp_path, detector):
@@ -115,7 +116,7 @@ def test_a_file_that_changed_is_added_with_its_new_content(image_folder, tmp_pat
     )
     assert (result.num_added, result.num_changed, result.num_known) == (1, 1, 71)
     assert "another content" in listening.warnings[0]
-    match = Index.open(tmp_path / "index").best_match(detector, changed)
+    match = Index.open(tmp_path / "index").search(detector, detector.embed(changed), 1)[0][0]
     assert match.score == pytest.approx(1) and match.row == 72
 
 

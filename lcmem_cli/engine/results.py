@@ -18,17 +18,60 @@ from lcmem_cli.engine.errors import (
 from lcmem_cli.engine.files import jsonable
 
 SCHEMA_VERSION = 1
+MAX_REPR = 400
+_MAX_SHOWN = 60
+_SINGLE = (str, int, float, bool, type(None))
 _SHOWN_UNREADABLE = 10
 
 
 class Result:
-    """Mixin for frozen dataclasses that can be written as JSON."""
+    """Mixin for frozen dataclasses: as JSON, as a table, and in short where it is printed."""
+
+    def __init_subclass__(cls) -> None:
+        """Keep ``dataclass`` from giving the class a representation that may take megabytes."""
+        super().__init_subclass__()
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return the fields in at most ``MAX_REPR`` characters; of long ones their length."""
+        assert dataclasses.is_dataclass(self)
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in fields)
+        return shortened(f"{type(self).__name__}({shown})", MAX_REPR)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of ``to_pandas``: by default one, of the fields with single values."""
+        assert dataclasses.is_dataclass(self)
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [{name: value for name, value in fields if isinstance(value, _SINGLE)}]
+
+    def to_pandas(self) -> Any:
+        """Return the result as a ``pandas.DataFrame``, which needs pandas to be installed."""
+        import pandas
+
+        return pandas.DataFrame(self.to_rows())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, with the schema version."""
         assert dataclasses.is_dataclass(self) and not isinstance(self, type)
         values: dict[str, Any] = jsonable(dataclasses.asdict(self))
         return {"schema": SCHEMA_VERSION, **values}
+
+
+def shortened(text: str, length: int) -> str:
+    """Return a text, cut where it has more characters than ``length``."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, _SINGLE):
+        return shortened(repr(value), _MAX_SHOWN)
+    if hasattr(value, "__len__"):
+        return f"<{len(value):,}>"
+    return f"<{type(value).__name__}>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

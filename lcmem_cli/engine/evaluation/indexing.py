@@ -94,6 +94,22 @@ class QueryResult(Result):
     unreadable: tuple[Unreadable, ...]
     search_recall: float
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each match of each query."""
+        return [
+            {
+                "query": query,
+                "rank": rank,
+                "match": match.path,
+                "match_id": match.id,
+                "score": match.score,
+                "same_picture": match.same_picture,
+                "edit": match.edit,
+            }
+            for query, matches in self.matches.items()
+            for rank, match in enumerate(matches, start=1)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; each match with its edit in words."""
         values = super().to_dict()

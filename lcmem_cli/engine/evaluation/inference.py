@@ -100,6 +100,21 @@ class InferenceResult(Result):
     unreadable: tuple[Unreadable, ...]
     blank: tuple[str, ...] = ()
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each pair."""
+        return [
+            {
+                "path_a": pair.path_a,
+                "path_b": pair.path_b,
+                "score": pair.score,
+                "match": pair.match,
+                "identical": pair.identical,
+                "same_picture": pair.same_picture,
+                "edit": pair.edit,
+            }
+            for pair in self.pairs
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; each pair with its edit in words."""
         values = super().to_dict()

@@ -134,7 +134,7 @@ def render_report(
         for match in result.flagged[:MAX_PAIRS]
     ]
     assets = {name: _asset(name) for name in ("report.css", "report.js")}
-    template = _environment().get_template(TEMPLATE_NAME)
+    template = environment().get_template(TEMPLATE_NAME)
     return template.render(
         result=result,
         num_pairs=len(pairs),
@@ -322,20 +322,21 @@ def _asset(name: str) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Return what fills templates of the assets; names are escaped wherever they occur."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["printable"] = printable
-    environment.filters["percent"] = lambda share: f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
-    environment.filters["prose"] = lambda text: printable(text).replace(" %", "\N{NO-BREAK SPACE}%")
-    environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["spaced"] = lambda name: _WORD_STARTS.sub(" ", name)
-    environment.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
-    return environment
+    made.filters["printable"] = printable
+    made.filters["percent"] = lambda share: f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
+    made.filters["prose"] = lambda text: printable(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    made.filters["number"] = lambda value: f"{value:,}"
+    made.filters["spaced"] = lambda name: _WORD_STARTS.sub(" ", name)
+    made.filters["short"] = lambda value: "–" if value is None else f"{value:.4g}"
+    return made

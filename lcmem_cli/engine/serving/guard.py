@@ -49,6 +49,7 @@ from lcmem_cli.engine.evaluation.audit.verify import (
     with_evidence,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.results import Result
 from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
 from lcmem_cli.engine.verification.features import local_features, single_threaded
@@ -59,7 +60,7 @@ MAX_KEPT = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict(Match):
+class Verdict(Match, Result):
     """What a guard says of one image: an audit's best match of it.
 
     ``flagged``, ``p_value``, ``match``, ``tier``, ``evidence`` and ``edit`` are those of ``Match``.

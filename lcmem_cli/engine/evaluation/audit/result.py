@@ -6,14 +6,17 @@ import dataclasses
 import datetime
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import FiniteFloat
 
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
 from lcmem_cli.engine.evaluation.comparability import Comparability
-from lcmem_cli.engine.evaluation.set_metrics import SetMetrics
+from lcmem_cli.engine.evaluation.set_metrics import SetMetrics, linear_scale
 from lcmem_cli.engine.files import jsonable
-from lcmem_cli.engine.results import Result, Unreadable
+from lcmem_cli.engine.report.html import Distribution
+from lcmem_cli.engine.results import MAX_REPR, Result, Unreadable, shortened
 from lcmem_cli.engine.verification.evidence import Evidence
 
 AUDIT_SCHEMA: Literal[3] = 3
@@ -548,6 +551,46 @@ class AuditResult(Finding, Result):
     warnings: tuple[str, ...]
     gate: Gate | None
     grouping: Grouping | None = None
+
+    def __repr__(self) -> str:
+        """Return the finding in one sentence."""
+        return shortened(f"<AuditResult: {self.statement}>", MAX_REPR)
+
+    def _repr_html_(self) -> str:
+        """Return the finding for a notebook: sentences, plot, and the surest pairs."""
+        from lcmem_cli.engine.report.notebook import render_audit
+
+        best = np.array([match.score for match in self.matches if match.rank == 1])
+        null, threshold = np.array(self.null.scores), self.rule.threshold
+        # Scores of the detectors that give probabilities crowd at both ends.
+        as_logit = bool(min(best.min(), null.min()) >= 0 and max(best.max(), null.max()) <= 1)
+
+        def scaled(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+            return linear_scale(scores) if as_logit else scores
+
+        limit = None if threshold is None else float(scaled(np.array([threshold]))[0])
+        scores = Distribution(
+            generated=scaled(best), null=scaled(null), threshold=limit, as_logit=as_logit
+        )
+        return render_audit(self, scores)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each match of each generated image."""
+        return [
+            {
+                "query": match.query,
+                "rank": match.rank,
+                "match": match.match,
+                "match_id": match.match_id,
+                "score": match.score,
+                "p_value": match.p_value,
+                "flagged": match.flagged,
+                "tier": match.tier,
+                "same_picture": match.same_picture,
+                "edit": match.edit,
+            }
+            for match in self.matches
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, sentences first.

@@ -283,7 +283,7 @@ def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSe
     """
     if listing.index is not None:
         entries = listing.index.entries
-        return _assemble(
+        return assemble(
             listing,
             rows=np.array([entry.row for entry in entries], dtype=np.int64),
             hashes=[entry.content_hash for entry in entries],
@@ -293,7 +293,7 @@ def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSe
     name_of = {
         str(path): record.path for path, record in zip(listing.files, listing.records, strict=True)
     }
-    return _assemble(
+    return assemble(
         listing,
         rows=embedded.rows,
         hashes=embedded.content_hashes,
@@ -310,7 +310,7 @@ def embed_set(listing: Listing, detector: Detector, compute: Compute) -> ImageSe
     )
 
 
-def _assemble(
+def assemble(
     listing: Listing,
     *,
     rows: NDArray[np.int64],
@@ -320,7 +320,20 @@ def _assemble(
     unreadable: tuple[Unreadable, ...] = (),
     blank: tuple[BlankImage, ...] = (),
 ) -> ImageSet:
-    """Keep the images with features; ``rows`` and ``hashes`` are of all, ``guessed`` of those."""
+    """Make a set of the images that have features.
+
+    Args:
+        listing: all images.
+        rows: ``[n]`` feature row of each, or -1.
+        hashes: ``[n]`` content of each.
+        features: ``[d, k]``.
+        guessed: ``[d]`` whether a bit depth was guessed; ``None``: not known.
+        unreadable: images without features, with reasons.
+        blank: images that were left out.
+
+    Raises:
+        InputError: not one image has features.
+    """
     readable = np.flatnonzero(rows >= 0).tolist()
     if not readable:
         reasons = "".join(f"\n  {item.path}: {item.reason}" for item in unreadable[:5])
