@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from audit_images import SmallCorrelation, altered, picture, save_all
+from audit_images import SmallCorrelation, altered, picture, save_all, small_network
 from PIL import Image, ImageOps
 from test_docs import ROOT, fences
 
@@ -14,6 +14,7 @@ from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.indexing import add_to_index
+from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.store.index import Index
 
 
@@ -44,31 +45,48 @@ def as_judged(match):
     return told | {"edit": match.edit, "score": pytest.approx(match.score, abs=1e-5)}
 
 
-@pytest.mark.parametrize("options", [{}, {"adapt": False, "verify": False}, {"null": "split"}])
-def test_a_verdict_is_that_of_the_audit(options, sets, tmp_path):
-    real = {} if "null" in options else {"held_out": sets / "real"}
+@pytest.fixture(scope="module")
+def finished(sets):
+    """A verified audit: its result, and its folder."""
     result = audit(
-        sets / "generated", sets / "training", fpr=0.1, output=tmp_path / "a", **real, **options
-    )
-    guard = Guard.from_audit(tmp_path / "a")
-    best = {match.query: match for match in result.matches if match.rank == 1}
-    assert result.num_flagged >= 4 and len(best) > result.num_flagged
-    paths = [sets / "generated" / name for name in best]
-    verdicts = guard.check(paths)
-    for match, verdict in zip(best.values(), verdicts, strict=True):
-        assert as_judged(verdict) == as_judged(match)
-        assert load_image(verdict.file).size == (72, 72)
+        sets / "generated", sets / "training", held_out=sets / "real", fpr=0.1,
+        sensitivity=0, output=sets / "audit",
+    )  # fmt: skip
+    return result, sets / "audit"
+
+
+def best_of(result):
+    return [match for match in result.matches if match.rank == 1]
+
+
+def check_equal(result, verdicts):
+    assert list(map(as_judged, verdicts)) == list(map(as_judged, best_of(result)))
+
+
+def test_a_verdict_is_that_of_the_audit(finished, sets):
+    result, folder = finished
+    guard = Guard.from_audit(folder)
+    assert guard.verified and 4 <= result.num_flagged < len(best_of(result))
+    verdicts = guard.check(sets / "generated" / match.query for match in best_of(result))
+    check_equal(result, verdicts)
     tiers = {verdict.tier for verdict in verdicts}
-    assert {"identical file", "same pixels", None} <= tiers
-    if result.verified:
-        assert guard.verified and "same picture, altered" in tiers
-        assert any("mirrored" in verdict.edit for verdict in verdicts)
+    assert {"identical file", "same pixels", "same picture, altered", None} <= tiers
+    assert any("mirrored" in verdict.edit for verdict in verdicts)
+    assert all(load_image(verdict.file).size == (72, 72) for verdict in verdicts)
 
 
-def test_images_in_memory_are_judged_as_their_files(sets, tmp_path):
-    audit(sets / "generated", sets / "training", held_out=sets / "real", fpr=0.1,
-          output=tmp_path / "a")  # fmt: skip
+def test_a_verdict_without_verification_over_a_part_of_the_training_set(sets, tmp_path):
+    result = audit(
+        sets / "generated", sets / "training", null="split", fpr=0.2, detector="phash",
+        sensitivity=0, output=tmp_path / "a",
+    )  # fmt: skip
+    assert result.null.num_not_searched and result.num_flagged
     guard = Guard.from_audit(tmp_path / "a")
+    check_equal(result, guard.check(sets / "generated" / m.query for m in best_of(result)))
+
+
+def test_images_in_memory_are_judged_as_their_files(finished, sets):
+    guard = Guard.from_audit(finished[1])
     paths = sorted((sets / "generated").iterdir())
     expected = guard.check(paths)
     images = [load_image(path) for path in paths]
@@ -86,16 +104,25 @@ def test_images_in_memory_are_judged_as_their_files(sets, tmp_path):
     assert accepted.tolist() == [not expected[i].flagged for i in same_size]
 
 
-def test_a_fitted_guard_is_that_of_the_audit_with_the_same_sets(sets, tmp_path):
-    add_to_index(sets / "training", tmp_path / "index", load_detector("joint"))
-    result = audit(sets / "generated", tmp_path / "index", held_out=sets / "real", fpr=0.1)
+def test_a_fitted_guard_is_that_of_the_audit_with_the_same_sets(finished, sets, tmp_path):
+    result, _ = finished
+    (tmp_path / "training").mkdir()
+    for path in (sets / "training").iterdir():
+        (tmp_path / "training" / path.name).write_bytes(path.read_bytes())
+    add_to_index(tmp_path / "training", tmp_path / "index", load_detector("joint"))
     guard = Guard.fit(Index.open(tmp_path / "index"), sets / "real", fpr=0.1)
     assert guard.rule == result.rule and guard.comparable == result.comparable
     assert guard.detector.fingerprint == result.fingerprint and guard.verified
-    best = [match for match in result.matches if match.rank == 1]
-    verdicts = guard.check(sets / "generated" / match.query for match in best)
-    assert list(map(as_judged, verdicts)) == list(map(as_judged, best))
+    verdicts = guard.check(sets / "generated" / match.query for match in best_of(result))
+    for verdict, match in zip(verdicts, best_of(result), strict=True):
+        assert verdict.match.endswith(f"/{match.match}")  # an index lists absolute paths
+        told = as_judged(match) | {"match": verdict.match, "match_id": verdict.match_id}
+        assert as_judged(verdict) == told
     assert len(repr(guard)) < 400 and "joint" in repr(guard)
+    for path in (tmp_path / "training").iterdir():
+        path.unlink()
+    gone = guard.check(sets / "generated" / "mirrored.png")  # in memory: its candidates' keypoints
+    assert gone[0].flagged and "mirrored" in gone[0].edit
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +161,18 @@ def test_what_an_audit_no_longer_stands_on_is_refused(tmp_path):
         Guard.from_audit(tmp_path / "training")
 
 
-def test_files_that_are_gone_cannot_be_verified(sets, tmp_path):
-    (tmp_path / "training").mkdir()
-    for path in (sets / "training").iterdir():
-        (tmp_path / "training" / path.name).write_bytes(path.read_bytes())
-    add_to_index(tmp_path / "training", tmp_path / "index", load_detector("joint"))
-    audit(sets / "generated", tmp_path / "index", held_out=sets / "real", fpr=0.1,
-          output=tmp_path / "a")  # fmt: skip
-    (tmp_path / "training" / "000.png").unlink()
+def test_files_that_are_gone_cannot_be_verified(tmp_path):
+    save_checkpoint(tmp_path / "small.safetensors", small_network())
+    name = f"lcmem:{tmp_path / 'small.safetensors'}"
+    for folder, seeds in (("training", range(8)), ("real", range(50, 62)), ("generated", [90])):
+        save_all(tmp_path / folder, seeds)
+    add_to_index(tmp_path / "training", tmp_path / "index", load_detector(name))
+    result = audit(
+        tmp_path / "generated", tmp_path / "index", held_out=tmp_path / "real", fpr=0.2,
+        adapt=False, sensitivity=0, output=tmp_path / "a",
+    )  # fmt: skip
+    assert result.verified and Guard.from_audit(tmp_path / "a").verified
+    (tmp_path / "training" / "00000.png").unlink()
     with pytest.raises(InputError, match="1 files are gone"):
         Guard.from_audit(tmp_path / "a")
 

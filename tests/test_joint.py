@@ -83,6 +83,20 @@ def test_the_search_equals_the_sorted_matrix(joint, k):
     np.testing.assert_allclose(found.scores, np.take_along_axis(matrix, order, 1), atol=1e-12)
 
 
+def test_one_query_finds_what_it_finds_among_many(joint):
+    generator = np.random.default_rng(0)
+    bank = generator.normal(size=(600, joint.num_features)).astype(np.float32)
+    pictures = bank[:, joint.network.num_features :]
+    pictures[100:500] = pictures[0] + generator.normal(0, 1e-5, (400, pictures.shape[1]))
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    many = joint.top_k(bank[:20], bank, 50)  # of the first, hundreds differ by rounding alone
+    for number in range(20):
+        one = joint.top_k(bank[number : number + 1], bank, 50)
+        np.testing.assert_array_equal(one.rows[0], many.rows[number])
+        np.testing.assert_array_equal(one.scores[0], many.scores[number])
+    assert joint.top_k(bank[:0], bank, 3).rows.shape == (0, 3)
+
+
 def test_images_of_one_colour_correlate_with_nothing(joint, scenes):
     flat = torch.full_like(scenes[:2], 0.3)
     flat[1] = 0.8

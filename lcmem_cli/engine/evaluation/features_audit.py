@@ -24,7 +24,7 @@ from lcmem_cli.engine.evaluation.audit.conclude import conclude, flag
 from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
 from lcmem_cli.engine.evaluation.audit.null import independent, make_null
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
-from lcmem_cli.engine.evaluation.audit.result import AuditResult
+from lcmem_cli.engine.evaluation.audit.result import AuditResult, Sensitivity
 from lcmem_cli.engine.evaluation.audit.search import best_matches
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, Sets, assemble
 from lcmem_cli.engine.files import sha256_bytes
@@ -102,6 +102,7 @@ def audit_features(
         verify=False,
         top_k=top_k,
         confidence=confidence,
+        sensitivity=0,
         fail_on=None,
         max_unreadable=None,
         seed=seed,
@@ -119,7 +120,8 @@ def audit_features(
     null = independent(make_null(embedded, request), embedded, request)
     found = best_matches(embedded, null.bank, max(2, top_k))
     found, flags = flag(embedded, null, found, request)
-    result = conclude(request, embedded, null, found, flags, conditions, started)
+    sensitivity = Sensitivity.unknown("there are no files to plant altered copies of")
+    result = conclude(request, embedded, null, found, flags, conditions, sensitivity, started)
     for warning in result.warnings:
         reporter.warn(warning)
     return result
