@@ -90,24 +90,12 @@ def audit_features(
     given = Sets(generated=generated, training=training, held_out=held_out)
     request = AuditRequest(
         sources=given.map(lambda what, _: f"{what} features"),
-        basedir=None,
-        frames="first",
-        null=None,
         fpr=fpr,
-        bh=False,
-        detector=None,
-        input_size=None,
-        approximate=False,
         adapt=False,
         verify=False,
         top_k=top_k,
         confidence=confidence,
-        sensitivity=0,
-        fail_on=None,
-        max_unreadable=None,
         seed=seed,
-        output=None,
-        overwrite=False,
     )
     sets = given.map(_image_set)
     widths = {what: images.features.shape[1] for what, images in sets.named()}

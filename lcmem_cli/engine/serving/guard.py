@@ -138,10 +138,10 @@ class Guard:
         audit = reopen(Path(folder), compute)
         training, document = audit.training, audit.document
         assert training is not None
-        if training.summary.num_distinct != document.training.num_distinct:
+        if training.summary.digest != document.training.digest:
             raise InputError(
-                f"{folder}: the training set has {training.summary.num_distinct:,} different "
-                f"images now, not {document.training.num_distinct:,}; run the audit again"
+                f"{folder}: the images of {document.training.source} are others than the audit's; "
+                "run the audit again"
             )
         if document.verified:
             _check_files(training)
@@ -187,24 +187,8 @@ class Guard:
         """
         request = AuditRequest(
             sources=Sets(generated=held_out, training=training, held_out=held_out),
-            basedir=None,
-            frames="first",
-            null=None,
             fpr=fpr,
-            bh=False,
             detector=detector,
-            input_size=None,
-            approximate=False,
-            adapt=None,
-            verify=None,
-            top_k=1,
-            confidence=None,
-            sensitivity=0,
-            fail_on=None,
-            max_unreadable=None,
-            seed=0,
-            output=None,
-            overwrite=False,
         )
         compute = Compute(
             device=device,
@@ -450,6 +434,7 @@ def _image_set(queries: Sequence[_Query], features: FloatArray) -> ImageSet:
             folder="",
             num_images=count,
             num_distinct=count,
+            digest="",
             num_identities=None,
             duplicates=(),
             unreadable=(),

@@ -26,25 +26,25 @@ class AuditRequest:
     """
 
     sources: Sets[Source]
-    basedir: Path | None
-    columns: ListColumns
-    frames: Frames
-    null: str | None
     fpr: float
-    bh: bool
-    detector: str | Detector | None
-    input_size: int | None
-    approximate: bool
-    adapt: bool | None
-    verify: bool | None
-    top_k: int
-    confidence: float | None
-    sensitivity: int | None
-    fail_on: GateRule | None
-    max_unreadable: int | None
-    seed: int
-    output: Path | None
-    overwrite: bool
+    basedir: Path | None = None
+    columns: ListColumns = dataclasses.field(default_factory=ListColumns)
+    frames: Frames = "first"
+    null: str | None = None
+    bh: bool = False
+    detector: str | Detector | None = None
+    input_size: int | None = None
+    approximate: bool = False
+    adapt: bool | None = None
+    verify: bool | None = None
+    top_k: int = 1
+    confidence: float | None = None
+    sensitivity: int | None = None
+    fail_on: GateRule | None = None
+    max_unreadable: int | None = None
+    seed: int = 0
+    output: Path | None = None
+    overwrite: bool = False
     task: Task = "audit"
     group_by: str | None = None
 
