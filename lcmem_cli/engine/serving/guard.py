@@ -105,7 +105,11 @@ class Guard:
         comparable: bool | None,
     ) -> None:
         self.rule, self.verified, self.comparable = rule, verified, comparable
-        self._embedded, self._bank, self._null_scores = embedded, bank, null_scores
+        self._bank, self._null_scores = bank, null_scores
+        # Keypoints are kept in memory: each query would add a file to a cache.
+        quiet = dataclasses.replace(embedded.compute, cache=None, reporter=SILENT)
+        sets = dataclasses.replace(embedded.sets, held_out=None)
+        self._embedded = dataclasses.replace(embedded, compute=quiet, sets=sets)
         self._kept: collections.OrderedDict[int, NDArray[Any]] = collections.OrderedDict()
 
     @classmethod
@@ -421,8 +425,6 @@ def _without_generated(
 ) -> Embedded:
     nothing = np.zeros((0, training.features.shape[1]), training.features.dtype)
     sets = Sets(generated=_image_set((), nothing), training=training, held_out=held_out)
-    # Keypoints are kept in memory: each query would add a file to a cache.
-    compute = dataclasses.replace(compute, cache=None, reporter=SILENT)
     return Embedded(detector=detector, sets=sets, compute=compute)
 
 
