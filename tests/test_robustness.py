@@ -136,6 +136,16 @@ def test_an_unedited_copy_is_always_found_and_negatives_stay_apart(filelist, tmp
     assert found.settings[0].outcomes["fpr"].true_positives <= 12
 
 
+def test_rates_have_intervals_over_identities(filelist, tmp_path):
+    result = run(filelist, tmp_path / "out", suite="extended")
+    for at in result.detectors[0].settings:
+        out = at.outcomes["fpr"]
+        for value, ends in ((out.recall, out.recall_interval), (out.fpr, out.fpr_interval)):
+            assert ends[0] <= value <= ends[1]
+    alone = run(filelist, tmp_path / "alone", only_positives=True)
+    assert alone.detectors[0].unedited["fpr"].fpr_interval is None
+
+
 def test_only_positives_leaves_what_needs_negatives_empty(filelist, tmp_path):
     result = run(filelist, tmp_path / "out", only_positives=True)
     assert result.num_pairs == 12

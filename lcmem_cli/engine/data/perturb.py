@@ -24,6 +24,7 @@ from lcmem_cli.engine.errors import InputError, nearest
 
 BLUR_KERNEL = 9
 VAE_ROUND_TRIP = "VAERoundTrip"
+_JPEG = "JPEGCompression"
 
 Apply = Callable[[torch.Tensor, float, np.random.Generator], torch.Tensor]
 RoundTrip = Callable[[torch.Tensor], torch.Tensor]
@@ -42,7 +43,9 @@ class Setting:
     strength: float
 
     def __str__(self) -> str:
-        """Return it as people write it, such as ``Rotation 30``."""
+        """Return it as people write it, such as ``Rotation 30`` or ``JPEG quality 10``."""
+        if self.transform == _JPEG:
+            return f"JPEG quality {shown_strength(self.transform, self.strength)}"
         return f"{self.transform} {self.strength:g}"
 
 
@@ -56,12 +59,14 @@ class Transform:
         low: smallest strength.
         high: largest strength.
         meaning: what the strength says, with its unit.
+        two_sided: whether smaller and larger strengths may both be harsher.
     """
 
     apply: Apply
     low: float
     high: float
     meaning: str
+    two_sided: bool = False
 
 
 def perturb(
@@ -277,7 +282,9 @@ TRANSFORMS: Mapping[str, Transform] = {
     "HorizontalFlip": Transform(apply=horizontal_flip, low=1, high=1, meaning="done or not"),
     "VerticalFlip": Transform(apply=vertical_flip, low=1, high=1, meaning="done or not"),
     "CropResize": Transform(apply=crop_resize, low=0.01, high=1, meaning="share of the area kept"),
-    "Stretch": Transform(apply=stretch, low=0.1, high=10, meaning="factor of the width"),
+    "Stretch": Transform(
+        apply=stretch, low=0.1, high=10, meaning="factor of the width", two_sided=True
+    ),
     "Occlusion": Transform(apply=occlusion, low=0, high=1, meaning="share of the area covered"),
     "Caption": Transform(apply=caption, low=0, high=1, meaning="share of the height covered"),
     "Grayscale": Transform(apply=grayscale, low=1, high=1, meaning="done or not"),
@@ -293,6 +300,21 @@ TRANSFORMS: Mapping[str, Transform] = {
 
 def _settings(strengths: Mapping[str, tuple[float, ...]]) -> tuple[Setting, ...]:
     return tuple(Setting(name, value) for name, values in strengths.items() for value in values)
+
+
+def strength_axis(transform: str) -> str:
+    """Return what an axis of a transform's strengths is called: unit, and where it is harsher."""
+    if transform == _JPEG:
+        return "quality (harsher to the right)"
+    if transform not in TRANSFORMS:
+        return "strength"
+    kind = TRANSFORMS[transform]
+    return kind.meaning if kind.two_sided else f"{kind.meaning} (harsher to the right)"
+
+
+def shown_strength(transform: str, strength: float) -> str:
+    """Return a strength as an axis shows it: JPEG by its quality, as everyone knows it."""
+    return f"{100 - strength if transform == _JPEG else strength:g}"
 
 
 REFERENCE_SUITE = _settings(

@@ -26,6 +26,7 @@ from lcmem_cli.engine.evaluation.study.scoring import (
     listed_files,
 )
 from lcmem_cli.engine.models.checkpoint import Checkpoint
+from lcmem_cli.engine.report.plots import Curve
 from lcmem_cli.engine.results import Threshold, Unreadable
 from lcmem_cli.engine.store.latents import LatentStore
 
@@ -40,13 +41,13 @@ class Judgement:
 
     Attributes:
         auc: per data set and overall ``{"auc", "low", "high", "num_positives", "num_negatives"}``.
-        roc: per data set false- and true-positive rates and AUC, for plotting.
+        roc: per data set, for plotting.
         thresholds: fitted on the VAL pairs.
         unreadable: images of VAL and TEST that were left out.
     """
 
     auc: dict[str, dict[str, Any]]
-    roc: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], float]]
+    roc: dict[str, Curve]
     thresholds: tuple[Threshold, ...]
     unreadable: tuple[Unreadable, ...] = ()
 
@@ -173,5 +174,6 @@ def _measure(scored: ScoredSplit) -> tuple[dict[str, dict[str, Any]], dict[str, 
             "num_negatives": found.num_negatives,
         }
         fpr, tpr, _ = roc_curve(scores[chosen], pairs.labels[chosen])
-        roc[name] = (fpr, tpr, found.metrics["auc"])
+        ends = found.intervals["auc"]
+        roc[name] = Curve(fpr, tpr, found.metrics["auc"], found.num_negatives, ends)
     return auc, roc

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,43 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*<>hp"
 MAX_CURVE_POINTS = 2000
-LOWEST_FPR = 1e-4
 GRID_COLUMNS = 8
+_FAINT = "0.45"
 
 # Value, low and high end of its interval (``None``: not known).
 Bar = tuple[float, float | None, float | None]
+
+
+class Curve(NamedTuple):
+    """A ROC curve.
+
+    Attributes:
+        fpr: ``[n]`` false-positive rates, ascending.
+        tpr: ``[n]`` true-positive rates.
+        auc: area under it.
+        num_negatives: behind it; a rate below one of them cannot be told.
+        interval: of the area; ``None``: not known.
+    """
+
+    fpr: NDArray[np.float64]
+    tpr: NDArray[np.float64]
+    auc: float
+    num_negatives: int
+    interval: tuple[float, float] | None = None
+
+
+class Rate(NamedTuple):
+    """A rate at one strength of an edit.
+
+    Attributes:
+        strength: as it is written at the axis.
+        value: in [0, 1].
+        interval: of it; ``None``: not known.
+    """
+
+    strength: str
+    value: float
+    interval: tuple[float, float] | None = None
 
 
 def styles() -> Iterator[dict[str, str]]:
@@ -33,28 +65,37 @@ def styles() -> Iterator[dict[str, str]]:
             yield {"color": colour, "linestyle": style}
 
 
-def plot_loss_curves(history: Sequence[Mapping[str, float]], target: Path) -> None:
+def plot_loss_curves(
+    history: Sequence[Mapping[str, float]], target: Path, *, best_epoch: int
+) -> None:
     """Plot training and validation losses, with both parts, against the epoch.
 
     Args:
+        best_epoch: the kept one, from 1, which is marked.
         history: one mapping an epoch with ``epoch``, ``train_loss``, ``train_bce``,
             ``train_ntxent`` and the same with ``val_``; ``train_retention`` where there is any,
             which is then a part of ``train_loss`` only.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
-    parts = [("loss", "total"), ("bce", "binary cross-entropy"), ("ntxent", "NT-Xent")]
+    parts = [
+        ("loss", "total", "weighted sum"),
+        ("bce", "binary cross-entropy", "nats a pair"),
+        ("ntxent", "NT-Xent", "nats a pair"),
+    ]
     if any(row.get("train_retention") for row in history):
-        parts[0] = ("loss", "total (train: with retention)")
-        parts.append(("retention", "retention"))
+        parts[0] = ("loss", "total (train: with retention)", "weighted sum")
+        parts.append(("retention", "retention", "weighted sum"))
     figure = figure_of(3.4 * len(parts), 3.2)
     epochs = [int(row["epoch"]) for row in history]
     marker = "o" if len(epochs) < 30 else ""
-    for axis, (part, title) in zip(figure.subplots(1, len(parts)), parts, strict=True):
+    for axis, (part, title, unit) in zip(figure.subplots(1, len(parts)), parts, strict=True):
         sides = ("train",) if part == "retention" else ("train", "val")
         for side, style in zip(sides, styles(), strict=False):
             values = [row[f"{side}_{part}"] for row in history]
             axis.plot(epochs, values, label=side, marker=marker, markersize=3, **style)
-        axis.set(title=title, xlabel="epoch")
+        axis.axvline(best_epoch, color=_FAINT, linewidth=0.9, label=f"kept: epoch {best_epoch}")
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     save_figure(figure, target)
@@ -69,51 +110,66 @@ def plot_codec_losses(history: Sequence[Sequence[float]], target: Path) -> None:
     """
     figure = figure_of(7, 3.2)
     steps = [int(row[0]) for row in history]
-    titles = ("mean absolute error", "Kullback-Leibler term per pixel")
-    for column, (axis, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True), 1):
+    titles = (
+        ("mean absolute error", "on the scale of its input"),
+        ("Kullback-Leibler term", "nats a pixel"),
+    )
+    for column, (axis, (title, unit)) in enumerate(
+        zip(figure.subplots(1, 2), titles, strict=True), 1
+    ):
         values = [row[column] for row in history]
         axis.plot(steps, values, marker="o" if len(steps) < 30 else "", markersize=3)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.25)
     save_figure(figure, target)
 
 
-def plot_roc(curves: Mapping[str, tuple[Any, Any, float]], target: Path) -> None:
+def plot_roc(curves: Mapping[str, Curve], target: Path) -> None:
     """Plot ROC curves, with a linear and a logarithmic axis of false-positive rates.
 
+    On the logarithmic axis no curve reaches below one negative pair.
+
     Args:
-        curves: per name, false-positive rates, true-positive rates and the AUC.
+        curves: by name.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
     figure = figure_of(11, max(4.2, 1.0 + 0.21 * len(curves)))
     linear, logarithmic = figure.subplots(1, 2)
-    ordered = sorted(curves.items(), key=lambda item: -item[1][2])
-    for (name, (fpr, tpr, auc)), style in zip(ordered, styles(), strict=False):
+    ordered = sorted(curves.items(), key=lambda item: -item[1].auc)
+    for (name, curve), style in zip(ordered, styles(), strict=False):
         width = 2.2 if name == "overall" else 1.4
-        x, y = _thinned(np.asarray(fpr), np.asarray(tpr))
+        x, y = _thinned(np.asarray(curve.fpr), np.asarray(curve.tpr))
         linear.plot(x, y, linewidth=width, **style)
+        told = x >= (1 - 1e-9) / curve.num_negatives
+        ends = "" if curve.interval is None else ", {:.3f}–{:.3f}".format(*curve.interval)
         logarithmic.plot(
-            x,
-            y,
+            x[told],
+            y[told],
             linewidth=width,
-            label=f"{label_of(name)} ({auc:.3f})",
+            label=f"{label_of(name)} ({curve.auc:.3f}{ends})",
             drawstyle="steps-post",
             **style,
         )
     linear.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+    most = max(curve.num_negatives for curve in curves.values())
     linear.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
     linear.set_xlim(-0.01, 1.01)
     logarithmic.set(
         title="low false-positive rates",
-        xlabel="false-positive rate",
+        xlabel=f"false-positive rate (none below 1 of {most:,} negative pairs)",
+        ylabel="true-positive rate",
         xscale="log",
-        xlim=(LOWEST_FPR, 1),
+        xlim=(1 / most, 1),
     )
     for axis in (linear, logarithmic):
         axis.grid(alpha=0.25)
         axis.set_ylim(0, 1.01)
     figure.legend(
-        loc="outside right center", frameon=False, fontsize=8, title="AUC", handlelength=3.2
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+        title="AUC, 95 % interval" if any(c.interval for c in curves.values()) else "AUC",
+        handlelength=3.2,
     )
     save_figure(figure, target)
 
@@ -121,12 +177,14 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any, float]], target: Path) -> None
 def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> None:
     """Plot one horizontal bar a detector with its interval, in one panel a measure.
 
-    Detectors stand in the same order, best of the first measure on top, in every panel.
+    Detectors stand in the same order, best of the first measure on top, in every panel. A measure
+    that is known of none has no panel.
 
     Args:
         panels: per measure, the values in [0, 1] by detector; ``None`` where there is none.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
     """
+    panels = {name: bars for name, bars in panels.items() if any(bars.values())}
     first = next(iter(panels.values()))
     names = sorted(first, key=lambda name: _height(first[name]))
     figure = figure_of(2.2 + 3.1 * len(panels), 1.1 + 0.3 * len(names))
@@ -141,9 +199,13 @@ def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> N
             axis.barh(place, value, color=colour, alpha=0.75, height=0.72)
             if low is not None and high is not None:
                 axis.plot([low, high], [place, place], color="black", linewidth=1.2)
-            end = value if high is None else max(value, high)
-            axis.text(end + 0.015, place, f"{value:.3f}", va="center", fontsize=7)
-        axis.set(title=measure, xlim=(0, 1.14), xticks=[0, 0.25, 0.5, 0.75, 1])
+            axis.text(1.02, place, f"{value:.3f}", va="center", fontsize=7)
+        axis.set(
+            title=measure,
+            xlabel="value (line: 95 % interval)",
+            xlim=(0, 1),
+            xticks=[0, 0.25, 0.5, 0.75, 1],
+        )
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -153,21 +215,28 @@ def plot_bars(panels: Mapping[str, Mapping[str, Bar | None]], target: Path) -> N
 
 
 def plot_strengths(
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    curves: Mapping[str, Mapping[str, Sequence[Rate]]],
     target: Path,
     *,
     ylabel: str,
-    untransformed: Mapping[str, float] | None = None,
+    note: str = "",
+    xlabels: Mapping[str, str],
+    untransformed: Mapping[str, Rate],
+    lowest: float = 0.0,
 ) -> None:
     """Plot a rate against the strength of each transform.
 
-    A transform has its own panel; those with one strength share the last one.
+    A transform has its own panel; those with one strength share the last one. The axis of rates
+    covers the data, and grey ground marks where they cannot tell a rate from another.
 
     Args:
-        curves: per transform and detector, strengths from mild to harsh, and rates in [0, 1].
+        curves: per transform and detector, the rates from mild to harsh.
         target: path without suffix; ``.png`` and ``.pdf`` are written.
         ylabel: what the rate is.
+        note: what else to know, below the panels.
+        xlabels: what the strength of each transform is, with its unit.
         untransformed: per detector, the rate on unaltered images, drawn on the left.
+        lowest: the smallest rate above 0 that the pairs can show.
     """
     several = {name: panel for name, panel in curves.items() if _num_points(panel) > 1}
     single = {name: panel for name, panel in curves.items() if name not in several}
@@ -175,7 +244,7 @@ def plot_strengths(
     num_panels = len(several) + bool(single)
     columns = min(3, num_panels)
     num_rows = math.ceil(num_panels / columns)
-    figure = figure_of(3.1 * columns + 2.4, max(2.6 * num_rows, 1.0 + 0.21 * len(names)))
+    figure = figure_of(3.3 * columns + 2.4, max(2.8 * num_rows, 1.0 + 0.21 * len(names)))
     axes = figure.subplots(num_rows, columns, sharey=True, squeeze=False).ravel()
     lines: dict[str, Any] = {}
     for name, style, marker in zip(names, styles(), cycle(MARKERS), strict=False):
@@ -186,36 +255,59 @@ def plot_strengths(
             "label": label_of(name),
             **style,
         }
-        start = [] if untransformed is None else [untransformed[name]]
         for axis, panel in zip(axes, several.values(), strict=False):
-            rates = start + [rate for _, rate in panel.get(name, ())]
-            lines[name] = axis.plot(range(-len(start), len(rates) - len(start)), rates, **look)[0]
+            rates = [untransformed[name], *panel.get(name, ())]
+            lines[name] = _draw_rates(axis, rates, look, lowest)
         if single:
-            rates = [rate for panel in single.values() for _, rate in panel.get(name, ())]
-            places = range(-len(start), len(rates))
+            rates = [rate for panel in single.values() for rate in panel.get(name, ())]
             unconnected = {**look, "linestyle": ""}
-            dots = axes[num_panels - 1].plot(places, start + rates, **unconnected)[0]
+            dots = _draw_rates(
+                axes[num_panels - 1], [untransformed[name], *rates], unconnected, lowest
+            )
             lines.setdefault(name, dots)
-    start_tick = [] if untransformed is None else ["none"]
     for axis, (transform, panel) in zip(axes, several.items(), strict=False):
-        strengths = [f"{strength:g}" for strength, _ in next(iter(panel.values()))]
-        axis.set_title(transform)
-        _set_ticks(axis, start_tick, strengths)
+        axis.set(title=transform, xlabel=xlabels.get(transform, "strength"))
+        _set_ticks(axis, [rate.strength for rate in next(iter(panel.values()))])
     if single:
         axes[num_panels - 1].set_title("single edits")
-        _set_ticks(axes[num_panels - 1], start_tick, list(single), rotation=35, ha="right")
-    for axis in axes:
-        axis.set_ylim(-0.03, 1.03)
+        _set_ticks(axes[num_panels - 1], list(single), rotation=35, ha="right")
+    every = [r for panel in curves.values() for rates in panel.values() for r in rates]
+    low, high = _extent([*every, *untransformed.values()], lowest)
+    for axis in axes[:num_panels]:
+        axis.set_ylim(low, high)
+        axis.axhspan(0, lowest, color="0.9", zorder=0)
         axis.grid(alpha=0.25)
     for axis in axes[num_panels:]:
         axis.set_visible(False)
     for axis in axes[:num_panels:columns]:
         axis.set_ylabel(ylabel)
+    figure.supxlabel(note, fontsize=8)
     handles = [lines[name] for name in names]
     figure.legend(
         handles=handles, loc="outside right center", frameon=False, fontsize=8, handlelength=3.2
     )
     save_figure(figure, target)
+
+
+def _draw_rates(axis: Any, rates: Sequence[Rate], look: Mapping[str, Any], lowest: float) -> Any:
+    """Draw points with intervals, the first one left of 0; no line leads below ``lowest``."""
+    places = range(-1, len(rates) - 1)
+    for place, rate in zip(places, rates, strict=True):
+        if rate.interval is not None:
+            axis.plot([place] * 2, rate.interval, color=look["color"], linewidth=0.9, alpha=0.6)
+    values = [rate.value for rate in rates]
+    axis.plot(places, values, **{**look, "linestyle": ""})
+    line = axis.plot(places, [v if v >= lowest else math.nan for v in values], **look)[0]
+    return line
+
+
+def _extent(rates: Sequence[Rate], lowest: float) -> tuple[float, float]:
+    """Return the ends of an axis that shows all rates and their intervals."""
+    ends = [end for rate in rates for end in (rate.value, *(rate.interval or ()))]
+    known = [end for end in ends if not math.isnan(end)] or [0.0, 1.0]
+    low, high = min(known), max(*known, 2 * lowest)
+    edge = 0.06 * max(high - low, 0.02)
+    return max(low - edge, -edge), min(high + edge, 1 + edge)
 
 
 def plot_transforms(
@@ -258,12 +350,12 @@ def figure_of(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _num_points(panel: Mapping[str, Sequence[tuple[float, float]]]) -> int:
+def _num_points(panel: Mapping[str, Sequence[Rate]]) -> int:
     return max((len(points) for points in panel.values()), default=0)
 
 
-def _set_ticks(axis: Any, before: list[str], names: list[str], **options: Any) -> None:
-    axis.set_xticks(range(-len(before), len(names)), before + names, **options)
+def _set_ticks(axis: Any, names: list[str], **options: Any) -> None:
+    axis.set_xticks(range(-1, len(names)), ["none", *names], **options)
 
 
 def _height(bar: Bar | None) -> float:
@@ -285,7 +377,7 @@ def _thinned(
     if len(fpr) <= MAX_CURVE_POINTS:
         return fpr, tpr
     half = MAX_CURVE_POINTS // 2
-    wanted = np.concatenate([np.linspace(0, 1, half), np.geomspace(LOWEST_FPR / 10, 1, half)])
+    wanted = np.concatenate([np.linspace(0, 1, half), np.geomspace(fpr[fpr > 0].min(), 1, half)])
     chosen = np.unique(np.clip(np.searchsorted(fpr, wanted, side="right") - 1, 0, len(fpr) - 1))
     chosen = np.union1d(chosen, [0, len(fpr) - 1])
     return fpr[chosen], tpr[chosen]

@@ -516,7 +516,9 @@ def _conclude(
         save_checkpoint(path, checkpoint)
         write_json(output / RESULT_NAME, result.to_dict())
         plot_loss_curves(
-            [dataclasses.asdict(record) for record in outcome.history], output / "loss"
+            [dataclasses.asdict(record) for record in outcome.history],
+            output / "loss",
+            best_epoch=outcome.best_epoch,
         )
         if judged.roc:
             plot_roc(judged.roc, output / "roc")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.data.pairs import dataset_name
+from lcmem_cli.engine.data.perturb import shown_strength, strength_axis
 from lcmem_cli.engine.evaluation.metrics import INTERVAL_KEYS, METRIC_KEYS, roc_curve
 from lcmem_cli.engine.evaluation.study.results import (
     OVERALL,
@@ -22,7 +23,15 @@ from lcmem_cli.engine.evaluation.study.results import (
 from lcmem_cli.engine.evaluation.study.runner import Scored
 from lcmem_cli.engine.evaluation.study.tables import benchmark_tables
 from lcmem_cli.engine.files import write_csv, write_json, write_text
-from lcmem_cli.engine.report.plots import Bar, plot_bars, plot_roc, plot_strengths, plot_transforms
+from lcmem_cli.engine.report.plots import (
+    Bar,
+    Curve,
+    Rate,
+    plot_bars,
+    plot_roc,
+    plot_strengths,
+    plot_transforms,
+)
 from lcmem_cli.engine.report.tables import to_latex
 
 THRESHOLDS_NAME = "thresholds.json"
@@ -82,7 +91,13 @@ def write_benchmark(
     for found, item in zip(result.detectors, scored.detectors, strict=True):
         if found.overall.metrics is not None:
             fpr, tpr, _ = roc_curve(item.parts[""].test, scored.test.labels)
-            curves[found.name] = (fpr, tpr, found.overall.metrics["auc"])
+            curves[found.name] = Curve(
+                fpr,
+                tpr,
+                found.overall.metrics["auc"],
+                found.overall.num_negatives,
+                found.overall.intervals["auc"],
+            )
     if curves:
         plot_roc(curves, folder / ROC_NAME)
         plot_bars(_bars(result), folder / BARS_NAME)
@@ -196,14 +211,28 @@ def _robustness_rows(result: RobustnessResult) -> list[dict[str, Any]]:
 def _plot_rates(
     target: Path, result: RobustnessResult, rate: Literal["recall", "fpr"], label: str
 ) -> None:
-    def value(outcome: Outcome) -> float:
-        found = outcome.recall if rate == "recall" else outcome.fpr
-        return math.nan if found is None else found
+    def point(strength: str, outcome: Outcome) -> Rate:
+        found, ends = outcome.recall, outcome.recall_interval
+        if rate == "fpr":
+            found, ends = outcome.fpr, outcome.fpr_interval
+        return Rate(strength, math.nan if found is None else found, ends)
 
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    curves: dict[str, dict[str, list[Rate]]] = {}
     for item in result.detectors:
         for at in item.settings:
             points = curves.setdefault(at.transform, {}).setdefault(item.name, [])
-            points.append((at.strength, value(at.outcomes[result.fit])))
-    unedited = {item.name: value(item.unedited[result.fit]) for item in result.detectors}
-    plot_strengths(curves, target, ylabel=label, untransformed=unedited)
+            points.append(point(shown_strength(at.transform, at.strength), at.outcomes[result.fit]))
+    first = result.detectors[0].unedited[result.fit]
+    count = first.true_positives + first.false_negatives
+    if rate == "fpr":
+        count = first.false_positives + first.true_negatives
+    plot_strengths(
+        curves,
+        target,
+        ylabel=label,
+        note=f"Lines: 95 % intervals over identities. Grey: below 1 of {count:,} pairs, which they "
+        "cannot tell from none.",
+        xlabels={name: strength_axis(name) for name in curves},
+        untransformed={i.name: point("none", i.unedited[result.fit]) for i in result.detectors},
+        lowest=1 / count,
+    )

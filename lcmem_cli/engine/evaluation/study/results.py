@@ -163,6 +163,8 @@ class Outcome:
         false_positives: negatives at or above it.
         true_negatives: negatives below it.
         false_negatives: positives below it.
+        recall_interval: 95 % interval by bootstrap over identities; ``None``: not known.
+        fpr_interval: the same of the false-positive rate.
     """
 
     recall: float | None
@@ -174,6 +176,8 @@ class Outcome:
     false_positives: int
     true_negatives: int
     false_negatives: int
+    recall_interval: tuple[float, float] | None = None
+    fpr_interval: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, called: NDArray[np.bool_], positive: NDArray[np.bool_]) -> Outcome:

@@ -21,7 +21,12 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
 from lcmem_cli.engine.data.manifest import Record, load_manifest
-from lcmem_cli.engine.data.pairs import PairSet, identity_pairs, same_image_pairs
+from lcmem_cli.engine.data.pairs import (
+    PairSet,
+    identity_numbers,
+    identity_pairs,
+    same_image_pairs,
+)
 from lcmem_cli.engine.data.perturb import (
     EXTENDED_SUITE,
     REFERENCE_SUITE,
@@ -36,6 +41,7 @@ from lcmem_cli.engine.detectors.embedding import embed_perturbed
 from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import InputError, UnreadableImageError
 from lcmem_cli.engine.evaluation.calibration import required_negatives
+from lcmem_cli.engine.evaluation.metrics import bootstrap_intervals
 from lcmem_cli.engine.evaluation.study.detectors import find_detectors
 from lcmem_cli.engine.evaluation.study.files import ROBUSTNESS_FILES, Example, write_robustness
 from lcmem_cli.engine.evaluation.study.folder import Part, PartKey
@@ -71,6 +77,7 @@ _UNEDITED = "unedited"
 # Detectors that share decoded and edited pictures, and so are held at once: six networks of the
 # size of ViT-B take 2 GB.
 _TOGETHER = 6
+_REPLICATES = 200
 _MAX_PICTURE = 256
 
 
@@ -402,11 +409,29 @@ class Robustness(Study[RobustnessResult]):
 
     def _judge(self, item: ScoredDetector, scored: Scored) -> RobustnessOfDetector:
         thresholds, reasons = self._fit(item, scored.fit)
+        identity, strata = identity_numbers(self.images.records)
+        pairs = scored.test
+        ends = np.stack([identity[pairs.first], identity[pairs.second]], axis=1)
 
         def outcomes(setting: str) -> dict[str, Outcome]:
             scores = item.parts[setting].test
+            intervals: dict[str, tuple[float, float] | None] = {}
+            if pairs.num_positives and pairs.num_negatives:
+                intervals = bootstrap_intervals(
+                    scores,
+                    pairs.labels,
+                    ends,
+                    strata=strata,
+                    thresholds={rule: threshold.value for rule, threshold in thresholds.items()},
+                    replicates=_REPLICATES,
+                    seed=self.request.seed,
+                )
             return {
-                rule: Outcome.of(scores >= threshold.value, scored.test.labels == 1)
+                rule: dataclasses.replace(
+                    Outcome.of(scores >= threshold.value, pairs.labels == 1),
+                    recall_interval=intervals.get(f"tpr_{rule}"),
+                    fpr_interval=intervals.get(f"fpr_{rule}"),
+                )
                 for rule, threshold in thresholds.items()
             }
 
