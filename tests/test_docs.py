@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
 from figures import CARD, MARKED, PAGES, ROOT, figures, rewritten
@@ -182,6 +184,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             seed += 1
     draw_scene(6, side=48).save(folder / "generated" / "copy.png")  # of training/000.png
     draw_scene(6, side=48).save(folder / "a.png")
+    np.savez(folder / "samples.npz", np.stack([draw_scene(i, side=48) for i in range(6)]))
+    shutil.make_archive(str(folder / "training"), "zip", folder / "training")
     draw_scene(7, side=48).save(folder / "b.png")
     return folder
 

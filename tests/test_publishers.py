@@ -1,16 +1,20 @@
 """Publishers' own tables: tiny files of the official layouts become filelists."""
 
 import gzip
+import zipfile
 from typing import get_args
 
+import numpy as np
 import pytest
 from conftest import Listener
 from PIL import Image
 
 from lcmem_cli.cli.manifest import Publisher
 from lcmem_cli.engine.data.filelist import make_publisher_filelist
+from lcmem_cli.engine.data.images import load_image
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.publishers import LAYOUTS
+from lcmem_cli.engine.data.tables import ListColumns
 from lcmem_cli.engine.errors import InputError, ManifestError
 
 NIH = (
@@ -152,7 +156,7 @@ def lay_out(folder, name):
 
 
 def test_the_command_knows_the_layouts_there_are():
-    assert set(get_args(Publisher)) == set(LAYOUTS) == set(CASES)
+    assert set(get_args(Publisher)) == {*LAYOUTS, "cifar10"} == {*CASES, "cifar10"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -236,3 +240,42 @@ def test_from_the_command_line(run_cli, tmp_path):
     assert "--id-regex has no effect with --from" in refused.stderr
     two = run_cli("manifest", tmp_path, tmp_path, "-o", tmp_path / "list.csv", exit_code=2)
     assert "one folder or filelist" in two.stderr
+
+
+def test_batches_of_cifar10_are_listed_and_read(run_cli, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (6, 1 + 3 * 32 * 32), np.uint8)
+    batches = [
+        tmp_path / name for name in ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin")
+    ]
+    for number, batch in enumerate(batches):
+        rows[2 * number : 2 * number + 2].tofile(batch)
+    out = tmp_path / "list.csv"
+    run_cli("manifest", "--from", "cifar10", *batches, "-o", out)
+    listed = load_manifest(out)
+    assert [record.path for record in listed.records[-2:]] == [
+        "test_batch.bin::000000", "test_batch.bin::000001",
+    ]  # fmt: skip
+    assert [record.split for record in listed.records[-2:]] == ["TEST", "TEST"]
+    pixels = np.asarray(load_image(listed.paths()[3]))
+    assert (pixels == rows[3, 1:].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    labels = load_manifest(batches[0], columns=ListColumns(id="label"), need_split=False)
+    assert [record.id for record in labels.records] == [str(row[0]) for row in rows[:2]]
+    (tmp_path / "data_batch_1").write_bytes(b"pickled")
+    refused = run_cli("manifest", "--from", "cifar10", tmp_path / "data_batch_1", "-o", out,
+                      exit_code=2)  # fmt: skip
+    assert "is pickled, which could run code" in " ".join(refused.stderr.split())
+    batches[0].write_bytes(b"short")
+    with pytest.raises(ManifestError, match="no multiple of 3,073"):
+        load_manifest(batches[0])
+
+
+def test_images_of_a_published_set_may_lie_in_an_archive(tmp_path):
+    tables, images = lay_out(tmp_path, "celeba")
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as packed:
+        for path in images:
+            packed.write(tmp_path / path, path)
+    packed = tmp_path / "img_align_celeba.zip"
+    make_publisher_filelist("celeba", tables, tmp_path / "list.csv", basedir=packed)
+    found = load_manifest(tmp_path / "list.csv").records[1]
+    assert found.path == "img_align_celeba.zip::img_align_celeba/000002.jpg"
+    assert (found.id, found.split) == ("2937", "TEST")

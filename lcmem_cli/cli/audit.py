@@ -40,7 +40,9 @@ _SHOWN_GROUPS = 20
 class AuditOptions(TableOptions, ComputeOptions):
     """What an audit is asked for."""
 
-    generated: Path = argument("Generated images: a folder, a filelist or a saved index.")
+    generated: Path = argument(
+        "Generated images: a folder, filelist, archive, array or saved index."
+    )
     against: Path = option(INPUT, "The generator's training set, likewise.")
     held_out: Path | None = option(
         INPUT, "Real images that the generator never saw, likewise.", None

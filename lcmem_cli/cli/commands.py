@@ -73,7 +73,7 @@ class _Help:
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
         """Return the parts of the usage line, with arguments as the help names them."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]  # type: ignore[misc]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]  # type: ignore[misc]
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
         """Write the commands of a group, or arguments and options, in panels."""

@@ -23,7 +23,7 @@ from lcmem_cli.cli.options import (
 from lcmem_cli.cli.processes import require_one_process
 
 _INDEX = argument("Folder of the index.")
-_SOURCE = argument("Folder or filelist of images.")
+_SOURCE = argument("Folder, filelist, archive or array of images.")
 
 
 class FillOptions(TableOptions, ComputeOptions):
@@ -62,7 +62,7 @@ class QueryOptions(TableOptions, ComputeOptions):
     """What an index is asked for."""
 
     index: Path = _INDEX
-    image: Path = argument("Image, folder or filelist to ask about.")
+    image: Path = argument("Image, folder, filelist or archive to ask about.")
     top_k: int = option(OUTPUT, "Matches per image.", 5, min=1)
     approximate: bool = APPROXIMATE
     verify: bool | None = VERIFY

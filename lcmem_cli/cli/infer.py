@@ -20,6 +20,7 @@ from lcmem_cli.cli.options import (
     option,
 )
 from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.sources.opened import is_there
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.inference import InferenceResult
@@ -89,7 +90,7 @@ def _check(options: InferOptions) -> tuple[Path, Path] | Path:
     if len(images) != (2 if options.pairs is None else 0):
         raise typer.BadParameter("give two images, or --pairs FILE, and not both")
     for image in (split_frame(named)[0] for named in images):
-        if image.is_dir() or not image.exists():
+        if image.is_dir() or not is_there(image):
             raise typer.BadParameter(
                 f"{image}: {'is a folder' if image.is_dir() else 'no such file'}"
             )

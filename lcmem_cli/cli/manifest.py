@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import typer
 
@@ -20,20 +20,26 @@ from lcmem_cli.cli.options import (
 )
 
 Publisher = Literal[
-    "nih-cxr14", "celeba", "isic", "ham10000", "mimic-cxr-jpg", "cxr-lt", "ct-rate", "imagenet"
-]
+    "nih-cxr14", "celeba", "isic", "ham10000", "mimic-cxr-jpg", "cxr-lt", "ct-rate", "imagenet",
+    "cifar10",
+]  # fmt: skip
 
 
 class ManifestOptions(TableOptions):
     """What a filelist is made of."""
 
     source: list[Path] = argument(
-        "Folder (a subfolder = an id), or a filelist without Split; with --from the publisher's "
-        "tables."
+        "Folder or archive (a subfolder = an id), or a filelist without Split; with --from the "
+        "publisher's tables."
     )
     output: Path = option(OUTPUT, "CSV or Parquet file to write.", flags="--output -o")
     publisher: Publisher | None = option(
-        INPUT, "Read identities and official split from a publisher's tables.", None, flags="--from"
+        INPUT,
+        f"Read identities and official split from a publisher's tables: "
+        f"{', '.join(get_args(Publisher))}.",
+        None,
+        flags="--from",
+        metavar="NAME",
     )
     frames: Frames = FRAMES
     id_regex: str | None = option(
@@ -64,13 +70,26 @@ def manifest(options: ManifestOptions) -> None:
         lcmem manifest images -o list.csv --id-regex '^([0-9]+)_'
         lcmem manifest --from celeba identity_CelebA.txt -o list.csv
     """
-    from lcmem_cli.engine.data.filelist import make_filelist, make_publisher_filelist
+    from lcmem_cli.engine.data.filelist import (
+        make_cifar_filelist,
+        make_filelist,
+        make_publisher_filelist,
+    )
 
     values = options.arguments()
     sources, publisher = values.pop("source"), values.pop("publisher")
     if publisher is not None:
         _refuse_without_effect(values)
-        result = make_publisher_filelist(publisher, sources, **values, reporter=render.reporter())
+        if publisher == "cifar10":
+            if values.pop("basedir") is not None:
+                raise typer.BadParameter(
+                    "--basedir has no effect with --from cifar10; leave it out"
+                )
+            result = make_cifar_filelist(sources, **values, reporter=render.reporter())
+        else:
+            result = make_publisher_filelist(
+                publisher, sources, **values, reporter=render.reporter()
+            )
     elif len(sources) > 1:
         raise typer.BadParameter("one folder or filelist, or several tables with --from")
     else:

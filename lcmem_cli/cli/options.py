@@ -187,7 +187,9 @@ class ListOptions(TableOptions):
     """A set of images with identities."""
 
     filelist: Path = option(
-        INPUT, "CSV or Parquet with path,id[,Split][,ds_name], or a folder (a subfolder = an id)."
+        INPUT,
+        "CSV or Parquet with path,id[,Split][,ds_name], or a folder or archive (a subfolder = an "
+        "id).",
     )
 
 

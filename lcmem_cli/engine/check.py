@@ -18,6 +18,7 @@ from lcmem_cli.engine import config as configs
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.config import AnyConfig, CodecConfig, FinetuneConfig, Stage1Config
 from lcmem_cli.engine.data.manifest import SPLITS, Manifest, inspect_manifest
+from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.detectors.options import take_label
@@ -319,7 +320,7 @@ class _Check:
         there = [
             manifest.records[row]
             for row in self._draw(len(manifest))
-            if is_folder or (manifest.basedir / manifest.records[row].path).is_file()
+            if is_folder or is_there(manifest.basedir / manifest.records[row].path)
         ]
         if not there:
             return

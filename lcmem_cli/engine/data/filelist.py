@@ -20,6 +20,7 @@ from lcmem_cli.engine.data.manifest import (
     write_manifest,
 )
 from lcmem_cli.engine.data.publishers import LAYOUTS, read_publisher
+from lcmem_cli.engine.data.sources.opened import find_shards
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns, some
 from lcmem_cli.engine.errors import InputError, ManifestError, nearest
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -126,7 +127,8 @@ def make_publisher_filelist(
         publisher: key of ``publishers.LAYOUTS``.
         tables: the publisher's tables.
         output: CSV or Parquet file to write.
-        basedir: folder that holds the images, at any depth; by default that of the first table.
+        basedir: folder, at any depth, or archive that holds the images; by default the folder of
+            the first table.
         seed: of what is drawn.
         reporter: warned of images without a row and rows without an image, which are left out.
 
@@ -138,11 +140,9 @@ def make_publisher_filelist(
         raise InputError(f"--from {publisher}: not known; {nearest(publisher, LAYOUTS)}")
     layout = LAYOUTS[publisher]
     entries = read_publisher(layout, tables)
-    folder = tables[0].parent if basedir is None else basedir
-    if not folder.is_dir():
-        raise ManifestError(f"--basedir: no such folder: {folder}")
+    folder, paths = _images_of(tables[0].parent if basedir is None else basedir)
     records, unknown, seen = [], [], set()
-    for path in scan_folder(folder).images:
+    for path in paths:
         image = layout.image_of(path)
         entry = None if image is None else entries.get(image)
         if entry is None:
@@ -166,6 +166,53 @@ def make_publisher_filelist(
     manifest = Manifest(tuple(records), folder, tables[0])
     write_manifest(manifest, output)
     return _written(manifest, output, kept_split=kept_split, reporter=reporter)
+
+
+def make_cifar_filelist(
+    batches: Sequence[Path], output: Path, *, seed: int = 0, reporter: Reporter = SILENT
+) -> FilelistResult:
+    """Write the filelist of CIFAR-10's batches, the binary version: each image its own identity.
+
+    Args:
+        batches: ``data_batch_1.bin`` to ``data_batch_5.bin`` (TRAIN) and ``test_batch.bin`` (TEST),
+            in one folder.
+        output: CSV or Parquet file to write.
+        seed: of the fifth of TRAIN that becomes VAL.
+        reporter: warned of a split that is empty.
+
+    Raises:
+        ManifestError: one is no such batch.
+    """
+    folder = batches[0].parent
+    records = []
+    for batch in batches:
+        if batch.parent != folder or not find_shards(batch):
+            raise ManifestError(
+                f"{batch}: expected batches of the binary version in one folder, such as "
+                "data_batch_1.bin and test_batch.bin; the Python version is pickled, which could "
+                "run code, and is not read"
+            )
+        split = "TEST" if batch.name.startswith("test") else "TRAIN"
+        for record in load_manifest(batch, need_split=False).records:
+            records.append(Record(record.path, record.path, split, "cifar10"))
+    records, kept_split = _with_official_split(records, seed, reporter)
+    manifest = Manifest(tuple(records), folder, batches[0])
+    write_manifest(manifest, output)
+    return _written(manifest, output, kept_split=kept_split, reporter=reporter)
+
+
+def _images_of(source: Path) -> tuple[Path, list[str]]:
+    """Return the images of a folder or of an archive, and the folder that their paths start from.
+
+    Raises:
+        ManifestError: there is no such folder.
+    """
+    if find_shards(source):
+        listed = load_manifest(source, need_split=False)
+        return listed.basedir, [record.path for record in listed.records]
+    if not source.is_dir():
+        raise ManifestError(f"--basedir: no such folder or archive: {source}")
+    return source, scan_folder(source).images
 
 
 def _with_official_split(

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ from lcmem_cli.engine.data.formats import IMAGE_SUFFIXES
 from lcmem_cli.engine.data.frames import name_frame, split_frame
 from lcmem_cli.engine.data.images import list_frames
 from lcmem_cli.engine.data.paths import check_paths
+from lcmem_cli.engine.data.sources.base import Source, inner_name
+from lcmem_cli.engine.data.sources.opened import find_shards, name_member, open_source
 from lcmem_cli.engine.data.tables import (
     PARQUET_SUFFIXES,
     STANDARD,
@@ -31,6 +34,7 @@ from lcmem_cli.engine.data.tables import (
     Table,
     as_named,
     problems_error,
+    read_lines,
     read_table,
     some,
 )
@@ -56,6 +60,8 @@ _SPLIT_NAMES = {
     "DEVELOPMENT": "VAL", "TESTING": "TEST",
 }  # fmt: skip
 """Other words for the splits, as publishers write them."""
+TEXT_SUFFIX = ".txt"
+"""Of a file that names an image a line."""
 _SHOWN = 5
 _OPENING_THREADS = 8
 
@@ -159,9 +165,11 @@ def load_manifest(
     Args:
         source: CSV or Parquet with the columns ``path, id[, Split][, ds_name]`` (names in any
             case, others are ignored), or a folder: a subfolder is an identity with everything
-            below it, and an image that lies in the folder itself is its own identity.
+            below it, and an image that lies in the folder itself is its own identity. Archives,
+            arrays and tables of images (``sources``) count as folders. A ``.txt`` names an image a
+            line, each its own identity.
         basedir: folder that relative paths start from; by default the filelist's folder.
-        columns: what the filelist calls its columns.
+        columns: what the filelist calls its columns; or of a source, its metadata.
         need_split: make an identity-disjoint split where there is none; otherwise the records'
             ``split`` stays ``None``.
         max_missing: listed files that may be missing, to be found unreadable later; ``None``: any
@@ -214,8 +222,15 @@ def _load(
 ) -> tuple[Manifest, tuple[str, ...]]:
     problems: list[str] = []
     left_out: list[str] = []
-    _check_exists(source)
-    if source.is_dir():
+    shards = find_shards(source)
+    if not shards:
+        _check_exists(source)
+    if shards:
+        if basedir is not None:
+            raise ManifestError(f"--basedir has no effect with {source}; leave it out")
+        base = source if source.is_dir() else source.parent
+        records = _read_sources(shards, base, columns)
+    elif source.is_dir():
         if basedir is not None:
             raise ManifestError(
                 f"--basedir has no effect with a folder ({source}); leave it out or pass a filelist"
@@ -230,7 +245,10 @@ def _load(
         base = source.parent if basedir is None else Path(basedir)
         if not base.is_dir():
             raise ManifestError(f"--basedir: {_no_such(base, 'folder')}")
-        records, problems = _read_filelist(source, base, columns, max_missing=max_missing)
+        if _is_text_list(source, columns):
+            records, problems = _read_paths(source, base, max_missing=max_missing)
+        else:
+            records, problems = _read_filelist(source, base, columns, max_missing=max_missing)
     if frames == "all":
         records = _each_frame(records, base)
     if need_split and records and records[0].split is None:
@@ -239,15 +257,32 @@ def _load(
     return manifest, tuple(problems)
 
 
+def is_list(source: Path) -> bool:
+    """Return whether a source is a filelist: no folder, archive or other source of images."""
+    return source.is_file() and not find_shards(source)
+
+
 def tells_identities(source: Path, records: Sequence[Record]) -> bool:
     """Return whether ids were given: by a filelist, or by subfolders and not by file names."""
-    return source.is_file() or any("/" in record.path for record in records)
+    if is_list(source) and source.suffix.lower() != TEXT_SUFFIX:
+        return True
+    return any(record.id not in (record.path, inner_name(record.path)) for record in records)
+
+
+def names_identities(source: Path, records: Sequence[Record]) -> bool:
+    """Return whether ids come from columns, so that those of two sets can be compared."""
+    if is_list(source):
+        return source.suffix.lower() != TEXT_SUFFIX
+    return any(
+        record.id not in (record.path, inner_name(record.path).partition("/")[0])
+        for record in records
+    )
 
 
 def is_filelist(path: Path) -> bool:
     """Return whether a file's name is that of a filelist."""
     suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
-    return suffix.lower() in (".csv", *TAB_SUFFIXES, *PARQUET_SUFFIXES)
+    return suffix.lower() in (".csv", TEXT_SUFFIX, *TAB_SUFFIXES, *PARQUET_SUFFIXES)
 
 
 def split_by_identity(
@@ -396,6 +431,65 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
     return [Record(path, path.partition("/")[0]) for path in scan.images], scan.others
 
 
+def _read_sources(shards: Sequence[Path], base: Path, names: ListColumns) -> list[Record]:
+    """List the images of archives and the like; ids as in a folder, or from their metadata."""
+    if names.path is not None or names.sep is not None:
+        raise ManifestError(f"{shards[0]}: --path-column and --sep have no effect; leave them out")
+    records = []
+    for shard in shards:
+        source = open_source(shard)
+        place = shard.relative_to(base).as_posix()
+        for name in source.names:
+            path = name_member(place, name)
+            # Shards may number their images alike.
+            own = path if len(shards) > 1 and "/" not in name else name.partition("/")[0]
+            record = Record(path, own)
+            records.append(record if names == STANDARD else _told(record, source, name, names))
+    if not records:
+        raise ManifestError(f"{shards[0]}: no images")
+    return records
+
+
+def _told(record: Record, source: Source, name: str, names: ListColumns) -> Record:
+    """Return a record with what the metadata say under the given names."""
+    known = source.metadata(name)
+    wanted = {"id": names.id, "split": names.split, "ds_name": names.dataset}
+    found: dict[str, str] = {}
+    for field, column in wanted.items():
+        if column is None:
+            continue
+        cell = known.get(column, "").strip()
+        if cell.casefold() in MISSING:
+            there = ", ".join(map(repr, known)) or "nothing"
+            raise ManifestError(f"{record.path}: no {column!r} in its metadata, which hold {there}")
+        found[field] = _split_name(cell) if field == "split" else cell
+    if found.get("split", "TRAIN") not in SPLITS:
+        raise ManifestError(f"{record.path}: unknown split {found['split']!r}")
+    return record._replace(**found)
+
+
+def _read_paths(
+    source: Path, basedir: Path, *, max_missing: int | None
+) -> tuple[list[Record], list[str]]:
+    """Read a text with a path a line; each image is an identity of its own."""
+    paths = [as_named(line, basedir) for line in read_lines(source, what="list of paths")]
+    problems = check_paths(paths, source, basedir, max_missing=max_missing)
+    return [Record(path, path) for path in paths], problems
+
+
+def _is_text_list(source: Path, columns: ListColumns) -> bool:
+    """Return whether a list has a path a line, and not the header of a CSV."""
+    if source.suffix.lower() != TEXT_SUFFIX or columns != STANDARD:
+        return False
+    header = next(read_lines(source, what="list of paths"), "").casefold()
+    return not {"path", "id"} <= {cell.strip() for cell in re.split("[,;\t|]", header)}
+
+
+def _split_name(word: str) -> str:
+    word = word.upper()
+    return _SPLIT_NAMES.get(word, word)
+
+
 def _each_frame(records: Sequence[Record], basedir: Path) -> list[Record]:
     """List each image of a file of several; one that is named with its number stays alone."""
 
@@ -431,8 +525,7 @@ def _read_filelist(
         if name in cells:
             cells[name] = [cell.strip() for cell in cells[name]]
     if "Split" in cells:
-        words = [cell.strip().upper() for cell in cells["Split"]]
-        cells["Split"] = [_SPLIT_NAMES.get(word, word) for word in words]
+        cells["Split"] = [_split_name(cell.strip()) for cell in cells["Split"]]
     blank: Sequence[None] = [None] * len(table.numbers)
     columns = (cells["path"], cells["id"], cells.get("Split", blank), cells.get("ds_name", blank))
     records = [Record(*row) for row in zip(*columns, strict=True)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lcmem_cli.engine.data.frames import strip_frame
 from lcmem_cli.engine.data.reading import why_missing
+from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.data.tables import some
 
 
@@ -103,5 +104,6 @@ def _missing(paths: Iterable[str], basedir: Path) -> list[str]:
             and strip_frame(os.path.basename(path)) not in present
             # Names may be compared without regard to case or Unicode form on this file system.
             and not os.path.exists(os.path.join(basedir, path))
+            and not is_there(Path(basedir, path))
         ]
     return missing

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lcmem_cli.engine.data.formats import IMAGE_SUFFIXES
+from lcmem_cli.engine.data.sources.base import MEMBER
 from lcmem_cli.engine.data.tables import Columns, read_header, read_lines, read_table, some
 from lcmem_cli.engine.errors import ManifestError
 
@@ -212,7 +213,7 @@ def _split_named(name: str) -> str | None:
 
 def _stem(path: str) -> str:
     """Return a file's name without folder and suffix."""
-    name = path.replace("\\", "/").rpartition("/")[2]
+    name = path.replace("\\", "/").rpartition("/")[2].rpartition(MEMBER)[2]
     for suffix in _VOLUME_SUFFIXES:
         if name.endswith(suffix):
             return name.removesuffix(suffix)

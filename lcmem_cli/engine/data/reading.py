@@ -1,12 +1,14 @@
 """The bytes of an image: every read of them goes through ``open_image``.
 
-What an image lies in besides a file of its own is to be added there; nothing else needs to know.
+An image is a file, or lies in a source such as an archive (``sources``); nothing else needs to
+know.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import unicodedata
@@ -16,6 +18,7 @@ from typing import BinaryIO
 
 from lcmem_cli.engine.data.formats import HEAD_BYTES, NO_FORMAT, format_of
 from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.sources.opened import read_member
 from lcmem_cli.engine.errors import UnreadableImageError
 from lcmem_cli.engine.files import sha256_bytes
 
@@ -38,6 +41,12 @@ def open_image(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UnreadableImageError: missing, not permitted, empty, a folder, or no regular file.
     """
+    data = read_member(path)
+    if data is not None:
+        if not data:
+            raise UnreadableImageError(path, EMPTY)
+        yield io.BytesIO(data)
+        return
     try:
         status = path.stat()  # before it is opened: to open a pipe would wait for ever
         if stat.S_ISDIR(status.st_mode):

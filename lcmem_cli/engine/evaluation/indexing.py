@@ -11,6 +11,7 @@ import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.sources.opened import find_shards, is_there
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
@@ -138,7 +139,7 @@ def add_to_index(
     Contents that the index knows under another path are not embedded again.
 
     Args:
-        source: folder or filelist.
+        source: see ``load_manifest``.
         folder: the index.
         detector: what embeds; an index of another is refused.
         basedir: folder that the paths of a filelist are relative to.
@@ -294,7 +295,7 @@ def query_index(
 
     Args:
         folder: the index.
-        query: image, folder or filelist.
+        query: an image, or see ``load_manifest``.
         detector: the one that the index was built with.
         top_k: matches per image.
         approximate: see ``audit``.
@@ -311,7 +312,7 @@ def query_index(
     """
     index = Index.open(folder)
     index.check(detector.fingerprint)
-    is_image = query.is_file() and not is_filelist(query)
+    is_image = is_there(query) and not (is_filelist(query) or find_shards(query))
     paths = [query]
     if not is_image:
         listed = load_manifest(

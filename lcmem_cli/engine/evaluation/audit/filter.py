@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lcmem_cli.engine.data.paths import paths_outside
+from lcmem_cli.engine.data.sources.base import MEMBER
+from lcmem_cli.engine.data.sources.opened import is_there, read_member, split_member
 from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
 from lcmem_cli.engine.evaluation.audit.result import Match, SetSummary
@@ -130,6 +132,10 @@ def filter_audit(
             (folder / match.query, output / KEPT_FOLDER / name)
             for match, name in zip(kept, targets, strict=True)
         ]
+        if transfer == "link" and any(split_member(source) for source, _ in files):
+            raise InputError(
+                f"--link: the images of {audited.source} are no files of their own; use --copy"
+            )
         if transfer != "none":
             _refuse_others(output / KEPT_FOLDER, {target for _, target in files})
         for name, listed in ((KEEP_NAME, kept), (REJECT_NAME, rejected)):
@@ -180,12 +186,13 @@ def target_names(names: Sequence[str]) -> list[PurePosixPath]:
 
     Names stay as they are where that is safe. An absolute name, or one that climbs out with
     ``..``, loses its folders and gets a hash of the whole name; so does a name that differs from
-    an earlier one only in case, which many file systems do not tell apart.
+    an earlier one only in case, which many file systems do not tell apart. Of an image in an
+    archive, the archive's name is a folder.
     """
     taken: set[str] = set()
     targets = []
     for name in names:
-        pure = PurePosixPath(name)
+        pure = PurePosixPath(name.replace(MEMBER, "/"))
         target = pure
         if pure.is_absolute() or ".." in pure.parts or str(pure).casefold() in taken:
             digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -211,7 +218,7 @@ def _transfer(files: Sequence[tuple[Path, Path]], transfer: Transfer, reporter: 
     missing = []
     with reporter.task("kept files", len(files), unit="files") as task:
         for source, target in files:
-            if not source.is_file():
+            if not is_there(source):
                 missing.append(source)
             elif not _is_there(source, target, transfer):
                 _put(source, target, transfer)
@@ -235,11 +242,7 @@ def _is_there(source: Path, target: Path, transfer: Transfer) -> bool:
     if transfer == "link":
         same = target.is_symlink() and os.readlink(target) == str(source)
     else:
-        same = (
-            not target.is_symlink()
-            and target.is_file()
-            and filecmp.cmp(source, target, shallow=False)
-        )
+        same = not target.is_symlink() and target.is_file() and _is_same(source, target)
     if not same:
         raise InputError(
             f"{target}: something else is here already; choose another output folder or remove it"
@@ -253,4 +256,16 @@ def _put(source: Path, target: Path, transfer: Transfer) -> None:
         target.symlink_to(source)
     else:
         with atomic_path(target) as temporary:
-            shutil.copyfile(source, temporary)
+            data = read_member(source)
+            if data is None:
+                shutil.copyfile(source, temporary)
+            else:
+                temporary.write_bytes(data)
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    """Return whether a file holds what an image does."""
+    data = read_member(source)
+    if data is not None:
+        return target.read_bytes() == data
+    return filecmp.cmp(source, target, shallow=False)

@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.data.frames import split_frame
-from lcmem_cli.engine.data.tables import Columns, as_named, read_table
+from lcmem_cli.engine.data.manifest import is_list
+from lcmem_cli.engine.data.sources.base import inner_name
+from lcmem_cli.engine.data.sources.opened import has_metadata, member_metadata
+from lcmem_cli.engine.data.tables import STANDARD, Columns, ListColumns, as_named, read_table
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
@@ -59,26 +62,28 @@ COLUMNS = (
 """Columns of ``groups.csv``."""
 
 
-def group_names(by: str, listing: Listing) -> dict[str, str]:
+def group_names(by: str, listing: Listing, columns: ListColumns = STANDARD) -> dict[str, str]:
     """Return the group of each generated image, by the image's name.
 
     Args:
-        by: ``folder``: the first subfolder; a column of the filelist; or a regular expression with
-            a group, which is searched for in each name.
+        by: ``folder``: the first subfolder; a column of the filelist, or of what a source of images
+            says; or a regular expression with a group, which is searched for in each name.
         listing: the generated set.
+        columns: what a filelist calls its columns.
 
     Raises:
         InputError: there is no such column, or the expression is none or is found nowhere.
     """
     names = [record.path for record in listing.records]
     if by == FOLDER:
-        values = [name.rpartition("/")[0].partition("/")[0] for name in names]
+        folders = [inner_name(name).rpartition("/")[0] for name in names]
+        values = [folder.partition("/")[0] for folder in folders]
     elif by in (KIND, "id"):
         values = [getattr(record, by) or "" for record in listing.records]
     elif "(" in by:
         values = _found(by, names)
     else:
-        values = _column(by, listing)
+        values = _column(by, listing, columns)
     if not any(values):
         raise InputError(f"--group-by {by}: no image of {listing.source} has a value")
     return dict(zip(names, [value.strip() or NONE for value in values], strict=True))
@@ -95,15 +100,19 @@ def _found(expression: str, names: Sequence[str]) -> list[str]:
     return ["" if match is None else match[1] or "" for match in found]
 
 
-def _column(name: str, listing: Listing) -> list[str]:
+def _column(name: str, listing: Listing, columns: ListColumns) -> list[str]:
     source = Path(listing.source)
-    if not source.is_file():
+    if has_metadata(source):
+        return [member_metadata(file).get(name, "") for file in listing.files]
+    if not is_list(source):
         raise InputError(
             f"--group-by {name}: {source} is no filelist, so it has no columns; give 'folder', or "
             "an expression for the names, as 'step([0-9]+)'"
         )
-    cells = read_table(source, Columns(what="filelist", required=("path", name))).cells
-    paths = [as_named(path, listing.folder) for path in cells["path"]]
+    path = columns.path or "path"
+    wanted = Columns(what="filelist", required=(path, name), separator=columns.separator)
+    cells = read_table(source, wanted).cells
+    paths = [as_named(cell, listing.folder) for cell in cells[path]]
     value_of = dict(zip(paths, cells[name], strict=True))
     of_files = (str(split_frame(Path(record.path))[0]) for record in listing.records)
     return [

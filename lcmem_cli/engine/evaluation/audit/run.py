@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data.manifest import is_list
+from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name
@@ -96,7 +98,7 @@ def audit(
     set embeds only what is new.
 
     Args:
-        generated: folder, filelist or index of generated images.
+        generated: folder, filelist, index or source (``data.sources``) of generated images.
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
@@ -201,7 +203,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     listings = list_sets(request, compute.reporter)
     group_of = None
     if request.group_by is not None:
-        group_of = group_names(request.group_by, listings.generated)
+        group_of = group_names(request.group_by, listings.generated, request.columns)
     detector = choose_detector(request, listings, device=compute.device)
     verified = is_to_verify(request, listings, detector, compute)
     if request.fail_on == "altered" and not verified:
@@ -262,10 +264,12 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
             reporter=reporter,
         )
     )
-    if not any(Path(part.source).is_file() for _, part in listings.named()):
+    sources = [Path(part.source) for _, part in listings.named()]
+    if not any(map(is_list, sources)):
+        told = any(map(has_metadata, sources))
         for option, is_given in (
             ("--basedir", basedir is not None),
-            ("--path-column and the like", request.columns != STANDARD),
+            ("--path-column and the like", request.columns != STANDARD and not told),
         ):
             if is_given:
                 raise InputError(

@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.manifest import Frames, Record, load_manifest, tells_identities
+from lcmem_cli.engine.data.manifest import (
+    Frames,
+    Record,
+    is_list,
+    load_manifest,
+    names_identities,
+    tells_identities,
+)
+from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
@@ -160,8 +168,8 @@ class ImageSet:
 
     @property
     def labelled(self) -> bool:
-        """Whether labels come from a filelist, so that those of two sets can be compared."""
-        return Path(self.summary.source).is_file()
+        """Whether labels come from columns, so that those of two sets can be compared."""
+        return names_identities(Path(self.summary.source), self.records)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +228,7 @@ def list_set(
     max_missing: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Listing:
-    """List a folder, a filelist or a saved index.
+    """List a folder, a filelist, a source of images or a saved index.
 
     Args:
         source: path, or an open index.
@@ -251,8 +259,8 @@ def list_set(
         path = Path(source)
         manifest = load_manifest(
             path,
-            basedir=None if path.is_dir() else basedir,
-            columns=STANDARD if path.is_dir() else columns,
+            basedir=basedir if is_list(path) else None,
+            columns=columns if is_list(path) or has_metadata(path) else STANDARD,
             need_split=False,
             max_missing=max_missing,
             frames=frames,

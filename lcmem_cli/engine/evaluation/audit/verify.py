@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.null import Null
@@ -41,7 +42,7 @@ def is_to_verify(
         indexes = [listing for _, listing in listings.named() if listing.index is not None]
         # Files of an index may be on one machine alone; the processes of all must read them.
         files = [split_frame(file)[0] for listing in indexes for file in listing.files]
-        missing = sum(not file.is_file() for file in files)
+        missing = sum(not is_there(file) for file in files)
         if missing := max(compute.ranks.gather(missing)):
             reason = f"{missing:,} files are not where their index found them"
             if request.verify is None:
