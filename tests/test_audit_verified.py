@@ -164,6 +164,33 @@ def test_an_index_is_verified_only_while_its_files_are_there(sets, tmp_path):
         run(sets, detector="ncc", verify=True)
 
 
+def test_an_index_with_keypoints_is_verified_as_its_images_are(sets, tmp_path, run_cli):
+    images, index = tmp_path / "training", tmp_path / "index"
+    shutil.copytree(sets / "training", images)
+    name = f"lcmem:{sets / 'net.safetensors'}"
+    detector = LCMemDetector.load(str(sets / "net.safetensors"))
+    add_to_index(images, index, detector)  # none at first: they are added to what is there
+    built = run_cli("index", "build", images, "--detector", name, "--keypoints", "-o", index)
+    assert "keypoints: 70,790 bytes for each distinct image, 707,900 in all" in built.stdout
+    (tmp_path / "more").mkdir()
+    draw_scene(300, side=SIDE).save(tmp_path / "more" / "more.png")
+    added = add_to_index(tmp_path / "more", index, detector)  # kept up without being asked for
+    assert added.keypoint_bytes == 70_790
+
+    def answers() -> tuple[object, ...]:
+        options = {"held_out": sets / "held-out", "fpr": 0.05, "adapt": False, "cache": False}
+        result = audit(sets / "generated", index, **options)
+        asked = query_index(index, sets / "generated", detector, top_k=2)
+        assert result.verified
+        verified = [(m.query, m.match, m.score, m.evidence, m.flagged) for m in result.matches]
+        return verified, result.rule, asked.matches  # equal pixels are told by files alone
+
+    with_images = answers()
+    for folder in (images, tmp_path / "more"):
+        shutil.rmtree(folder)
+    assert answers() == with_images
+
+
 def test_pairs_tell_the_same_picture_from_another(sets):
     detector = LCMemDetector.load(str(sets / "net.safetensors"))
     copy, other = sets / "generated" / "edited.png", sets / "generated" / "000.png"

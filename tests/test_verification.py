@@ -14,7 +14,7 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.perturb import TRANSFORMS, generator
 from lcmem_cli.engine.files import sha256_file
 from lcmem_cli.engine.store.features import FeatureCaches
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
+from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
 from lcmem_cli.engine.verification.evidence import (
     SAME_PICTURE,
     Evidence,
@@ -22,7 +22,7 @@ from lcmem_cli.engine.verification.evidence import (
     find_alignments,
 )
 from lcmem_cli.engine.verification.features import LocalFeatures, local_features, unpacked
-from lcmem_cli.engine.verification.verify import fuse, verify
+from lcmem_cli.engine.verification.verify import ALIGNMENT, fuse, verify
 
 
 def picture(seed: int, width: int = 200, height: int = 200) -> Image.Image:
@@ -61,6 +61,31 @@ def test_a_copy_in_place() -> None:
     assert abs(result.turn) < 0.5 and result.scale == pytest.approx(1, abs=0.01)
     assert result.share_of_training > 0.97 and result.correlation > 0.99
     assert result.text() == "in place"
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "text"),
+    [
+        ("GaussianBlur", 2.0, "in place, blurred"),
+        ("Brightness", 1.15, "in place, brighter"),
+        ("Brightness", 0.6, "in place, darker, less contrast"),
+        ("Contrast", 1.5, "in place, more contrast"),
+        ("Noise", 0.2, "in place, noise or sharpened"),
+        ("JPEGCompression", 60.0, "in place"),
+        ("HorizontalFlip", 1.0, "mirrored"),
+    ],
+)
+def test_altered_grey_values_are_named(name: str, strength: float, text: str) -> None:
+    image = picture(1)
+    dim = image.point(lambda value: value * 0.7)  # so that none is clipped
+    assert evidence(edited(dim, (name, strength)), dim).text() == text
+
+
+def test_the_share_of_a_smooth_picture_is_not_that_of_its_texture() -> None:
+    smooth = Image.linear_gradient("L").convert("RGB").resize((200, 200))
+    smooth.paste(picture(1, 90, 90), (60, 60))
+    crop = smooth.crop((20, 20, 180, 180)).resize((200, 200))
+    assert evidence(crop, smooth).share_of_training == pytest.approx(0.64, abs=0.05)
 
 
 @pytest.mark.parametrize("degrees", [12.0, -30.0, 90.0, 180.0])
@@ -195,6 +220,7 @@ def test_verify_finds_the_source(folder: Path) -> None:
     assert list(CANDIDATES[[0, 1], found.values[:2].argmax(axis=1)]) == [0, 2]
     assert (found.values[:2].max(axis=1) > SAME_PICTURE).all()
     assert (found.values[2] < SAME_PICTURE).all()
+    assert found.found.nbytes == 12 * ALIGNMENT.itemsize <= 12 * 160
     assert (found.values[3] == -np.inf).all() and found.evidence(3, 0) is None
     first = found.evidence(0, 0)
     assert first is not None and first.turn == pytest.approx(20, abs=1)
@@ -232,18 +258,24 @@ def test_a_replaced_file_has_no_features_and_none_are_kept(folder: Path, tmp_pat
     np.testing.assert_array_equal(again.descriptors, expected.descriptors)
 
 
-def test_a_file_that_is_not_what_an_index_found_has_none_even_in_a_warm_cache(
+def test_an_index_has_features_of_what_it_found_and_of_no_other_content(
     folder: Path, tmp_path: Path
 ) -> None:
-    files = [folder / "train0.png", folder / "train2.png", folder / "gone.png"]
-    hashes = [*map(sha256_file, files[:2]), "0" * 64]
-    compute = Compute(cache=FeatureCaches(tmp_path))
-    read_bank(files[:2], hashes[:2], compute)
+    files = [folder / "train0.png", folder / "train2.png", folder / "train1.png"]
+    hashes = [sha256_file(file) for file in files]
+    compute = Compute(cache=FeatureCaches(tmp_path / "cache"))
+    (tmp_path / "index").mkdir()
+    before = read_indexed(tmp_path / "index", files, hashes, compute)
     files[0].write_bytes(files[1].read_bytes())
-    there = unchanged_files(files, hashes, compute)
-    assert there == [None, files[1], None]
-    bank = read_bank(there, hashes, compute)
-    assert bank[0] is None and bank[1] is not None and bank[2] is None
+    files[2].unlink()
+    after = read_indexed(tmp_path / "index", files, hashes, compute)  # in a warm cache too
+    assert after[0] is None and after[1] is not None and after[2] is None
+    keypoints = IndexKeypoints(tmp_path / "index")
+    keypoints.keep(files[1:2], hashes[1:2])
+    keypoints.store.put_many([hashes[0], hashes[2]], before.rows[[0, 2]])
+    kept = read_indexed(tmp_path / "index", files, hashes)
+    assert kept[0] is None  # another content lies there
+    np.testing.assert_array_equal(kept.rows[1:], before.rows[1:])
 
 
 def test_fused_scores_keep_the_larger() -> None:

@@ -43,6 +43,12 @@ class BuildOptions(FillOptions):
     detector: str = option(
         JUDGING, "What embeds the images; audits by themselves take joint.", "lcmem"
     )
+    keypoints: bool = option(
+        OUTPUT,
+        "Keep what verification needs, 71 kB an image, so that the images need not be there later.",
+        False,
+        flags="--keypoints",
+    )
 
 
 class AddOptions(FillOptions):
@@ -74,9 +80,9 @@ def build_index(options: BuildOptions) -> None:
 
     Examples:
         lcmem index build training -o index
-        lcmem index build list.csv --detector joint -o index
+        lcmem index build list.csv --detector joint --keypoints -o index
     """
-    _fill(options, options.detector, only_listed=True)
+    _fill(options, options.detector, only_listed=True, keypoints=options.keypoints)
 
 
 def add_to_index(options: AddOptions) -> None:
@@ -170,7 +176,9 @@ def query_index(options: QueryOptions) -> None:
     render.emit(result, as_json=options.as_json, human=human)
 
 
-def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
+def _fill(
+    options: FillOptions, detector: str, *, only_listed: bool, keypoints: bool = False
+) -> None:
     from lcmem_cli.engine.detectors.registry import load_detector
     from lcmem_cli.engine.evaluation.indexing import add_to_index
 
@@ -184,6 +192,7 @@ def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
         frames=options.frames,
         max_unreadable=options.max_unreadable,
         only_listed=only_listed,
+        keypoints=keypoints,
         compute=compute,
     )
 
@@ -192,6 +201,12 @@ def _fill(options: FillOptions, detector: str, *, only_listed: bool) -> None:
             f"{result.num_images:,} images ({result.num_distinct:,} distinct) in {options.index}"
         )
         render.line(f"added {result.num_added:,}, known already {result.num_known:,}")
+        if result.keypoint_bytes:
+            size = result.keypoint_bytes * result.num_distinct
+            render.line(
+                f"keypoints: {result.keypoint_bytes:,} bytes for each distinct image, {size:,} in "
+                "all"
+            )
         render.unreadable(result.unreadable)
 
     render.emit(result, as_json=options.as_json, human=human)

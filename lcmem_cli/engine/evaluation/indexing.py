@@ -21,8 +21,9 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
+from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
 from lcmem_cli.engine.verification.evidence import Evidence
+from lcmem_cli.engine.verification.features import ROW_BYTES
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 from lcmem_cli.engine.verification.verify import verify as verify_candidates
 
@@ -42,6 +43,7 @@ class IndexingResult(Result):
         num_known: listed images that were in the index already.
         num_changed: files whose content was another when they were added; the index holds both.
         encoder_passes: images that the encoder saw now.
+        keypoint_bytes: size of the keypoints of each distinct image; 0 where none are kept.
         unreadable: images left out.
     """
 
@@ -53,6 +55,7 @@ class IndexingResult(Result):
     num_known: int
     num_changed: int
     encoder_passes: int
+    keypoint_bytes: int
     unreadable: tuple[Unreadable, ...]
 
 
@@ -130,6 +133,7 @@ def add_to_index(
     frames: Frames = "first",
     max_unreadable: int = 0,
     only_listed: bool = False,
+    keypoints: bool = False,
     compute: Compute = DEFAULT_COMPUTE,
 ) -> IndexingResult:
     """Add a folder or filelist to an index, making it if there is none.
@@ -147,6 +151,8 @@ def add_to_index(
         frames: see ``load_manifest``.
         max_unreadable: tolerated unreadable images.
         only_listed: refuse an index that holds images which the source does not list.
+        keypoints: keep what verification needs of each image, ``ROW_BYTES`` of it, so that the
+            files need not be there; an index that has them goes on keeping them.
         compute: how the images are embedded; its cache is not used, the index is one itself.
 
     Raises:
@@ -172,10 +178,14 @@ def add_to_index(
             Index.create(folder, detector=name, fingerprint=detector.fingerprint)
         ranks.barrier()
         addition = _Addition(manifest, folder, detector, compute)
+        kept = IndexKeypoints(folder)
+        keypoints = keypoints or ranks.broadcast(kept.are_kept)
         if only_listed:
             addition.refuse_others()
         for start in range(0, len(manifest.records), IMAGES_PER_SEGMENT):
-            addition.add_segment(range(start, start + IMAGES_PER_SEGMENT))
+            added = addition.add_segment(range(start, start + IMAGES_PER_SEGMENT))
+            if keypoints:
+                kept.keep(*added, compute)
     if addition.num_changed:
         compute.reporter.warn(
             f"{folder}: {addition.num_changed} file(s) have another content than when they were "
@@ -193,6 +203,7 @@ def add_to_index(
         num_known=addition.num_known,
         num_changed=addition.num_changed,
         encoder_passes=addition.encoder_passes,
+        keypoint_bytes=ROW_BYTES if keypoints else 0,
         unreadable=tuple(addition.unreadable),
     )
 
@@ -245,8 +256,12 @@ class _Addition:
                 "index add"
             )
 
-    def add_segment(self, places: range) -> None:
-        """Add the new images among some places of the list; each file is read once."""
+    def add_segment(self, places: range) -> tuple[list[Path], list[str]]:
+        """Add the new images among some places of the list; each file is read once.
+
+        Returns:
+            Files and contents of all images there that the index holds now.
+        """
         part = [place for place in places if place < len(self._paths)]
         embedded = embed_files(
             self._detector,
@@ -276,6 +291,12 @@ class _Addition:
         self.unreadable.extend(embedded.unreadable)
         self.num_added += len(images)
         self.encoder_passes += embedded.encoder_passes
+        held = [
+            (self._paths[place], content)
+            for place, content in zip(part, embedded.content_hashes, strict=True)
+            if content is not None and content in self.index
+        ]
+        return [file for file, _ in held], [content for _, content in held]
 
 
 def query_index(
@@ -363,13 +384,13 @@ def _verified(
     path_of = {match.row: Path(match.path) for row in matches for match in row}
     rows = np.unique(candidates).tolist()
     hashes = [contents[row] for row in rows]
-    files = unchanged_files([path_of[row] for row in rows], hashes, compute)
-    if None in files:
+    bank = read_indexed(index.folder, [path_of[row] for row in rows], hashes, compute)
+    if num_without := int((~bank.rows.any(axis=1)).sum()):
         compute.reporter.warn(
-            f"{files.count(None):,} of the {len(files):,} best matches are not verified: their "
-            "files are not where and what the index found"
+            f"{num_without:,} of the {len(rows):,} best matches are not verified: their files are "
+            "not where and what the index found"
         )
-    training = read_bank(files, hashes, compute).numbered(rows)
+    training = bank.numbered(rows)
     found = verify_candidates(queries, training, candidates, compute)
     verified = []
     for number, row in enumerate(matches):

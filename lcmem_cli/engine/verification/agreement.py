@@ -8,7 +8,7 @@ sign of the contrast counts, its strength does not.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,6 +35,20 @@ _TEXTURED = 0.5
 _FAR = 10_000
 
 
+class Shades(NamedTuple):
+    """How the grey values of an aligned query differ from those of a training image.
+
+    Attributes:
+        brightness: difference of the means, as a share of the range from black to white.
+        contrast: ratio of the standard deviations.
+        sharpness: ratio of those of the finest octave; blur lowers it, noise raises it.
+    """
+
+    brightness: float
+    contrast: float
+    sharpness: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """What a map of a query's picture onto a training image's shows.
@@ -45,8 +59,9 @@ class Agreement:
         overlap: share of the training image that the query covers.
         query_share: share of the query within the training image.
         correlation: of the grey values where both overlap.
+        shades: how the query's grey values differ there, see ``Shades``.
         extent: ``(left, top, right, bottom)`` of the patches that agree, in pixels, far outside
-            where no others lie beyond them; ``None`` if none agrees.
+            where none beyond them disagrees; ``None`` if none agrees.
     """
 
     correlations: NDArray[np.float64]
@@ -54,6 +69,7 @@ class Agreement:
     overlap: float
     query_share: float
     correlation: float
+    shades: Shades
     extent: tuple[float, float, float, float] | None
 
 
@@ -66,9 +82,11 @@ def agreement(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> 
         return None
     overlap = total / covered.size
     area = abs(float(np.linalg.det(matrix[:, :2])))
-    correlation = _correlation(first[covered > 0], second[covered > 0])
+    inside = covered > 0
+    correlation = _correlation(first[inside], second[inside])
+    shades = _shades(first, second, inside)
     correlations, patches = np.zeros(OCTAVES), np.zeros(OCTAVES)
-    seen: list[NDArray[np.int64]] = []
+    disagreeing: list[NDArray[np.int64]] = []
     agreeing: list[NDArray[np.int64]] = []
     for octave in range(OCTAVES):
         smooth_first = cv2.GaussianBlur(first, (0, 0), _BLUR)
@@ -85,9 +103,10 @@ def agreement(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> 
             patches[octave] = weights[1][agrees].sum()
             if octave < _PLACED_OCTAVES:
                 side = PATCH << octave
-                seen += [places * side, (places + 1) * side]
                 agreed = places[agrees & (weights[1] > _TEXTURED)]
                 agreeing += [agreed * side, (agreed + 1) * side]
+                others = places[~agrees & (weights[2] > _TEXTURED)]
+                disagreeing += [others * side, (others + 1) * side]
         size = tuple((side + 1) // 2 for side in first.shape[::-1])
         first = cv2.resize(smooth_first, size, interpolation=cv2.INTER_AREA)
         second = cv2.resize(smooth_second, size, interpolation=cv2.INTER_AREA)
@@ -100,17 +119,18 @@ def agreement(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> 
         overlap=overlap,
         query_share=min(1.0, total / (area * query.picture.size)),
         correlation=correlation,
-        extent=_extent(seen, agreeing),
+        shades=shades,
+        extent=_extent(agreeing, disagreeing),
     )
 
 
 def _extent(
-    seen: list[NDArray[np.int64]], agreeing: list[NDArray[np.int64]]
+    agreeing: list[NDArray[np.int64]], disagreeing: list[NDArray[np.int64]]
 ) -> tuple[float, float, float, float] | None:
     """Return the box about the patches that agree, open where no others lie beyond them."""
     if not sum(map(len, agreeing)):
         return None
-    every, agreed = np.concatenate(seen), np.concatenate(agreeing)
+    agreed, every = np.concatenate(agreeing), np.concatenate(agreeing + disagreeing)
     low, high = agreed.min(axis=0), agreed.max(axis=0)
     left, top = np.where(low > every.min(axis=0), low, -_FAR)
     right, bottom = np.where(high < every.max(axis=0), high, _FAR)
@@ -139,8 +159,9 @@ def _patch_correlations(
     """Correlate two pictures patch by patch.
 
     Returns:
-        Correlations ``[p]`` of the patches that are covered; two weights for each ``[2, p]``: how
-        much texture the second picture has there, and both have; places ``[p, 2]`` as column, row.
+        Correlations ``[p]`` of the patches that are covered; three weights for each ``[3, p]``: how
+        much texture the second picture has there, both have, and at least one has; places
+        ``[p, 2]`` as column, row.
     """
     rows, columns = (side // PATCH for side in first.shape)
 
@@ -165,8 +186,21 @@ def _patch_correlations(
     values = product / np.sqrt((variance_a + _ROUNDING) * (variance_b + _ROUNDING))
     texture = variance_b / (variance_b + _TEXTURE)
     both = texture * variance_a / (variance_a + _QUERY_TEXTURE)
+    either = np.maximum(texture, variance_a / (variance_a + _TEXTURE))
     places = np.stack(np.divmod(np.flatnonzero(kept), columns)[::-1], axis=1)
-    return values, np.stack([texture, both]), places
+    return values, np.stack([texture, both, either]), places
+
+
+def _shades(first: Picture, second: Picture, inside: NDArray[np.bool_]) -> Shades:
+    fine = [
+        (picture - cv2.GaussianBlur(picture, (0, 0), _BLUR))[inside] for picture in (first, second)
+    ]
+    a, b = first[inside], second[inside]
+    return Shades(
+        brightness=float(a.mean() - b.mean()) / 255,
+        contrast=(float(a.std()) + _ROUNDING) / (float(b.std()) + _ROUNDING),
+        sharpness=(float(fine[0].std()) + _ROUNDING) / (float(fine[1].std()) + _ROUNDING),
+    )
 
 
 def _correlation(first: Picture, second: Picture) -> float:

@@ -59,15 +59,28 @@ class Query:
         features: of the query.
         points: ``[2 k, 4]`` its keypoints, then those of the mirrored picture.
         descriptors: ``[2 k, 128]`` float32, likewise.
-        maps: ``[t, 2, 3]`` from its small picture, turned, scaled and mirrored, to the grid.
-        spectra: ``[t, g, g / 2 + 1]`` conjugate Fourier transforms of these.
-        lengths: ``[t]`` roots of their sums of squares.
-        to_small: map from the query's picture to the small one.
     """
 
     features: LocalFeatures
     points: NDArray[np.float32]
     descriptors: NDArray[np.float32]
+
+    @functools.cached_property
+    def templates(self) -> Templates:
+        """What is correlated with training images: made once, for most queries never."""
+        return _templates(self.features)
+
+
+class Templates(NamedTuple):
+    """A query's small picture, turned, scaled and mirrored.
+
+    Attributes:
+        maps: ``[t, 2, 3]`` from the small picture to the grid.
+        spectra: ``[t, g, g / 2 + 1]`` conjugate Fourier transforms of the pictures there.
+        lengths: ``[t]`` roots of their sums of squares.
+        to_small: map from the query's picture to the small one.
+    """
+
     maps: Matrix
     spectra: NDArray[np.complex64]
     lengths: NDArray[np.float32]
@@ -76,22 +89,23 @@ class Query:
 
 def prepared(features: LocalFeatures) -> Query:
     """Make a query ready to be aligned."""
-    from scipy import fft
-
     mirrored = features.mirrored()
-    small, to_small = _small(features)
-    height, width = small.shape
-    maps = _template_maps(width, height)
-    pictures = np.stack([cv2.warpAffine(small, matrix, (_GRID, _GRID)) for matrix in maps])
     return Query(
         features=features,
         points=np.concatenate([features.points, mirrored.points]),
         descriptors=np.concatenate([features.descriptors, mirrored.descriptors]).astype(np.float32),
-        maps=maps,
-        spectra=np.conj(fft.rfft2(pictures)),
-        lengths=np.sqrt(np.square(pictures).sum(axis=(1, 2))),
-        to_small=to_small,
     )
+
+
+def _templates(features: LocalFeatures) -> Templates:
+    from scipy import fft
+
+    small, to_small = _small(features)
+    height, width = small.shape
+    maps = _template_maps(width, height)
+    pictures = np.stack([cv2.warpAffine(small, matrix, (_GRID, _GRID)) for matrix in maps])
+    lengths = np.sqrt(np.square(pictures).sum(axis=(1, 2)))
+    return Templates(maps, np.conj(fft.rfft2(pictures)), lengths, to_small)
 
 
 def keypoint_alignment(query: Query, training: LocalFeatures) -> KeypointAlignment | None:
@@ -116,24 +130,25 @@ def coarse_alignment(query: Query, training: LocalFeatures) -> tuple[Matrix, flo
     """Return the map of the grid at which small pictures correlate most, and the correlation."""
     from scipy import fft
 
+    templates = query.templates
     small, to_small = _small(training)
     height, width = small.shape
     left, top = (_GRID - width) // 2, (_GRID - height) // 2
     grid = np.zeros((_GRID, _GRID), np.float32)
     grid[top : top + height, left : left + width] = small
-    products = query.spectra * fft.rfft2(grid)
+    products = templates.spectra * fft.rfft2(grid)
     shifts = fft.irfft2(products, s=(_GRID, _GRID)).reshape(len(products), -1)
     peaks = shifts.argmax(axis=1)
-    norms = query.lengths * float(np.linalg.norm(grid)) + 1.0
+    norms = templates.lengths * float(np.linalg.norm(grid)) + 1.0
     values = shifts[np.arange(len(peaks)), peaks] / norms
     best = int(values.argmax())
     down, right = (
         int(step) - _GRID * (int(step) > _GRID // 2) for step in divmod(int(peaks[best]), _GRID)
     )
-    matrix = query.maps[best].copy()
+    matrix = templates.maps[best].copy()
     matrix[:, 2] += (right - left, down - top)
     back = _inverse(to_small)
-    return back @ _square(matrix) @ _square(query.to_small), float(values[best])
+    return back @ _square(matrix) @ _square(templates.to_small), float(values[best])
 
 
 def refined(matrix: Matrix, query: LocalFeatures, training: LocalFeatures) -> Matrix | None:

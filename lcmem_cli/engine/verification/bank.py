@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.loading import hash_files, load_once
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.errors import MissingExtraError, UnreadableImageError, WriteError
@@ -26,6 +28,7 @@ from lcmem_cli.engine.verification.features import (
 )
 
 _ROUND_IMAGES = 512
+_INDEX_FOLDER = "keypoints"
 
 
 class FeatureBank:
@@ -50,44 +53,107 @@ class FeatureBank:
         return FeatureBank(self.rows, {int(number): row for row, number in enumerate(numbers)})
 
 
-def unchanged_files(
-    files: Sequence[Path], hashes: Sequence[str], compute: Compute = DEFAULT_COMPUTE
-) -> list[Path | None]:
-    """Return the files of an index that still are what it found, ``None`` in place of others.
-
-    Features in the cache belong to the content that was indexed. So files are compared even where
-    none would have to be read: what lies there now is what a page shows.
+class IndexKeypoints:
+    """Local features that an index holds of its images, so that their files need not be there.
 
     Args:
+        folder: of the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / _INDEX_FOLDER
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether the index is to hold them."""
+        return self._folder.is_dir()
+
+    @functools.cached_property
+    def store(self) -> FeatureCache:
+        """Where they are; what is damaged there counts as missing."""
+        return FeatureCache(self._folder, FINGERPRINT)
+
+    def keep(
+        self, files: Sequence[Path], hashes: Sequence[str], compute: Compute = DEFAULT_COMPUTE
+    ) -> None:
+        """Find and keep those that the index lacks; the first process writes.
+
+        Args:
+            files: of the index.
+            hashes: SHA-256 of each.
+            compute: threads, processes, progress and cache.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if compute.ranks.is_main:
+            self._folder.mkdir(exist_ok=True)
+        compute.ranks.barrier()
+        path_of = dict(zip(hashes, files, strict=True))
+        lacking = [content for content in path_of if content not in self.store]
+        lacking = compute.ranks.broadcast(lacking)  # only the first process sees what it writes
+        for start in range(0, len(lacking), _ROUND_IMAGES):
+            part = lacking[start : start + _ROUND_IMAGES]
+            rows = read_bank([path_of[content] for content in part], part, compute).rows
+            if compute.ranks.is_main:
+                there = np.flatnonzero(rows.any(axis=1))
+                self.store.put_many([part[row] for row in there], np.asarray(rows[there]))
+        compute.ranks.barrier()
+
+
+def read_indexed(
+    folder: Path,
+    files: Sequence[Path],
+    hashes: Sequence[str],
+    compute: Compute = DEFAULT_COMPUTE,
+) -> FeatureBank:
+    """Find the local features of indexed images.
+
+    Features in the cache belong to the content that was indexed. So files are compared even where
+    none would have to be read: what lies there now is what a page shows. A file with another
+    content has no features; one that is gone has those that the index holds.
+
+    Args:
+        folder: the index.
         files: image files.
         hashes: SHA-256 of each when it was indexed.
-        compute: threads and processes.
+        compute: threads, processes, progress and cache.
     """
+    keypoints = IndexKeypoints(folder)
     now, _ = hash_files(files, compute)
-    return [
-        file if content == known else None
-        for file, content, known in zip(files, now, hashes, strict=True)
-    ]
+    is_there = compute.ranks.broadcast([split_frame(file)[0].is_file() for file in files])
+    return read_bank(
+        [f if found == known else None for f, found, known in zip(files, now, hashes, strict=True)],
+        [
+            known if found == known or not there else ""
+            for found, known, there in zip(now, hashes, is_there, strict=True)
+        ],
+        compute,
+        keypoints.store if keypoints.are_kept else None,
+    )
 
 
 def read_bank(
     files: Sequence[Path | None],
     hashes: Sequence[str],
     compute: Compute = DEFAULT_COMPUTE,
+    kept: FeatureCache | None = None,
 ) -> FeatureBank:
     """Find the local features of images; those in the cache cost no decoding.
 
     Args:
-        files: image files; ``None`` has no features.
+        files: image files; ``None`` has only what is kept.
         hashes: SHA-256 of each.
         compute: threads, processes, progress and cache; none of it changes the result.
+        kept: features that were found before, looked at first.
 
     Raises:
         LcmemError: no room for the features.
     """
-    wanted = [row for row, file in enumerate(files) if file is not None]
     rows = allocate_features((len(files), ROW_BYTES), np.uint8)
     cache = None if compute.cache is None else FeatureCache(compute.cache.folder, FINGERPRINT)
+    is_kept = [kept is not None and content in kept for content in hashes]
+    wanted = [row for row, file in enumerate(files) if file is not None or is_kept[row]]
     ranks = compute.ranks
     with (
         single_threaded(),
@@ -97,13 +163,14 @@ def read_bank(
         for start in range(0, len(wanted), _ROUND_IMAGES):
             part = wanted[start : start + _ROUND_IMAGES]
             mine = ranks.share(part)
-            new = [row for row in mine if not (cache and hashes[row] in cache)]
+            stores = {row: kept if is_kept[row] else cache for row in mine}
+            known = {row: store for row, store in stores.items() if store and hashes[row] in store}
+            new = [row for row in mine if row not in known]
             values = pool.map(_read, [files[row] for row in new], [hashes[row] for row in new])
             made = dict(zip(new, values, strict=True))
             _keep(cache, [(hashes[row], values) for row, values in made.items()], compute)
-            for row in mine:
-                if row not in made and cache is not None:
-                    made[row] = cache.get_many([hashes[row]])[0][0]
+            for row, store in known.items():
+                made[row] = store.get_many([hashes[row]])[0][0]
             for others in ranks.gather(made):
                 for row, values in others.items():
                     rows[row] = values

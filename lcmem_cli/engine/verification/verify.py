@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.verification.agreement import Shades
 from lcmem_cli.engine.verification.bank import FeatureBank
 from lcmem_cli.engine.verification.evidence import Evidence, Found, describe, find_alignments
 from lcmem_cli.engine.verification.features import single_threaded
@@ -32,6 +33,19 @@ NUM_CANDIDATES = 10
 OFFSET = 0.5
 """What makes a logit of evidence: 1 % of real images' best matches pass about 0.5 by evidence, and
 0.3 % of them about 1 by ``joint``, so that most of the rate is spent on evidence."""
+ALIGNMENT = np.dtype(
+    [
+        ("value", np.float64),
+        ("matrix", np.float64, (2, 3)),
+        ("inliers", np.int32),
+        ("correlation", np.float64),
+        ("shades", np.float64, (3,)),
+        ("extent", np.float64, (4,)),
+        ("query", np.int32, (2,)),
+        ("training", np.int32, (2,)),
+    ]
+)
+"""A ``Found`` as kept for many pairs; its value is -inf where there is none."""
 _ROUND_QUERIES = 256
 
 
@@ -40,18 +54,49 @@ class Verification:
     """Evidence for the candidates of many queries.
 
     Attributes:
-        values: ``[n, k]`` log-odds that both show the same picture; ``-inf`` where nothing was
-            found or an image cannot be read.
-        found: the alignment of each pair, if any.
+        found: ``[n, k]`` alignment of each pair, ``ALIGNMENT.itemsize`` bytes of each.
     """
 
-    values: NDArray[np.float64]
-    found: tuple[tuple[Found | None, ...], ...]
+    found: NDArray[np.void]
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """``[n, k]`` log-odds that both show the same picture.
+
+        ``-inf`` where nothing was found or an image cannot be read.
+        """
+        values: NDArray[np.float64] = self.found["value"]
+        return values
 
     def evidence(self, query: int, rank: int) -> Evidence | None:
         """Return what was found for one candidate of a query, if anything."""
-        found = self.found[query][rank]
-        return None if found is None else describe(found)
+        found = self.found[query, rank]
+        return None if found["value"] == -np.inf else describe(_unpacked(found))
+
+
+def _packed(pairs: list[Found | None]) -> NDArray[np.void]:
+    """Return alignments ``[k]`` as rows of ``ALIGNMENT``."""
+    rows = np.zeros(len(pairs), ALIGNMENT)
+    rows["value"] = -np.inf
+    for row, pair in zip(rows, pairs, strict=True):
+        if pair is not None:
+            for name, value in pair._asdict().items():
+                row[name] = np.nan if value is None else value
+    return rows
+
+
+def _unpacked(row: np.void) -> Found:
+    extent = row["extent"].tolist()
+    return Found(
+        value=float(row["value"]),
+        matrix=row["matrix"],
+        inliers=int(row["inliers"]),
+        correlation=float(row["correlation"]),
+        shades=Shades(*row["shades"].tolist()),
+        extent=None if np.isnan(extent).any() else tuple(extent),
+        query=tuple(row["query"].tolist()),
+        training=tuple(row["training"].tolist()),
+    )
 
 
 def verify(
@@ -69,13 +114,13 @@ def verify(
         compute: threads, processes and progress; none of it changes the result.
     """
 
-    def align(number: int) -> tuple[int, list[Found | None]]:
-        query = queries[number]
+    def align(number: int) -> NDArray[np.void]:
+        query, rows = queries[number], candidates[number]
         if query is None:
-            return number, [None] * candidates.shape[1]
-        return number, find_alignments(query, [training[row] for row in candidates[number]])
+            return _packed([None] * len(rows))
+        return _packed(find_alignments(query, [training[row] for row in rows]))
 
-    found: dict[int, list[Found | None]] = {}
+    found = np.empty(candidates.shape, ALIGNMENT)
     with (
         single_threaded(),
         ThreadPoolExecutor(max(1, compute.num_workers)) as pool,
@@ -83,15 +128,13 @@ def verify(
     ):
         for start in range(0, len(candidates), _ROUND_QUERIES):
             part = range(start, min(start + _ROUND_QUERIES, len(candidates)))
-            mine = list(pool.map(align, compute.ranks.share(part)))
-            for others in compute.ranks.gather(mine):
-                found.update(others)
+            mine = compute.ranks.share(part)
+            aligned = dict(zip(mine, pool.map(align, mine), strict=True))
+            for others in compute.ranks.gather(aligned):
+                for number, row in others.items():
+                    found[number] = row
             task.advance(len(part))
-    rows = tuple(tuple(found[number]) for number in range(len(candidates)))
-    values = np.full(candidates.shape, -np.inf)
-    for number, row in enumerate(rows):
-        values[number] = [-np.inf if pair is None else pair.value for pair in row]
-    return Verification(values, rows)
+    return Verification(found)
 
 
 def fuse(scores: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

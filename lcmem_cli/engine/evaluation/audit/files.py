@@ -66,6 +66,9 @@ NUMBERS = (
     "share_of_training",
     "share_of_query",
     "correlation",
+    "brightness",
+    "contrast",
+    "sharpness",
     "inliers",
 )
 """Fields of ``Evidence`` that have columns."""

@@ -35,16 +35,10 @@ from lcmem_cli.engine.evaluation.audit.search import search_training
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
 from lcmem_cli.engine.evaluation.audit.wording import percent
 from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
-from lcmem_cli.engine.verification.evidence import SAME_PICTURE
+from lcmem_cli.engine.verification.evidence import SAME_PICTURE, SURELY_SAME
 
 SPLIT_SHARE = 0.25
 MAX_LEAVE_ONE_OUT = 10_000
-SURELY_SAME = 25.0
-"""Evidence of a copy beyond doubt.
-
-Of the 180 closest pairs of different identities in 30 data sets the strongest had 10. Nine of ten
-mirrored copies, and three of four JPEGs of quality 75, had more than 25.
-"""
 _SAME_FEATURES = 0.01
 """Largest distance, as a share of their length, of two features of the same pixels."""
 _MORE_NEIGHBOURS = 6

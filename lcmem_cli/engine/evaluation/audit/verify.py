@@ -8,6 +8,7 @@ nothing, and the conformal rate holds whatever the evidence is.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.search import Found
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, Sets
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
+from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES, Verification, fuse, verify
 
 
@@ -39,12 +40,18 @@ def is_to_verify(
     if not detector.gives_probability:
         reason = f"the scores of {detector.name} are not on the scale of probabilities"
     else:
-        indexes = [listing for _, listing in listings.named() if listing.index is not None]
         # Files of an index may be on one machine alone; the processes of all must read them.
-        files = [split_frame(file)[0] for listing in indexes for file in listing.files]
+        files = [
+            split_frame(file)[0]
+            for _, listing in listings.named()
+            if listing.index is not None and not IndexKeypoints(listing.index.folder).are_kept
+            for file in listing.files
+        ]
         missing = sum(not is_there(file) for file in files)
         if missing := max(compute.ranks.gather(missing)):
-            reason = f"{missing:,} files are not where their index found them"
+            reason = (
+                f"{missing:,} files are not where their index found them, and it holds no keypoints"
+            )
             if request.verify is None:
                 compute.reporter.warn(f"Candidates are not verified: {reason}")
     if reason and request.verify:
@@ -121,5 +128,6 @@ def _bank(images: ImageSet, rows: NDArray[np.int64], compute: Compute) -> Featur
     """Return local features of some contents, numbered from 0."""
     files = [images.files[image] for image in images.first_image[rows]]
     hashes = [images.hashes[row] for row in rows]
-    there = unchanged_files(files, hashes, compute) if images.is_index else files
-    return read_bank(there, hashes, compute)
+    if images.is_index:
+        return read_indexed(Path(images.summary.source), files, hashes, compute)
+    return read_bank(files, hashes, compute)
