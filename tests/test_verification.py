@@ -14,7 +14,9 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.perturb import TRANSFORMS, generator
 from lcmem_cli.engine.files import sha256_file
 from lcmem_cli.engine.store.features import FeatureCaches
+from lcmem_cli.engine.store.search import TopK
 from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
+from lcmem_cli.engine.verification.candidates import PictureSearch, merged
 from lcmem_cli.engine.verification.evidence import (
     SAME_PICTURE,
     Evidence,
@@ -282,3 +284,46 @@ def test_fused_scores_keep_the_larger() -> None:
     scores = np.array([[0.3, 0.9, 0.2]])
     fused = fuse(scores, np.array([[-np.inf, -5.0, 9.0]]))
     assert fused[0, 0] == 0.3 and fused[0, 1] == 0.9 and fused[0, 2] > 0.95
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    """Shrink as a detector does."""
+    return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
+
+
+def search_of(groups: np.ndarray | None = None) -> PictureSearch:
+    """Search 40 pictures by picture."""
+    bank = np.stack([grey(picture(seed)) for seed in range(40)])
+    return PictureSearch(lambda rows: bank[rows], len(bank), groups)
+
+
+TURNED = [("Rotation", 20.0), ("Rotation", 90.0), ("HorizontalFlip", 1.0), ("Combination", 1.5)]
+
+
+def test_turned_and_mirrored_copies_are_candidates_by_picture() -> None:
+    copies = np.stack([grey(edited(picture(n), step)) for n, step in enumerate(TURNED)])
+    search = search_of()
+    found = search.nearest(copies, 3)
+    assert found.rows[:, 0].tolist() == [0, 1, 2, 3]
+    assert (found.scores == np.rint(found.scores)).all()  # whole: the same in any order
+    for number in range(len(copies)):
+        alone = search.nearest(copies[number : number + 1], 3)
+        np.testing.assert_array_equal(alone.rows[0], found.rows[number])
+
+
+def test_candidates_by_picture_are_never_of_the_own_identity() -> None:
+    groups = np.arange(40) // 2
+    bank = np.stack([grey(picture(seed)) for seed in range(40)])
+    found = search_of(groups).nearest(bank, 39, groups)
+    usable = np.isfinite(found.scores)
+    assert usable.sum(axis=1).tolist() == [38] * 40
+    assert not (groups[found.rows] == groups[:, None])[usable].any()
+
+
+def test_candidates_by_score_and_picture_take_turns() -> None:
+    by_score = np.array([[9, 8, 7, 6, 5, 4, 3], [2, 1, -1, -1, -1, -1, -1]])
+    scores = np.array([[5.0, 4, 3, 2, -np.inf], [5.0, 4, 3, 2, 1]])
+    by_picture = TopK(scores, np.array([[8, 1, 4, 2, 7], [1, 2, 3, 4, 5]]))
+    mixed = merged(by_score, by_picture, 6)
+    assert mixed[0].tolist() == [9, 1, 8, 4, 7, 2, 6]  # 8 is known, so 1 is the best new one
+    assert mixed[1].tolist() == by_score[1].tolist()  # it has all there are

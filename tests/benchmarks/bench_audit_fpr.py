@@ -154,6 +154,7 @@ class Benchmark:
             fpr=self.fpr,
             detector=self.detector,
             top_k=1,
+            sensitivity=0,
         )
         fresh = {path for path, _ in lists["fresh"]}
         found, right = Counter[str](), Counter[str]()

@@ -99,6 +99,10 @@ class Detector(abc.ABC):
         """
         return top_k_blocked(self.score_matrix, queries, bank, k)
 
+    def pictures(self, features: FloatArray) -> FloatArray | None:
+        """Return the small grey pictures ``[n, s, s]`` that features hold, if they hold any."""
+        return None
+
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector adapted to one kind of images, see ``detectors.adapted``.
 

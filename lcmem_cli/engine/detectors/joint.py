@@ -158,6 +158,10 @@ class JointDetector(Detector):
         first = np.argsort(repeated, axis=1, kind="stable")[:, : by_network.rows.shape[1]]
         return TopK(np.take_along_axis(scores, first, 1), np.take_along_axis(rows, first, 1))
 
+    def pictures(self, features: FloatArray) -> FloatArray:
+        """Return the small grey pictures ``[n, s, s]`` that features hold."""
+        return self._parts(features)[1].reshape(-1, PICTURE_SIZE, PICTURE_SIZE)
+
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector with an adapted network, see ``Detector.adapted``; pictures stay.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,8 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     list_set,
 )
 from lcmem_cli.engine.evaluation.audit.verify import (
+    ByPicture,
+    features_of,
     is_to_verify,
     verify_candidates,
     with_evidence,
@@ -51,7 +54,7 @@ from lcmem_cli.engine.evaluation.audit.verify import (
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result
 from lcmem_cli.engine.store.features import FeatureCaches
-from lcmem_cli.engine.verification.bank import FeatureBank, read_bank, unchanged_files
+from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints
 from lcmem_cli.engine.verification.features import local_features, single_threaded
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES, verify
 
@@ -241,6 +244,10 @@ class Guard:
         """What embeds and scores."""
         return self._embedded.detector
 
+    @functools.cached_property
+    def _by_picture(self) -> ByPicture:
+        return ByPicture.of(self._embedded, self._bank)
+
     def __repr__(self) -> str:
         """Return what it compares with, in short."""
         return (
@@ -293,10 +300,11 @@ class Guard:
         embedded = dataclasses.replace(self._embedded, sets=sets)
         found = best_matches(embedded, self._bank, NUM_CANDIDATES if self.verified else 2)
         if self.verified:
+            searched, found = found, self._by_picture.with_found(found, generated.features)
             candidates = found.rows[:, :NUM_CANDIDATES]
-            compute = embedded.compute
             bank = self._training_bank(np.unique(candidates))
-            found = with_evidence(found, verify(_bank_of(shown), bank, candidates, compute))
+            verification = verify(_bank_of(shown), bank, candidates, embedded.compute)
+            found = with_evidence(found, verification, searched)
         found, flags = apply_rule(found, self.rule, self._null_scores)
         flags = dataclasses.replace(flags, pixels=self._same_pixels(shown, found, flags))
         rows = iter(range(len(shown)))
@@ -348,10 +356,8 @@ class Guard:
         training, compute = self._embedded.sets.training, self._embedded.compute
         new = [row for row in rows.tolist() if row not in self._kept]
         if new:
-            files = [training.files[image] for image in training.first_image[new]]
-            hashes = [training.hashes[row] for row in new]
-            there = unchanged_files(files, hashes, compute) if training.is_index else files
-            self._kept.update(zip(new, read_bank(there, hashes, compute).rows, strict=True))
+            read = features_of(training, np.array(new, dtype=np.int64), compute)
+            self._kept.update(zip(new, read.rows, strict=True))
         for row in rows.tolist():
             self._kept.move_to_end(row)
         bank = FeatureBank(np.stack([self._kept[row] for row in rows.tolist()])).numbered(rows)
@@ -451,6 +457,8 @@ def _image_set(queries: Sequence[_Query], features: FloatArray) -> ImageSet:
 
 
 def _check_files(training: ImageSet) -> None:
+    if training.is_index and IndexKeypoints(Path(training.summary.source)).are_kept:
+        return
     missing = sum(not split_frame(file)[0].is_file() for file in training.files)
     if missing:
         raise InputError(

@@ -101,6 +101,23 @@ class IndexKeypoints:
         compute.ranks.barrier()
 
 
+def unchanged_files(
+    files: Sequence[Path], hashes: Sequence[str], compute: Compute = DEFAULT_COMPUTE
+) -> list[Path | None]:
+    """Return the files of an index that still are what it found, ``None`` in place of others.
+
+    Args:
+        files: image files.
+        hashes: SHA-256 of each when it was indexed.
+        compute: threads and processes.
+    """
+    now, _ = hash_files(files, compute)
+    return [
+        file if content == known else None
+        for file, content, known in zip(files, now, hashes, strict=True)
+    ]
+
+
 def read_indexed(
     folder: Path,
     files: Sequence[Path],
@@ -120,13 +137,13 @@ def read_indexed(
         compute: threads, processes, progress and cache.
     """
     keypoints = IndexKeypoints(folder)
-    now, _ = hash_files(files, compute)
-    is_there = compute.ranks.broadcast([split_frame(file)[0].is_file() for file in files])
+    unchanged = unchanged_files(files, hashes, compute)
+    is_gone = compute.ranks.broadcast([not split_frame(file)[0].is_file() for file in files])
     return read_bank(
-        [f if found == known else None for f, found, known in zip(files, now, hashes, strict=True)],
+        unchanged,
         [
-            known if found == known or not there else ""
-            for found, known, there in zip(now, hashes, is_there, strict=True)
+            known if file is not None or gone else ""
+            for known, file, gone in zip(hashes, unchanged, is_gone, strict=True)
         ],
         compute,
         keypoints.store if keypoints.are_kept else None,

@@ -33,7 +33,7 @@ Of the 180 closest pairs of different identities in 30 data sets the strongest h
 mirrored copies, and three of four JPEGs of quality 75, had more than 25.
 """
 _SURE = 8.0
-_CORRELATED = 5
+_CORRELATED = 6
 _SMALLEST_SHARE = 0.02
 _IN_PART = 0.7
 _BRIGHTER = 0.03

@@ -95,7 +95,7 @@ def measure_sensitivity(
         )
         matches = best_matches(seen, null.bank, NUM_CANDIDATES if verified else 2)
         if verified:
-            matches = verify_found(seen, matches)
+            matches = verify_found(seen, null, matches)
     matches = matches.evident_first(threshold)
     return _counted(copies, planted, matches, matches.exact | matches.over(threshold).any(axis=1))
 

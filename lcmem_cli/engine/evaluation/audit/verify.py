@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.sources.opened import is_there
-from lcmem_cli.engine.detectors.base import Detector
+from lcmem_cli.engine.detectors.base import Detector, FloatArray, score_listed
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.search import Found
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, Sets
 from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
+from lcmem_cli.engine.verification.candidates import PictureSearch, merged
 from lcmem_cli.engine.verification.verify import NUM_CANDIDATES, Verification, fuse, verify
 
 
@@ -65,30 +66,120 @@ def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Nul
     Real images whose file is gone leave the null, as they cannot be verified.
     """
     compute = embedded.compute
+    by_picture = ByPicture.beside(embedded, null)
+    searched_null, searched = null, found
+    null = by_picture.with_null(null)
+    found = by_picture.with_found(found, embedded.sets.generated.features)
     real_rows = np.where(null.matches < 0, null.matches[:, :1], null.matches)[:, :NUM_CANDIDATES]
     wanted = np.unique(np.concatenate([found.rows[:, :NUM_CANDIDATES].ravel(), real_rows.ravel()]))
-    training = _bank(embedded.sets.training, wanted, compute).numbered(wanted)
-    real = _bank(null.images, null.rows, compute)
+    training = features_of(embedded.sets.training, wanted, compute).numbered(wanted)
+    real = features_of(null.images, null.rows, compute)
     real_values = verify(real, training, real_rows, compute).values
     real_values[null.matches[:, :NUM_CANDIDATES] < 0] = -np.inf
     gone = [position for position in range(len(null.rows)) if real[position] is None]
-    return _ordered_null(null, real_values).without(gone), _verified(embedded, found, training)
+    null = _ordered_null(null, real_values, searched_null).without(gone)
+    return null, _verified(embedded, found, training, searched)
 
 
-def verify_found(embedded: Embedded, found: Found) -> Found:
+def verify_found(embedded: Embedded, null: Null, found: Found) -> Found:
     """Align the best candidates of the generated images alone; order them anew."""
+    by_picture, queries = ByPicture.beside(embedded, null), embedded.sets.generated.features
+    searched, found = found, by_picture.with_found(found, queries)
     wanted = np.unique(found.rows[:, :NUM_CANDIDATES])
-    training = _bank(embedded.sets.training, wanted, embedded.compute).numbered(wanted)
-    return _verified(embedded, found, training)
+    training = features_of(embedded.sets.training, wanted, embedded.compute).numbered(wanted)
+    return _verified(embedded, found, training, searched)
 
 
-def _verified(embedded: Embedded, found: Found, training: FeatureBank) -> Found:
+def _verified(embedded: Embedded, found: Found, training: FeatureBank, searched: Found) -> Found:
     generated, compute = embedded.sets.generated, embedded.compute
-    queries = _bank(generated, np.arange(generated.num_distinct), compute)
-    return with_evidence(found, verify(queries, training, found.rows[:, :NUM_CANDIDATES], compute))
+    queries = features_of(generated, np.arange(generated.num_distinct), compute)
+    verification = verify(queries, training, found.rows[:, :NUM_CANDIDATES], compute)
+    return with_evidence(found, verification, searched)
 
 
-def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
+@dataclasses.dataclass(frozen=True)
+class ByPicture:
+    """Gives some of the candidates' places to training images that are alike by picture.
+
+    Null and generated images get as many. A real image of the training set finds none of its own
+    identity.
+
+    Attributes:
+        embedded: the sets.
+        bank: rows of the training set that are searched.
+        groups: identities of the training set, where the null is of it.
+        search: of these rows; ``None`` where features hold no pictures.
+    """
+
+    embedded: Embedded
+    bank: NDArray[np.int64]
+    groups: NDArray[np.int64] | None
+    search: PictureSearch | None
+
+    @classmethod
+    def beside(cls, embedded: Embedded, null: Null) -> ByPicture:
+        """Search what the null's images are searched in."""
+        is_own = null.kind == "leave-one-out"  # then the bank is all of the training set
+        return cls.of(embedded, null.bank, embedded.sets.training.groups if is_own else None)
+
+    @classmethod
+    def of(
+        cls, embedded: Embedded, bank: NDArray[np.int64], groups: NDArray[np.int64] | None = None
+    ) -> ByPicture:
+        """Search rows of the training set."""
+        detector, features = embedded.detector, embedded.sets.training.features_of(bank)
+        search = None
+        if detector.pictures(features[:1]) is not None:
+            search = PictureSearch(
+                lambda rows: _pictures(detector, features[rows]), len(bank), groups
+            )
+        return cls(embedded, bank, groups, search)
+
+    def with_null(self, null: Null) -> Null:
+        """Return the null with these matches too."""
+        queries = null.images.features_of(null.rows)
+        own = None if self.groups is None else self.groups[null.rows]
+        matches, scores = self._mixed(queries, null.matches, null.scores, own)
+        return dataclasses.replace(null, matches=matches, scores=scores)
+
+    def with_found(self, found: Found, queries: FloatArray) -> Found:
+        """Return the matches of images of some features with these too."""
+        rows, scores = self._mixed(queries, found.rows, found.scores)
+        return dataclasses.replace(found, rows=rows, scores=scores)
+
+    def _mixed(
+        self,
+        queries: FloatArray,
+        rows: NDArray[np.int64],
+        scores: NDArray[np.float64],
+        groups: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return candidates ``[n, k]`` and their scores; the processes share the queries."""
+        if self.search is None or not len(queries):
+            return rows, scores
+        detector, ranks = self.embedded.detector, self.embedded.compute.ranks
+        mine = np.array_split(np.arange(len(queries)), ranks.size)[ranks.rank]
+        own = None if groups is None else groups[mine]
+        alike = self.search.nearest(_pictures(detector, queries[mine]), NUM_CANDIDATES, own)
+        alike = alike._replace(rows=self.bank[alike.rows])
+        mixed = np.concatenate(ranks.gather(merged(rows[mine], alike, NUM_CANDIDATES)))
+        same = mixed[:, :, None] == rows[:, None, :]
+        mixed_scores = np.take_along_axis(scores, same.argmax(axis=2), 1)
+        query, place = np.nonzero(~same.any(axis=2))
+        features = self.embedded.sets.training.features
+        mixed_scores[query, place] = score_listed(
+            detector, queries, query, mixed[query, place], features
+        )
+        return mixed, mixed_scores
+
+
+def _pictures(detector: Detector, features: FloatArray) -> FloatArray:
+    pictures = detector.pictures(features)
+    assert pictures is not None
+    return pictures
+
+
+def _ordered_null(null: Null, values: NDArray[np.float64], searched: Null) -> Null:
     values = _padded(values, null.scores.shape[1])
     scores = fuse(null.scores, values)
     order = np.lexsort((null.matches, -values, -scores), axis=1)
@@ -97,12 +188,18 @@ def _ordered_null(null: Null, values: NDArray[np.float64]) -> Null:
         matches=np.take_along_axis(null.matches, order, 1),
         scores=np.take_along_axis(scores, order, 1),
         values=np.take_along_axis(values, order, 1),
-        searched=null,
+        searched=searched,
     )
 
 
-def with_evidence(found: Found, verification: Verification) -> Found:
-    """Return the matches with what aligning their first ones found, in order of both together."""
+def with_evidence(found: Found, verification: Verification, searched: Found) -> Found:
+    """Return the matches with what aligning their first ones found, in order of both together.
+
+    Args:
+        found: matches of which the first are verified.
+        verification: of these.
+        searched: the matches as the detector's scores alone order them.
+    """
     values = _padded(verification.values, found.scores.shape[1])
     scores = fuse(found.scores, values)
     order = np.lexsort((found.rows, -values, -scores, ~found.identical), axis=1)
@@ -112,7 +209,7 @@ def with_evidence(found: Found, verification: Verification) -> Found:
         best=np.maximum(found.best, scores.max(axis=1)),
         values=values,
         verification=verification,
-        searched=found,
+        searched=searched,
     )
     return fused.reordered(order)
 
@@ -124,8 +221,8 @@ def _padded(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return padded
 
 
-def _bank(images: ImageSet, rows: NDArray[np.int64], compute: Compute) -> FeatureBank:
-    """Return local features of some contents, numbered from 0."""
+def features_of(images: ImageSet, rows: NDArray[np.int64], compute: Compute) -> FeatureBank:
+    """Return local features of some contents of a set, numbered from 0."""
     files = [images.files[image] for image in images.first_image[rows]]
     hashes = [images.hashes[row] for row in rows]
     if images.is_index:
