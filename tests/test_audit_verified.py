@@ -162,6 +162,9 @@ def test_an_index_is_verified_only_while_its_files_are_there(sets, tmp_path):
         audit(sets / "generated", tmp_path / "index", verify=True, **options)
     with pytest.raises(InputError, match="not on the scale of probabilities"):
         run(sets, detector="ncc", verify=True)
+    plain = run(sets, detector="ncc", input_size=32)
+    reason = "candidates were not aligned, as scores of ncc are no probabilities"
+    assert not plain.verified and any(reason in line for line in plain.does_not_show)
 
 
 def test_an_index_with_keypoints_is_verified_as_its_images_are(sets, tmp_path, run_cli):
@@ -186,9 +189,14 @@ def test_an_index_with_keypoints_is_verified_as_its_images_are(sets, tmp_path, r
         return verified, result.rule, asked.matches  # equal pixels are told by files alone
 
     with_images = answers()
+    assert '"keypoints": true' in run_cli("index", "check", index, "--json").stdout
     for folder in (images, tmp_path / "more"):
         shutil.rmtree(folder)
     assert answers() == with_images
+    for file in (index / "keypoints").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    damaged = run_cli("index", "check", index, exit_code=1)
+    assert "images are damaged or missing" in damaged.stderr
 
 
 def test_pairs_tell_the_same_picture_from_another(sets):

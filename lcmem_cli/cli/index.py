@@ -116,17 +116,22 @@ def check_index(options: IndexInfoOptions) -> None:
 
 def _describe(options: IndexInfoOptions, *, verify: bool) -> None:
     from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.verification.bank import IndexKeypoints
 
     require_one_process("index check" if verify else "index info")
     opened = Index.open(options.index)
+    keypoints = IndexKeypoints(options.index)
     if verify:
         opened.verify()
+        if keypoints.are_kept:
+            keypoints.check({entry.content_hash for entry in opened.entries})
     values = {
         "folder": str(options.index),
         "detector": opened.detector,
         "fingerprint": opened.fingerprint,
         "num_images": len(opened),
         "num_distinct": opened.num_rows,
+        "keypoints": keypoints.are_kept,
         **({"verified": True} if verify else {}),
     }
 

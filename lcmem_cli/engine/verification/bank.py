@@ -15,7 +15,12 @@ from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.loading import hash_files, load_once
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.errors import MissingExtraError, UnreadableImageError, WriteError
+from lcmem_cli.engine.errors import (
+    CorruptFileError,
+    MissingExtraError,
+    UnreadableImageError,
+    WriteError,
+)
 from lcmem_cli.engine.store.features import FeatureCache
 from lcmem_cli.engine.verification.features import (
     FINGERPRINT,
@@ -99,6 +104,21 @@ class IndexKeypoints:
                 there = np.flatnonzero(rows.any(axis=1))
                 self.store.put_many([part[row] for row in there], np.asarray(rows[there]))
         compute.ranks.barrier()
+
+    def check(self, hashes: Iterable[str]) -> None:
+        """Compare all of them with their checksums.
+
+        Args:
+            hashes: SHA-256 of each image of the index.
+
+        Raises:
+            CorruptFileError: some are damaged or missing.
+        """
+        if lacking := [content for content in hashes if content not in self.store]:
+            raise CorruptFileError(
+                f"{self._folder}: the keypoints of {len(lacking):,} images are damaged or missing; "
+                "run the same lcmem index command again while the images are there"
+            )
 
 
 def unchanged_files(

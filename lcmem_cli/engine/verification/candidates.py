@@ -120,6 +120,6 @@ def merged(by_score: Rows, by_picture: TopK, num_first: int) -> Rows:
 
 
 def _products(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    products = (a[:, :-1] @ b[:, :-1].T).astype(np.float64)
+    products: NDArray[np.float64] = (a[:, :-1] @ b[:, :-1].T).astype(np.float64)
     products[a[:, -1:] == b[:, -1]] = -np.inf
     return products

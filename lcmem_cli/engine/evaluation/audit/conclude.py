@@ -295,6 +295,7 @@ def _circumstances(
     if flags.contents.any():
         num_below = int((null_scores < found.scores[flags.contents, 0].min()).sum())
     return sentences.Circumstances(
+        gives_probability=embedded.detector.gives_probability,
         search_recall=found.recall if request.approximate else None,
         num_below=num_below,
         share_below=float(np.mean(found.best[generated.rows] < null_scores.min())),

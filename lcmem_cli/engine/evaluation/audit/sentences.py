@@ -29,6 +29,7 @@ class Circumstances:
         each_is_an_identity: whether a leave-one-out null has no two images of one identity.
         num_mixed_up: held-out images that are among the generated ones.
         num_evident: images of the null that evidence takes for altered copies of training images.
+        gives_probability: whether scores are on the scale that evidence is on.
     """
 
     search_recall: float | None
@@ -39,6 +40,7 @@ class Circumstances:
     each_is_an_identity: bool
     num_mixed_up: int
     num_evident: int
+    gives_probability: bool
 
 
 def statement(finding: Finding) -> str:
@@ -246,10 +248,13 @@ def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[st
     if finding.sensitivity.reason is not None:
         yield f"How many altered copies it finds: {finding.sensitivity.reason}."
     if not finding.verified:
+        why = ""
+        if not circumstances.gives_probability:
+            why = f", as scores of {finding.detector} are no probabilities, which evidence is"
         yield (
             "Whether a flagged image is the same picture as its training image, or the same "
-            "person, patient or object in another picture: candidates were not aligned. So turned, "
-            "mirrored and cropped copies are missed more often."
+            f"person, patient or object in another picture: candidates were not aligned{why}. So "
+            "turned, mirrored and cropped copies are missed more often."
         )
     if finding.task == "audit":
         yield (
