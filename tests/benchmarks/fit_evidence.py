@@ -8,6 +8,8 @@ look-alikes' best matches pass (of few images, so each set's own number is rough
 different identities share pixels (drawn figures, video frames) are left out of what is fitted.
 
     python tests/benchmarks/fit_evidence.py DATA [DATA ...]
+
+``--only`` takes some of the data sets.
 """
 
 from __future__ import annotations
@@ -117,11 +119,14 @@ def main() -> int:
     """Print recall by edit, each data set left out once, and the weights of all together."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--only", action="append", help="a data set; repeat for several")
+    arguments = parser.parse_args()
     sets: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for folder in parser.parse_args().data:
+    for folder in arguments.data:
         with (folder / "filelist.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                sets[row["ds_name"]][row["id"]].append((folder / row["path"]).absolute())
+                if not arguments.only or row["ds_name"] in arguments.only:
+                    sets[row["ds_name"]][row["id"]].append((folder / row["path"]).absolute())
     detector = load_detector("joint")
     pairs = []
     for name, ids in sets.items():
