@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lcmem_cli.engine.data.sources.in_memory import in_memory as in_memory
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
     from lcmem_cli.engine.evaluation.audit.run import audit as audit
     from lcmem_cli.engine.evaluation.features_audit import FeatureSet as FeatureSet
     from lcmem_cli.engine.evaluation.features_audit import audit_features as audit_features
+    from lcmem_cli.engine.evaluation.indexing import build_index as build_index
     from lcmem_cli.engine.serving.guard import Guard as Guard
     from lcmem_cli.engine.serving.guard import Verdict as Verdict
     from lcmem_cli.engine.serving.metric import FlaggedShare as FlaggedShare
@@ -29,6 +31,8 @@ _EXPORTS = {
     "Guard": "lcmem_cli.engine.serving.guard",
     "Index": "lcmem_cli.engine.store.index",
     "Verdict": "lcmem_cli.engine.serving.guard",
+    "build_index": "lcmem_cli.engine.evaluation.indexing",
+    "in_memory": "lcmem_cli.engine.data.sources.in_memory",
     "audit_features": "lcmem_cli.engine.evaluation.features_audit",
     "audit": "lcmem_cli.engine.evaluation.audit.run",
     "load_detector": "lcmem_cli.engine.detectors.registry",
@@ -45,6 +49,8 @@ __all__ = [
     "__version__",
     "audit",
     "audit_features",
+    "build_index",
+    "in_memory",
     "load_detector",
     "log_flagged_share",
 ]

@@ -33,6 +33,7 @@ def test_notebooks_are_without_outputs_and_compile():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_notebook_of_the_guard_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -40,7 +41,7 @@ def test_the_notebook_of_the_guard_runs(tmp_path, monkeypatch):
     flagged = {match.query for match in names["result"].flagged}
     assert {"mirrored.png", "cropped.png", "turned.png"} <= flagged
     assert shown[1]._repr_html_().count("<img ") >= 6
-    assert len(names["kept"]) == 8 and names["guard"].accept(names["kept"]).all()
+    assert len(names["kept"]) == 4 and names["guard"].accept(names["kept"]).all()
     assert shown[6].tolist() == [False, True]
-    assert names["metric"].num_images == 24 and names["metric"].num_flagged > 0
+    assert names["metric"].num_images == 12
     assert [step for step, _ in names["logged"]] == [500, 1000]

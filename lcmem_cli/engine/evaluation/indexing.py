@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
+from lcmem_cli.engine.data.arrays import UNIT_RANGE, Images, ValueRange
 from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.sources.in_memory import placed
 from lcmem_cli.engine.data.sources.opened import find_shards, is_there
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
+from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.index import Index, IndexMatch
 from lcmem_cli.engine.verification.bank import FeatureBank, IndexKeypoints, read_bank, read_indexed
@@ -206,6 +210,45 @@ def add_to_index(
         keypoint_bytes=ROW_BYTES if keypoints else 0,
         unreadable=tuple(addition.unreadable),
     )
+
+
+def build_index(
+    source: str | Path | Images,
+    folder: str | Path,
+    *,
+    detector: str | Detector = "joint",
+    value_range: ValueRange = UNIT_RANGE,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = -1,
+    reporter: Reporter = SILENT,
+) -> Index:
+    """Make an index of images, or add to one; see ``add_to_index``.
+
+    Args:
+        source: folder, filelist or archive; or images in memory, such as a DataLoader, named by
+            their numbers. Of these the index keeps features only, so that later their matches
+            cannot be verified.
+        folder: the index.
+        detector: name, or a loaded detector.
+        value_range: black and white of floating-point images in memory, such as ``(-1, 1)``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        batch_size: images per network call.
+        workers: decoding workers; -1: from the CPUs.
+        reporter: told progress and warnings.
+
+    Raises:
+        InputError: there are no images.
+        FingerprintMismatchError: the index is another detector's.
+        UnreadableLimitError: an image cannot be read.
+    """
+    if isinstance(detector, str):
+        detector = load_detector(detector, device=device)
+    compute = Compute(device=device, batch_size=batch_size, workers=workers, reporter=reporter)
+    with contextlib.ExitStack() as stack:
+        place = Path(placed(source, "images", value_range, stack))
+        add_to_index(place, Path(folder), detector, compute=compute)
+    return Index.open(folder)
 
 
 class _Addition:

@@ -8,9 +8,11 @@ verdict is the one that the audit would give. Blank images show nothing: they ar
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,7 @@ from lcmem_cli.engine.data.images import load_image, pixels_to_tensor, resized_p
 from lcmem_cli.engine.data.loading import load_once
 from lcmem_cli.engine.data.looks import look_at
 from lcmem_cli.engine.data.manifest import Record
+from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.conclude import Flags, apply_rule, fit_rule, tier_of
@@ -38,9 +41,10 @@ from lcmem_cli.engine.evaluation.audit.result import FlagRule, Match, SetSummary
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
+    Given,
     ImageSet,
     Sets,
-    Source,
+    as_source,
     embed_set,
     list_set,
 )
@@ -167,11 +171,12 @@ class Guard:
     @classmethod
     def fit(
         cls,
-        training: Source,
-        held_out: Source,
+        training: Given,
+        held_out: Given,
         *,
         fpr: float = 0.01,
         detector: str | Detector | None = None,
+        value_range: ValueRange = UNIT_RANGE,
         device: str = "auto",
         batch_size: int = 32,
         workers: int = -1,
@@ -180,10 +185,12 @@ class Guard:
         """Fit a threshold as ``audit`` does, without generated images.
 
         Args:
-            training: index, folder or filelist of the generator's training set.
+            training: the generator's training set: index, folder, filelist, archive, or images in
+                memory.
             held_out: real images like these that the generator never saw.
             fpr: chance of flagging an image that copies nothing, in (0, 1).
             detector: name, or a loaded detector; ``None``: that of an index, else ``joint``.
+            value_range: black and white of floating-point images in memory, such as ``(-1, 1)``.
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
             batch_size: images per network call.
             workers: threads; -1: from the CPUs.
@@ -192,11 +199,6 @@ class Guard:
         Raises:
             InputError: a set is empty, or there are too few held-out images for the rate.
         """
-        request = AuditRequest(
-            sources=Sets(generated=held_out, training=training, held_out=held_out),
-            fpr=fpr,
-            detector=detector,
-        )
         compute = Compute(
             device=device,
             batch_size=batch_size,
@@ -204,12 +206,33 @@ class Guard:
             reporter=reporter,
             cache=FeatureCaches.of_user(),
         )
-        listed = list_set(training, what="training", reporter=reporter)
-        real = list_set(held_out, what="held-out", reporter=reporter)
-        listings = Sets(generated=real, training=listed, held_out=real)
-        chosen = choose_detector(request, listings, device=device)
+        with contextlib.ExitStack() as stack:
+            known, unseen = (
+                as_source(given, what=what, value_range=value_range, stack=stack)
+                for what, given in (("training", training), ("held-out", held_out))
+            )
+            request = AuditRequest(
+                sources=Sets(generated=unseen, training=known, held_out=unseen),
+                fpr=fpr,
+                detector=detector,
+            )
+            guard = cls._fitted(request, compute)
+            weakref.finalize(guard, stack.pop_all().close)
+        return guard
+
+    @classmethod
+    def _fitted(cls, request: AuditRequest, compute: Compute) -> Guard:
+        reporter = compute.reporter
+        listings = request.sources.map(
+            lambda what, source: list_set(source, what=what, reporter=reporter)
+        )
+        chosen = choose_detector(request, listings, device=compute.device)
         verified = is_to_verify(request, listings, chosen, compute)
-        known, unseen = (embed_set(listing, chosen, compute) for listing in (listed, real))
+        known, unseen = (
+            embed_set(listing, chosen, compute)
+            for what, listing in listings.named()
+            if what != "generated"
+        )
         for images in (known, unseen):
             if images.summary.unreadable:
                 reporter.warn(
@@ -227,8 +250,8 @@ class Guard:
         assert conditions.held_out is not None
         if conditions.held_out.comparable is False:
             reporter.warn(
-                f"{real.source}: held-out images can be told from the training images, so no rate "
-                "holds; give real images of the same source"
+                f"{unseen.summary.source}: held-out images can be told from the training images, "
+                "so no rate holds; give real images of the same source"
             )
         return cls(
             embedded,
@@ -459,7 +482,7 @@ def _image_set(queries: Sequence[_Query], features: FloatArray) -> ImageSet:
 def _check_files(training: ImageSet) -> None:
     if training.is_index and IndexKeypoints(Path(training.summary.source)).are_kept:
         return
-    missing = sum(not split_frame(file)[0].is_file() for file in training.files)
+    missing = sum(not is_there(split_frame(file)[0]) for file in training.files)
     if missing:
         raise InputError(
             f"{training.summary.source}: {missing:,} files are gone, so that candidates cannot be "

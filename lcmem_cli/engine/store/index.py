@@ -176,6 +176,17 @@ class Index:
         meta = _read_meta(Path(folder))
         return cls(Path(folder), meta.detector, meta.fingerprint)
 
+    @staticmethod
+    def build(source: Any, folder: str | Path, **options: Any) -> Index:
+        """Make an index of images, or add to one: see ``lcmem_cli.build_index``.
+
+        Example:
+            >>> index = Index.build("training/", "index", detector="joint")
+        """
+        from lcmem_cli import build_index  # what embeds is built on this file
+
+        return build_index(source, folder, **options)
+
     def __len__(self) -> int:
         """Return the number of images."""
         return self._num_images

@@ -13,12 +13,14 @@ import dataclasses
 import datetime
 import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data.arrays import UNIT_RANGE, ValueRange
 from lcmem_cli.engine.data.manifest import is_list
 from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
@@ -44,9 +46,10 @@ from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
 from lcmem_cli.engine.evaluation.audit.sensitivity import measure_sensitivity
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
+    Given,
     Listing,
     Sets,
-    Source,
+    as_source,
     embed_set,
     list_set,
 )
@@ -61,10 +64,10 @@ from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 
 
 def audit(
-    generated: Source,
-    against: Source,
+    generated: Given,
+    against: Given,
     *,
-    held_out: Source | None = None,
+    held_out: Given | None = None,
     basedir: str | Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Literal["first", "all"] = "first",
@@ -83,6 +86,7 @@ def audit(
     fail_on: str | float | None = None,
     max_unreadable: int | None = None,
     seed: int = 0,
+    value_range: ValueRange = UNIT_RANGE,
     device: str = "auto",
     batch_size: int = 32,
     workers: int = -1,
@@ -98,7 +102,9 @@ def audit(
     set embeds only what is new.
 
     Args:
-        generated: folder, filelist, index or source (``data.sources``) of generated images.
+        generated: folder, filelist, index or source (``data.sources``) of generated images; or
+            images in memory, such as a DataLoader, see ``Detector.embed``. These are named by their
+            numbers (``in_memory`` names them otherwise), and held as long as the result.
         against: the generator's training set.
         held_out: real images like the training set's that the generator never saw.
         basedir: folder that the paths of filelists are relative to (default: each filelist's).
@@ -139,6 +145,7 @@ def audit(
             exceeded. See ``audit.gate``.
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
         seed: of the split, the leave-one-out sample and the cells of ``C_T``.
+        value_range: black and white of floating-point images in memory, such as ``(-1, 1)``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
@@ -159,37 +166,44 @@ def audit(
         >>> result = audit("generated/", "training/", held_out="held-out/", output="audit/")
         >>> print(result.statement)
     """
-    request = AuditRequest(
-        sources=Sets(generated=generated, training=against, held_out=held_out),
-        basedir=None if basedir is None else Path(basedir),
-        columns=columns,
-        frames=frames,
-        null=null,
-        fpr=fpr,
-        bh=bh,
-        detector=detector,
-        input_size=input_size,
-        approximate=approximate,
-        adapt=adapt,
-        verify=verify,
-        top_k=top_k,
-        confidence=confidence,
-        sensitivity=sensitivity,
-        fail_on=gate_rule(fail_on),
-        max_unreadable=max_unreadable,
-        seed=seed,
-        output=None if output is None else Path(output),
-        overwrite=overwrite,
-        group_by=group_by,
-    )
-    compute = Compute.start(
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        reporter=reporter,
-        cache=FeatureCaches.of_user() if cache else None,
-    )
-    return carry_out(request, compute)
+    given = Sets(generated=generated, training=against, held_out=held_out)
+    with contextlib.ExitStack() as stack:
+        sources = given.map(
+            lambda what, part: as_source(part, what=what, value_range=value_range, stack=stack)
+        )
+        request = AuditRequest(
+            sources=sources,
+            basedir=None if basedir is None else Path(basedir),
+            columns=columns,
+            frames=frames,
+            null=null,
+            fpr=fpr,
+            bh=bh,
+            detector=detector,
+            input_size=input_size,
+            approximate=approximate,
+            adapt=adapt,
+            verify=verify,
+            top_k=top_k,
+            confidence=confidence,
+            sensitivity=sensitivity,
+            fail_on=gate_rule(fail_on),
+            max_unreadable=max_unreadable,
+            seed=seed,
+            output=None if output is None else Path(output),
+            overwrite=overwrite,
+            group_by=group_by,
+        )
+        compute = Compute.start(
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            reporter=reporter,
+            cache=FeatureCaches.of_user() if cache else None,
+        )
+        result = carry_out(request, compute)
+        weakref.finalize(result, stack.pop_all().close)  # it shows them in notebooks
+    return result
 
 
 def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data.arrays import Images, ValueRange
 from lcmem_cli.engine.data.manifest import (
     Frames,
     Record,
@@ -20,6 +22,7 @@ from lcmem_cli.engine.data.manifest import (
     names_identities,
     tells_identities,
 )
+from lcmem_cli.engine.data.sources.in_memory import placed
 from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
@@ -34,6 +37,8 @@ from lcmem_cli.engine.store.index import Index, is_index
 _COPIED_ROWS = 4096
 
 Source = str | Path | Index
+Given = Source | Images
+"""What a user may give for a set: images in memory, too; ``as_source`` makes a place of them."""
 Item = TypeVar("Item")
 Other = TypeVar("Other")
 
@@ -216,6 +221,20 @@ class Listing:
     records: Sequence[Record]
     files: Sequence[Path]
     index: Index | None = None
+
+
+def as_source(
+    given: Given, *, what: str, value_range: ValueRange, stack: contextlib.ExitStack
+) -> Source:
+    """Return what a user gave as a path or an index; see ``placed``.
+
+    Args:
+        given: a set.
+        what: its name.
+        value_range: of images in memory.
+        stack: forgets images in memory when it is closed.
+    """
+    return given if isinstance(given, Index) else placed(given, what, value_range, stack)
 
 
 def list_set(
