@@ -6,6 +6,7 @@ a name is taken for itself.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _NUMBERED = re.compile(r"(.+)#([1-9]\d*)", re.DOTALL)
 def split_frame(path: Path) -> tuple[Path, int]:
     """Return the file behind a path, and which of its images is meant, counted from 0."""
     match = _NUMBERED.fullmatch(path.name)
-    if match is None or path.exists() or is_there(path):
+    if match is None or os.path.exists(path) or is_there(path):
         return path, 0
     return path.with_name(match[1]), int(match[2]) - 1
 

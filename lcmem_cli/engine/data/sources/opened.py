@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import threading
 import weakref
@@ -210,7 +211,7 @@ def split_member(path: Path) -> tuple[Path, str] | None:
         return None
     place, _, name = text.partition(MEMBER)
     source = Path(place)
-    is_source = is_mounted(source) or (_suffix(source.name) is not None and source.is_file())
+    is_source = is_mounted(source) or (_suffix(source.name) is not None and os.path.isfile(source))
     return (source, name) if is_source else None
 
 
@@ -218,7 +219,7 @@ def is_there(path: Path) -> bool:
     """Return whether there is a file, or such an image in a source."""
     member = split_member(path)
     if member is None:
-        return path.is_file()
+        return os.path.isfile(path)  # unlike a Path, it says False of a name that is too long
     try:
         source = open_source(member[0])
         with _lock:
