@@ -15,7 +15,13 @@ from lcmem_cli.engine.evaluation.audit.contamination import closest_real
 from lcmem_cli.engine.evaluation.audit.exposed import exposed_identities, exposed_images
 from lcmem_cli.engine.evaluation.audit.figures import measure_sets
 from lcmem_cli.engine.evaluation.audit.gate import judge
-from lcmem_cli.engine.evaluation.audit.null import Null, same_pixels, smallest_rate
+from lcmem_cli.engine.evaluation.audit.null import (
+    Null,
+    allowed_of,
+    same_pixels,
+    smallest_rate,
+    threshold_of,
+)
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
@@ -35,7 +41,6 @@ from lcmem_cli.engine.evaluation.calibration import (
     conformal_p_values,
     conformal_threshold,
     excess_interval,
-    rank_from_above,
     realised_rates,
 )
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
@@ -114,7 +119,7 @@ def fit_rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> Fl
     """
     null_scores, rate = null.scores[:, 0], request.fpr
     if not request.bh:
-        threshold = float(np.sort(null_scores)[-_allowed(null, request)])
+        threshold = threshold_of(null_scores, null.kind, request)
         return FlagRule(kind="fpr", rate=rate, threshold=threshold, confidence=request.confidence)
     p_values = conformal_p_values(best, null_scores)
     flagged = benjamini_hochberg(p_values, rate)
@@ -124,15 +129,6 @@ def fit_rule(best: NDArray[np.float64], null: Null, request: AuditRequest) -> Fl
     # threshold of that p-value as a rate per image says the same of single matches.
     threshold = conformal_threshold(null_scores, float(p_values[flagged].max()))
     return FlagRule(kind="fdr", rate=rate, threshold=threshold)
-
-
-def _allowed(null: Null, request: AuditRequest) -> int:
-    return rank_from_above(
-        len(null.rows),
-        request.fpr,
-        in_pairs=null.kind == "leave-one-out",
-        confidence=request.confidence,
-    )
 
 
 def _same_pixels(embedded: Embedded, found: Found, flagged: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -246,7 +242,7 @@ def _null_summary(
     if held_out is not None and embedded.knows_both_identities:
         shared = held_out.identities & training.identities
     count, in_pairs = len(null.rows), null.kind == "leave-one-out"
-    allowed, share = _allowed(null, request), 2 if in_pairs else 1
+    allowed, share = allowed_of(count, null.kind, request), 2 if in_pairs else 1
     return NullSummary(
         kind=null.kind,
         num_scores=count,

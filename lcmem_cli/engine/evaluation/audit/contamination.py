@@ -8,13 +8,11 @@ whoever looks at the closest pairs sees a copy at once, and what it costs.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lcmem_cli.engine.evaluation.audit.null import Null
+from lcmem_cli.engine.evaluation.audit.null import Null, threshold_of
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import RealMatch
 from lcmem_cli.engine.evaluation.audit.sets import ImageSet
-from lcmem_cli.engine.evaluation.calibration import rank_from_above
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE
 
 NUM_CLOSEST = 10
@@ -39,18 +37,7 @@ def closest_real(null: Null, training: ImageSet, request: AuditRequest) -> tuple
                 match=training.record_of(null.matches[position, 0]).path,
                 score=float(scores[position]),
                 may_be_copy=None if null.searched is None else evidence >= SAME_PICTURE,
-                threshold_without=_threshold(np.delete(scores, position), null, request),
+                threshold_without=threshold_of(np.delete(scores, position), null.kind, request),
             )
         )
     return tuple(closest)
-
-
-def _threshold(scores: NDArray[np.float64], null: Null, request: AuditRequest) -> float | None:
-    """Return the threshold that other scores give; ``None`` where they are too few, or with BH."""
-    if request.bh:
-        return None
-    in_pairs = null.kind == "leave-one-out"
-    allowed = rank_from_above(
-        len(scores), request.fpr, in_pairs=in_pairs, confidence=request.confidence
-    )
-    return float(np.sort(scores)[-allowed]) if allowed else None

@@ -13,15 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lcmem_cli.engine.data.frames import split_frame
 from lcmem_cli.engine.data.manifest import is_list
 from lcmem_cli.engine.data.sources.base import inner_name
 from lcmem_cli.engine.data.sources.opened import has_metadata, member_metadata
 from lcmem_cli.engine.data.tables import STANDARD, Columns, ListColumns, as_named, read_table
 from lcmem_cli.engine.errors import InputError
-from lcmem_cli.engine.evaluation.audit.null import Null
+from lcmem_cli.engine.evaluation.audit.null import Null, threshold_of
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
@@ -32,11 +30,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
 )
 from lcmem_cli.engine.evaluation.audit.sets import Listing
 from lcmem_cli.engine.evaluation.audit.wording import counted, percent
-from lcmem_cli.engine.evaluation.calibration import (
-    clopper_pearson,
-    excess_interval,
-    rank_from_above,
-)
+from lcmem_cli.engine.evaluation.calibration import clopper_pearson, excess_interval
 
 FOLDER, KIND = "folder", "ds_name"
 NONE = "(none)"
@@ -214,23 +208,16 @@ def _own_threshold(
 ) -> OwnThreshold | None:
     """Return what real images of one kind say; nothing where there are too few of it."""
     kinds = [null.images.record_of(row).ds_name for row in null.rows]
-    scores = np.sort(null.scores[[named == kind for named in kinds], 0])[::-1]
-    in_pairs = null.kind == "leave-one-out"
-    allowed = rank_from_above(
-        len(scores), request.fpr, in_pairs=in_pairs, confidence=request.confidence
-    )
-    if request.bh or allowed < 1:
+    scores = null.scores[[named == kind for named in kinds], 0]
+    threshold = threshold_of(scores, null.kind, request)
+    of_all = threshold_of(null.scores[:, 0], null.kind, request)
+    if threshold is None or of_all is None:
         return None
-    threshold = float(scores[allowed - 1])
-    every = np.sort(null.scores[:, 0])[::-1]
-    of_all = rank_from_above(
-        len(every), request.fpr, in_pairs=in_pairs, confidence=request.confidence
-    )
     return OwnThreshold(
         threshold=threshold,
         num_flagged=sum(match.exact or highest[match.query] > threshold for match in matches),
         num_real=len(scores),
-        num_real_flagged=int((scores > every[of_all - 1]).sum()),
+        num_real_flagged=int((scores > of_all).sum()),
     )
 
 

@@ -34,7 +34,11 @@ from lcmem_cli.engine.evaluation.audit.result import NullKind, SharedPicture
 from lcmem_cli.engine.evaluation.audit.search import search_training
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet
 from lcmem_cli.engine.evaluation.audit.wording import percent
-from lcmem_cli.engine.evaluation.calibration import required_null_size, required_scores
+from lcmem_cli.engine.evaluation.calibration import (
+    rank_from_above,
+    required_null_size,
+    required_scores,
+)
 from lcmem_cli.engine.verification.evidence import SAME_PICTURE, SURELY_SAME
 
 SPLIT_SHARE = 0.25
@@ -339,6 +343,24 @@ def same_pixels(
 
     pairs = zip(rows.tolist(), matches.tolist(), strict=True)
     return np.array([is_same(row, match) for row, match in pairs], dtype=np.bool_)
+
+
+def allowed_of(count: int, kind: NullKind, request: AuditRequest) -> int:
+    """Return how many of so many null scores may lie at or above the threshold; 0: too few."""
+    return rank_from_above(
+        count, request.fpr, in_pairs=kind == "leave-one-out", confidence=request.confidence
+    )
+
+
+def threshold_of(
+    scores: NDArray[np.float64], kind: NullKind, request: AuditRequest
+) -> float | None:
+    """Return the threshold that null scores ``[m]`` give at a rate per image.
+
+    ``None`` where they are too few, or where Benjamini-Hochberg makes the threshold.
+    """
+    allowed = allowed_of(len(scores), kind, request)
+    return float(np.sort(scores)[-allowed]) if allowed and not request.bh else None
 
 
 def check_size(count: int, request: AuditRequest, *, source: str, num_removed: int = 0) -> None:
