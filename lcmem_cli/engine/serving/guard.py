@@ -245,7 +245,8 @@ class Guard:
         null = make_null(embedded, request, NUM_CANDIDATES if verified else 2)
         if verified:
             none = best_matches(embedded, null.bank, NUM_CANDIDATES)
-            null, _ = verify_candidates(embedded, null, none)
+            by_picture = ByPicture.beside(embedded, null)
+            null, _ = verify_candidates(embedded, by_picture, null, none)
         null = independent(null, embedded, request)
         assert conditions.held_out is not None
         if conditions.held_out.comparable is False:

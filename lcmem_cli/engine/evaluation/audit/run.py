@@ -53,7 +53,7 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     embed_set,
     list_set,
 )
-from lcmem_cli.engine.evaluation.audit.verify import is_to_verify, verify_candidates
+from lcmem_cli.engine.evaluation.audit.verify import ByPicture, is_to_verify, verify_candidates
 from lcmem_cli.engine.evaluation.audit.wording import counted
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
@@ -233,13 +233,14 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
         k = NUM_CANDIDATES if verified else 2
         null = make_null(embedded, request, k)
         found = best_matches(embedded, null.bank, max(k, request.top_k))
-        if verified:
-            null, found = verify_candidates(embedded, null, found)
+        by_picture = ByPicture.beside(embedded, null) if verified else None
+        if by_picture is not None:
+            null, found = verify_candidates(embedded, by_picture, null, found)
         null = independent(null, embedded, request)
         _check_gate(request, embedded, null, found)
         found, flags = flag(embedded, null, found, request)
         sensitivity = measure_sensitivity(
-            request, plain.detector, embedded, null, found, flags.rule
+            request, plain.detector, embedded, null, found, flags.rule, by_picture
         )
         result = conclude(request, embedded, null, found, flags, conditions, sensitivity, started)
         if request.group_by is not None and group_of is not None:

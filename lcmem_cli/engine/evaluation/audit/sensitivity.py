@@ -33,7 +33,7 @@ from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import EditFound, FlagRule, Sensitivity
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
 from lcmem_cli.engine.evaluation.audit.sets import Embedded, ImageSet, Listing, embed_set
-from lcmem_cli.engine.evaluation.audit.verify import verify_found
+from lcmem_cli.engine.evaluation.audit.verify import ByPicture, verify_found
 from lcmem_cli.engine.evaluation.calibration import (
     benjamini_hochberg,
     conformal_p_values,
@@ -64,6 +64,7 @@ def measure_sensitivity(
     null: Null,
     found: Found,
     rule: FlagRule,
+    by_picture: ByPicture | None,
 ) -> Sensitivity:
     """Plant altered copies and count which the audit finds.
 
@@ -74,6 +75,7 @@ def measure_sensitivity(
         null: real images and their best matches.
         found: best matches of the generated images.
         rule: how images are flagged.
+        by_picture: finds candidates besides; ``None``: candidates are not verified.
 
     Returns:
         The counts, or the reason why there are none.
@@ -87,15 +89,14 @@ def measure_sensitivity(
     if not copies:
         return Sensitivity.unknown("the files of the training images cannot be read")
     threshold = threshold_of_one_more(request, embedded, null, found, rule)
-    verified = found.verification is not None
     with tempfile.TemporaryDirectory(prefix="lcmem-copies-") as folder:
         planted = _embedded_copies(copies, Path(folder), detector, embedded, compute)
         seen = dataclasses.replace(
             embedded, sets=dataclasses.replace(embedded.sets, generated=planted), compute=compute
         )
-        matches = best_matches(seen, null.bank, NUM_CANDIDATES if verified else 2)
-        if verified:
-            matches = verify_found(seen, null, matches)
+        matches = best_matches(seen, null.bank, NUM_CANDIDATES if by_picture else 2)
+        if by_picture is not None:
+            matches = verify_found(seen, by_picture, matches)
     matches = matches.evident_first(threshold)
     return _counted(copies, planted, matches, matches.exact | matches.over(threshold).any(axis=1))
 

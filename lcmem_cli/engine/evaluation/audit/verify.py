@@ -60,13 +60,14 @@ def is_to_verify(
     return reason is None
 
 
-def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Null, Found]:
+def verify_candidates(
+    embedded: Embedded, by_picture: ByPicture, null: Null, found: Found
+) -> tuple[Null, Found]:
     """Align the best candidates of the null and of the generated images; order them anew.
 
     Real images whose file is gone leave the null, as they cannot be verified.
     """
     compute = embedded.compute
-    by_picture = ByPicture.beside(embedded, null)
     searched_null, searched = null, found
     null = by_picture.with_null(null)
     found = by_picture.with_found(found, embedded.sets.generated.features)
@@ -81,10 +82,9 @@ def verify_candidates(embedded: Embedded, null: Null, found: Found) -> tuple[Nul
     return null, _verified(embedded, found, training, searched)
 
 
-def verify_found(embedded: Embedded, null: Null, found: Found) -> Found:
+def verify_found(embedded: Embedded, by_picture: ByPicture, found: Found) -> Found:
     """Align the best candidates of the generated images alone; order them anew."""
-    by_picture, queries = ByPicture.beside(embedded, null), embedded.sets.generated.features
-    searched, found = found, by_picture.with_found(found, queries)
+    searched, found = found, by_picture.with_found(found, embedded.sets.generated.features)
     wanted = np.unique(found.rows[:, :NUM_CANDIDATES])
     training = features_of(embedded.sets.training, wanted, embedded.compute).numbered(wanted)
     return _verified(embedded, found, training, searched)
