@@ -30,10 +30,12 @@ from lcmem_cli.cli.options import (
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.evaluation.audit.result import AuditResult, Match
+    from lcmem_cli.engine.evaluation.audit.shares import Shares
     from lcmem_cli.engine.evaluation.set_metrics import Spread
 
 EXIT_GATE_FAILED = 3
 _SHOWN_PAIRS = 10
+SHARE_HEADINGS = ("images", "flagged", "beyond chance (95 %)", "copies")
 _SHOWN_GROUPS = 20
 
 
@@ -158,29 +160,35 @@ def _show(result: AuditResult, output: Path) -> None:
 
 
 def _show_groups(result: AuditResult) -> None:
-    from lcmem_cli.engine.evaluation.audit.wording import percent
-
     grouping = result.grouping
     if grouping is None:
         return
     shown = grouping.groups[:_SHOWN_GROUPS]
-    rows = []
-    for one in shown:
-        beyond = "-"
-        if one.excess_interval is not None:
-            beyond = " to ".join(percent(end) for end in one.excess_interval)
-        copies = "-" if one.num_altered is None else f"{one.num_copies:,}"
-        flagged = f"{one.num_flagged:,} ({percent(one.share_flagged)})"
-        rows.append([one.name, f"{one.num_images:,}", flagged, beyond, copies])
     number = (
         f" ({len(shown)} of {len(grouping.groups):,})" if len(shown) < len(grouping.groups) else ""
     )
     render.table(
-        [grouping.by, "images", "flagged", "beyond chance (95 %)", "copies"],
-        rows,
+        [grouping.by, *SHARE_HEADINGS],
+        [share_cells(one) for one in shown],
         title=f"By group{number}",
     )
     render.line(grouping.finding)
+
+
+def share_cells(one: Shares) -> list[str]:
+    """Return the name of a group or an audit, and the cells under ``SHARE_HEADINGS``."""
+    from lcmem_cli.engine.evaluation.audit.wording import percent
+
+    beyond = "-"
+    if one.excess_interval is not None:
+        beyond = " to ".join(percent(end) for end in one.excess_interval)
+    return [
+        one.name,
+        f"{one.num_images:,}",
+        f"{one.num_flagged:,} ({percent(one.share_flagged)})",
+        beyond,
+        "-" if one.num_altered is None else f"{one.num_copies:,}",
+    ]
 
 
 def _show_exposed(result: AuditResult) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lcmem_cli.cli import render
-from lcmem_cli.cli.audit import EXIT_GATE_FAILED
+from lcmem_cli.cli.audit import EXIT_GATE_FAILED, SHARE_HEADINGS, share_cells
 from lcmem_cli.cli.options import JUDGING, OUTPUT, JsonOptions, argument, option
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def compare_command(options: CompareOptions) -> None:
 def _show(result: CompareResult, output: Path | None) -> None:
     render.line(result.statement)
     render.table(
-        ["audit", "images", "flagged", "beyond chance (95 %)", "copies", "exposed", "p (more)"],
+        ["audit", *SHARE_HEADINGS, "exposed", "p (more)"],
         [_row(one) for one in result.audits],
     )
     if output is not None:
@@ -63,17 +63,8 @@ def _show(result: CompareResult, output: Path | None) -> None:
 
 
 def _row(one: Compared) -> list[str]:
-    from lcmem_cli.engine.evaluation.audit.wording import percent
-
-    beyond = "-"
-    if one.excess_interval is not None:
-        beyond = " to ".join(percent(end) for end in one.excess_interval)
     return [
-        one.name,
-        f"{one.num_images:,}",
-        f"{one.num_flagged:,} ({percent(one.share_flagged)})",
-        beyond,
-        "-" if one.num_altered is None else f"{one.num_copies:,}",
+        *share_cells(one),
         f"{one.num_exposed_images:,}",
         "-" if one.than_first is None else f"{one.than_first.p_flagged:.3g}",
     ]

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.files import AuditDocument, read_audit
+from lcmem_cli.engine.evaluation.audit.shares import SHARE_COLUMNS, Shares, draw_shares
 from lcmem_cli.engine.evaluation.audit.wording import counted, percent
 from lcmem_cli.engine.files import folder_lock, write_csv, write_json
-from lcmem_cli.engine.report.shares import MAX_POINTS, SharePoint, plot_shares
 from lcmem_cli.engine.results import Result
 
 JSON_NAME = "compare.json"
@@ -26,23 +26,7 @@ CSV_NAME = "compare.csv"
 PLOT_NAME = "compare"
 ERROR_RATE = 0.05
 """Chance that the gate fails where no audit is worse, whatever their number (Bonferroni)."""
-COLUMNS = (
-    "audit",
-    "num_images",
-    "num_flagged",
-    "share_flagged",
-    "low",
-    "high",
-    "beyond_low",
-    "beyond_high",
-    "num_identical",
-    "num_altered",
-    "num_alike",
-    "num_exposed_images",
-    "p_flagged",
-    "p_copies",
-    "worse",
-)
+COLUMNS = ("audit", *SHARE_COLUMNS, "p_flagged", "p_copies", "worse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,47 +45,22 @@ class Worse:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One audit.
+class Compared(Shares):
+    """One audit, named by its folder.
 
     Attributes:
-        name: of its folder.
         folder: as given.
         started: when it was made.
-        num_images: readable generated images.
-        num_flagged: flagged ones.
-        share_flagged: their share.
-        interval: 95 % Clopper-Pearson interval of the share, given the threshold.
-        excess_interval: share beyond chance, see ``Finding.excess_interval``.
-        num_identical: with the bytes or pixels of a training image.
-        num_altered: that show a training image, altered; ``None``: not verified.
-        num_alike: of which no more is known.
-        num_exposed_images: training images that the flagged ones match best.
         comparable: whether its held-out and training images are of one source.
         threshold: of its scores.
         than_first: ``None`` for the first, and where thresholds differ.
     """
 
-    name: FileName
     folder: FileName
     started: str
-    num_images: int
-    num_flagged: int
-    share_flagged: float
-    interval: tuple[float, float]
-    excess_interval: tuple[float, float] | None
-    num_identical: int
-    num_altered: int | None
-    num_alike: int
-    num_exposed_images: int
     comparable: bool | None
     threshold: float | None
     than_first: Worse | None = None
-
-    @property
-    def num_copies(self) -> int:
-        """Flagged images that are known to show a training image."""
-        return self.num_identical + (self.num_altered or 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,26 +265,11 @@ def _warnings(audits: Sequence[Compared], share_threshold: bool) -> list[str]:
 def _write(folder: Path, result: CompareResult) -> None:
     write_json(folder / JSON_NAME, result.to_dict())
     write_csv(folder / CSV_NAME, COLUMNS, (_cells(one) for one in result.audits))
-    points = [
-        SharePoint(
-            name=one.name,
-            x=None,
-            flagged=one.share_flagged,
-            interval=one.interval,
-            copies=None if one.num_altered is None else one.num_copies / one.num_images,
-        )
-        for one in result.audits[:MAX_POINTS]
-    ]
-    plot_shares(points, folder / PLOT_NAME, rate=result.rate, label="audit")
+    draw_shares(result.audits, folder / PLOT_NAME, rate=result.rate, label="audit")
 
 
 def _cells(one: Compared) -> list[str]:
     tested = one.than_first
-    values = (
-        *(one.num_images, one.num_flagged, one.share_flagged, *one.interval),
-        *(one.excess_interval or (None, None)),
-        *(one.num_identical, one.num_altered, one.num_alike, one.num_exposed_images),
-        *((None, None) if tested is None else (tested.p_flagged, tested.p_copies)),
-    )
-    worse = "" if tested is None else str(tested.worse).lower()
-    return [one.name, *("" if value is None else repr(value) for value in values), worse]
+    if tested is None:
+        return [*one.cells(None, None), ""]
+    return [*one.cells(tested.p_flagged, tested.p_copies), str(tested.worse).lower()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.evaluation.audit.result import TIERS, Exposed, Match, certainty
@@ -59,12 +60,14 @@ def rows(exposed: Iterable[Exposed]) -> Iterable[list[str]]:
         yield [*names, *numbers, "; ".join(item.matches)]
 
 
-def _gathered(kind: str, name: str, record: Record, matches: Sequence[Match]) -> Exposed:
+def _gathered(
+    kind: Literal["image", "identity"], name: str, record: Record, matches: Sequence[Match]
+) -> Exposed:
     matches = sorted(matches, key=certainty)
     best = matches[0]
     assert best.tier is not None  # of a flagged image
     return Exposed(
-        kind="image" if kind == "image" else "identity",
+        kind=kind,
         name=name,
         id=record.id,
         ds_name=record.ds_name,

@@ -26,6 +26,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
     Times,
 )
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
+from lcmem_cli.engine.evaluation.audit.shares import draw_shares
 from lcmem_cli.engine.files import (
     CSV_OPTIONS,
     atomic_path,
@@ -43,7 +44,6 @@ from lcmem_cli.engine.report.html import (
     render_report,
 )
 from lcmem_cli.engine.report.panels import laid_over
-from lcmem_cli.engine.report.shares import MAX_POINTS, SharePoint, plot_shares
 from lcmem_cli.engine.report.thumbnails import SIDES, make_thumbnails
 from lcmem_cli.engine.runs import CONFIG_NAME, as_written, write_run_files
 from lcmem_cli.engine.store.integrity import check_file, naming_damage
@@ -165,19 +165,11 @@ def _write_groups(folder: Path, result: AuditResult) -> list[str]:
     if grouping is None:
         return []
     write_csv(folder / GROUPS_NAME, GROUP_COLUMNS, group_rows(grouping))
-    points = [
-        SharePoint(
-            name=f"{float(one.name):,g}" if grouping.ordered else one.name,
-            x=float(one.name) if grouping.ordered else None,
-            flagged=one.share_flagged,
-            interval=one.interval,
-            copies=one.num_copies / one.num_images if result.verified else None,
-        )
-        for one in grouping.groups[:MAX_POINTS]
-    ]
     rate = result.rule.rate if result.rule.kind == "fpr" else None
     label = grouping.by.partition("(")[0].strip("_-. ") or grouping.by
-    plot_shares(points, folder / CURVE_NAME, rate=rate, label=label)
+    draw_shares(
+        grouping.groups, folder / CURVE_NAME, rate=rate, label=label, ordered=grouping.ordered
+    )
     return [GROUPS_NAME]
 
 

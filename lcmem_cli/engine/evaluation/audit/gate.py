@@ -71,19 +71,24 @@ def judge(finding: Finding) -> Gate | None:
     ended: Literal["passed", "failed", "undecided"] = (
         "undecided" if found is None else "failed" if found else "passed"
     )
-    name = f"{rule:g}" if isinstance(rule, float) else rule
-    return Gate(fails_on=rule, ended=ended, line=f"lcmem gate {name}: {ended.upper()} - {text}")
+    line = f"lcmem gate {_name_of(rule)}: {ended.upper()} - {text}"
+    return Gate(fails_on=rule, ended=ended, line=line)
+
+
+def _name_of(rule: GateRule) -> str:
+    return f"{rule:g}" if isinstance(rule, float) else rule
 
 
 def write_junit(path: Path, gate: Gate) -> None:
     """Write a gate as a JUnit report of one test case, which CI services show."""
-    name = f"{gate.fails_on:g}" if isinstance(gate.fails_on, float) else gate.fails_on
     failures = str(int(gate.ended == "failed"))
     errors = str(int(gate.ended == "undecided"))
     suite = ElementTree.Element(
         "testsuite", name="lcmem", tests="1", failures=failures, errors=errors
     )
-    case = ElementTree.SubElement(suite, "testcase", classname="lcmem.gate", name=name)
+    case = ElementTree.SubElement(
+        suite, "testcase", classname="lcmem.gate", name=_name_of(gate.fails_on)
+    )
     if gate.ended != "passed":
         kind = "failure" if gate.ended == "failed" else "error"
         ElementTree.SubElement(case, kind, message=gate.line)

@@ -29,6 +29,7 @@ from lcmem_cli.engine.evaluation.audit.result import (
     OwnThreshold,
 )
 from lcmem_cli.engine.evaluation.audit.sets import Listing
+from lcmem_cli.engine.evaluation.audit.shares import SHARE_COLUMNS
 from lcmem_cli.engine.evaluation.audit.wording import counted, percent
 from lcmem_cli.engine.evaluation.calibration import clopper_pearson, excess_interval
 
@@ -37,17 +38,7 @@ NONE = "(none)"
 """Group of the images that have no value."""
 COLUMNS = (
     "group",
-    "num_images",
-    "num_flagged",
-    "share_flagged",
-    "low",
-    "high",
-    "beyond_low",
-    "beyond_high",
-    "num_identical",
-    "num_altered",
-    "num_alike",
-    "num_exposed_images",
+    *SHARE_COLUMNS,
     "own_threshold",
     "num_flagged_own",
     "num_real",
@@ -150,19 +141,10 @@ def group(
 
 def rows(grouping: Grouping) -> list[list[str]]:
     """Return the rows of ``groups.csv``."""
-
-    def cells(one: Group) -> list[str]:
-        low, high = one.interval
-        beyond = one.excess_interval or (None, None)
-        own = one.own
-        values = (
-            *(one.num_images, one.num_flagged, one.share_flagged, low, high, *beyond),
-            *(one.num_identical, one.num_altered, one.num_alike, one.num_exposed_images),
-            *((None,) * 4 if own is None else dataclasses.astuple(own)),
-        )
-        return [one.name, *("" if value is None else repr(value) for value in values)]
-
-    return [cells(one) for one in grouping.groups]
+    return [
+        one.cells(*((None,) * 4 if one.own is None else dataclasses.astuple(one.own)))
+        for one in grouping.groups
+    ]
 
 
 def _number(name: str) -> float | None:

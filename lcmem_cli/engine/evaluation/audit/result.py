@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import FiniteFloat
 
 from lcmem_cli.engine.documents import FileName
+from lcmem_cli.engine.evaluation.audit.shares import Shares
 from lcmem_cli.engine.evaluation.calibration import chance_of, fewest_flagged
 from lcmem_cli.engine.evaluation.comparability import Comparability
 from lcmem_cli.engine.evaluation.set_metrics import SetMetrics, linear_scale
@@ -347,39 +348,14 @@ class OwnThreshold:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """The figures of some of the generated images.
+class Group(Shares):
+    """The figures of the generated images of one group.
 
     Attributes:
-        name: what they have in common.
-        num_images: readable ones.
-        num_flagged: flagged ones.
-        share_flagged: their share.
-        interval: 95 % Clopper-Pearson interval of the share, given the threshold.
-        excess_interval: as ``Finding.excess_interval``.
-        num_identical: flagged images with the bytes or pixels of a training image.
-        num_altered: flagged images that show a training image, altered; ``None``: not verified.
-        num_alike: flagged images of which no more is known.
-        num_exposed_images: training images that the flagged ones match best.
         own: of a kind with enough real images of its own.
     """
 
-    name: FileName
-    num_images: int
-    num_flagged: int
-    share_flagged: float
-    interval: tuple[float, float]
-    excess_interval: tuple[float, float] | None
-    num_identical: int
-    num_altered: int | None
-    num_alike: int
-    num_exposed_images: int
     own: OwnThreshold | None
-
-    @property
-    def num_copies(self) -> int:
-        """Flagged images that are known to show a training image."""
-        return self.num_identical + (self.num_altered or 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
