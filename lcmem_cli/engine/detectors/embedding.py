@@ -184,7 +184,7 @@ def embed_perturbed(
             is_known=is_known,
         )
 
-    pictures = _Pictures(make)
+    pictures = _Pictures(make, max(1, _PICTURE_BYTES // (12 * working_size**2)))
 
     def way_of(detector: Detector) -> _Way:
         batching = Batching(compute.batch_size, detector.device, reporter=compute.reporter)
@@ -222,7 +222,6 @@ def embed_perturbed(
         compute,
         contents=contents,
         shared=pictures if len(detectors) > 1 else None,
-        together=max(1, _PICTURE_BYTES // (12 * working_size**2)),
     )
 
 
@@ -231,13 +230,15 @@ class _Pictures:
 
     Args:
         make: makes those of some files, in batches of some size.
+        room: files whose pictures are held at a time.
     """
 
     def __init__(
         self,
         make: Callable[[Sequence[Path], Expected, IsKnown | None, int], Iterator[LoadedBatch]],
+        room: int,
     ) -> None:
-        self._make = make
+        self._make, self.room = make, room
         self._made: dict[Path, tuple[torch.Tensor, NDArray[np.int32], str] | str] = {}
 
     def forget(self) -> None:
@@ -316,7 +317,6 @@ def _embed(
     known: Container[str] = (),
     with_blank: bool = True,
     shared: _Pictures | None = None,
-    together: int = 1,
 ) -> list[EmbeddedFiles]:
     """Embed files with several detectors.
 
@@ -329,7 +329,6 @@ def _embed(
         known: see ``embed_files``.
         with_blank: see ``embed_files``.
         shared: pictures that all take; ``None``: each has its own.
-        together: files whose pictures ``shared`` has room for.
     """
     if contents is None and shared is not None:  # to choose which to make, all have to be known
         contents = hash_files(paths, compute)[0]
@@ -339,7 +338,7 @@ def _embed(
     ]
     count = sum(len(compute.ranks.share(range(len(paths)))) for _ in works)
     with compute.reporter.task(ways[0].description, count, unit="image") as task:
-        for part in _parts(len(paths), None if shared is None else together):
+        for part in _parts(len(paths), None if shared is None else shared.room):
             for work in works:
                 work.embed(part, task)
             if shared is not None:
