@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, features
 from lcmem_cli.engine.data.images import (
     DEPTH_NOTE,
     load_image,
-    load_pixels,
+    resized_pixels,
     to_tensor,
 )
 from lcmem_cli.engine.data.loading import hash_files
@@ -246,7 +246,7 @@ def test_resizing_and_scaling(tmp_path):
     assert tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
     np.testing.assert_allclose(tensor[:, 4, 0] * 255, RED, atol=0.5)
     np.testing.assert_allclose(tensor[:, 4, 7] * 255, GREEN, atol=0.5)
-    stored = load_pixels(tmp_path / "a.png", 8)
+    stored = resized_pixels(load_image(tmp_path / "a.png", size=8), 8)
     np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), stored.astype("f4") / 255)
 
 

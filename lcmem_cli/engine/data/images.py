@@ -167,18 +167,6 @@ def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
     return pixels_to_tensor(resized_pixels(image, size))
 
 
-def load_pixels(path: Path, size: int) -> NDArray[np.uint8]:
-    """Decode an image file and resize it as ``to_tensor`` does.
-
-    Returns:
-        ``[size, size, 3]`` uint8; divided by 255 it is what ``to_tensor`` returns.
-
-    Raises:
-        UnreadableImageError: see ``load_image``.
-    """
-    return resized_pixels(load_image(path, size=size), size)
-
-
 def resized_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Resize an RGB image to ``[size, size, 3]`` uint8, bilinear with antialias."""
     square = image.resize((size, size), Image.Resampling.BILINEAR)
