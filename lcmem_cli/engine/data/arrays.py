@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lcmem_cli.engine.data.images import upright_rgb
+from lcmem_cli.engine.data.sources.arrays import to_bytes
 from lcmem_cli.engine.errors import InputError
 
 Images = Image.Image | str | Path | NDArray[Any] | torch.Tensor | Iterable[Any]
@@ -100,7 +101,7 @@ def _pictures_of(values: NDArray[Any], value_range: ValueRange) -> Iterator[Imag
 
 
 def _levels(image: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
-    """Bring ``[H, W, C]`` to 8 bits; float32 keeps the levels of a float16 or bfloat16 apart."""
+    """Check ``[H, W, C]`` and bring its values to 8 bits."""
     if not np.issubdtype(image.dtype, np.floating):
         raise InputError(f"images must be uint8 or floating point, not {image.dtype}")
     low, high = value_range
@@ -111,9 +112,7 @@ def _levels(image: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
             f"image values must lie in [{low:g}, {high:g}], not [{darkest:.4g}, {brightest:.4g}]; "
             "clamp them, or tell black and white, such as value_range=(-1, 1)"
         )
-    unit = (image.astype(np.float32) - low) / (high - low)
-    levels: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
-    return levels
+    return to_bytes(image, value_range)
 
 
 def _image_of(item: Mapping[str, Any]) -> Any:

@@ -23,6 +23,11 @@ def split_frame(path: Path) -> tuple[Path, int]:
     return path.with_name(match[1]), int(match[2]) - 1
 
 
+def has_file(path: Path) -> bool:
+    """Return whether the file behind a path is there, or such an image in a source."""
+    return is_there(split_frame(path)[0])
+
+
 def name_frame(path: str, frame: int) -> str:
     """Return the name of one image of a file, counted from 0."""
     return f"{path}#{frame + 1}"

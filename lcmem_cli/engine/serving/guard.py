@@ -24,12 +24,11 @@ from PIL import Image
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.arrays import UNIT_RANGE, Images, ValueRange, iter_pictures
-from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.frames import has_file
 from lcmem_cli.engine.data.images import load_image, pixels_to_tensor, resized_pixels
 from lcmem_cli.engine.data.loading import load_once
 from lcmem_cli.engine.data.looks import look_at
 from lcmem_cli.engine.data.manifest import Record
-from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.conclude import Flags, apply_rule, fit_rule, tier_of
@@ -483,7 +482,7 @@ def _image_set(queries: Sequence[_Query], features: FloatArray) -> ImageSet:
 def _check_files(training: ImageSet) -> None:
     if training.is_index and IndexKeypoints(Path(training.summary.source)).are_kept:
         return
-    missing = sum(not is_there(split_frame(file)[0]) for file in training.files)
+    missing = sum(not has_file(file) for file in training.files)
     if missing:
         raise InputError(
             f"{training.summary.source}: {missing:,} files are gone, so that candidates cannot be "

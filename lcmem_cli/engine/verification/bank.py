@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
-from lcmem_cli.engine.data.frames import split_frame
+from lcmem_cli.engine.data.frames import has_file
 from lcmem_cli.engine.data.loading import hash_files, load_once
-from lcmem_cli.engine.data.sources.opened import is_there
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -159,7 +158,7 @@ def read_indexed(
     """
     keypoints = IndexKeypoints(folder)
     unchanged = unchanged_files(files, hashes, compute)
-    is_gone = compute.ranks.broadcast([not is_there(split_frame(file)[0]) for file in files])
+    is_gone = compute.ranks.broadcast([not has_file(file) for file in files])
     return read_bank(
         unchanged,
         [

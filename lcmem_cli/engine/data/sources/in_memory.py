@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lcmem_cli.engine.data.arrays import UNIT_RANGE, Images, ValueRange, iter_pictures
+from lcmem_cli.engine.data.reading import open_image
 from lcmem_cli.engine.data.sources.arrays import encoded
 from lcmem_cli.engine.data.sources.base import numbered
 from lcmem_cli.engine.data.sources.opened import mount, unmount
@@ -25,6 +26,7 @@ class ImagesInMemory:
 
     Raises:
         InputError: names and images differ in number, or something is no image.
+        UnreadableImageError: a path cannot be read.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class ImagesInMemory:
         value_range: ValueRange = UNIT_RANGE,
     ) -> None:
         files = [
-            picture.read_bytes() if isinstance(picture, Path) else encoded(np.asarray(picture))
+            _bytes_of(picture) if isinstance(picture, Path) else encoded(np.asarray(picture))
             for picture in iter_pictures(images, value_range=value_range)
         ]
         if names is not None and len(names) != len(files):
@@ -81,6 +83,11 @@ def in_memory(
         >>> result = audit(place, "training/", held_out="held-out/")
     """
     return mount(name, ImagesInMemory(images, names=names, value_range=value_range))
+
+
+def _bytes_of(path: Path) -> bytes:
+    with open_image(path) as file:
+        return file.read()
 
 
 def placed(

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
-from lcmem_cli.engine.data.frames import split_frame
-from lcmem_cli.engine.data.sources.opened import is_there
+from lcmem_cli.engine.data.frames import has_file
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, score_listed
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.null import Null
@@ -43,12 +42,12 @@ def is_to_verify(
     else:
         # Files of an index may be on one machine alone; the processes of all must read them.
         files = [
-            split_frame(file)[0]
+            file
             for _, listing in listings.named()
             if listing.index is not None and not IndexKeypoints(listing.index.folder).are_kept
             for file in listing.files
         ]
-        missing = sum(not is_there(file) for file in files)
+        missing = sum(not has_file(file) for file in files)
         if missing := max(compute.ranks.gather(missing)):
             reason = (
                 f"{missing:,} files are not where their index found them, and it holds no keypoints"
