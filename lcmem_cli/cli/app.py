@@ -28,6 +28,7 @@ from lcmem_cli.cli.hub import pull, push
 from lcmem_cli.cli.index import add_to_index, build_index, check_index, index_info, query_index
 from lcmem_cli.cli.infer import infer
 from lcmem_cli.cli.latents import latents
+from lcmem_cli.cli.leaks import leaks_command
 from lcmem_cli.cli.manifest import manifest
 from lcmem_cli.cli.processes import IN_PROCESSES, require_one_process
 from lcmem_cli.cli.robustness import robustness_command
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Commands] = {
         "audit": audit_command,
         "compare": compare_command,
         "filter": filter_command,
+        "leaks": leaks_command,
         "demo": demo,
     },
     "Compare pairs and detectors": {

@@ -39,16 +39,9 @@ SHARE_HEADINGS = ("images", "flagged", "beyond chance (95 %)", "copies")
 _SHOWN_GROUPS = 20
 
 
-class AuditOptions(TableOptions, ComputeOptions):
-    """What an audit is asked for."""
+class JudgedOptions(TableOptions, ComputeOptions):
+    """How a set is compared with a training set, whatever its images are."""
 
-    generated: Path = argument(
-        "Generated images: a folder, filelist, archive, array or saved index."
-    )
-    against: Path = option(INPUT, "The generator's training set, likewise.")
-    held_out: Path | None = option(
-        INPUT, "Real images that the generator never saw, likewise.", None
-    )
     frames: Frames = FRAMES
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,
@@ -104,6 +97,18 @@ class AuditOptions(TableOptions, ComputeOptions):
     cache: bool = CACHE
     output: Path = FOLDER
     overwrite: bool = OVERWRITE
+
+
+class AuditOptions(JudgedOptions):
+    """What an audit is asked for."""
+
+    generated: Path = argument(
+        "Generated images: a folder, filelist, archive, array or saved index."
+    )
+    against: Path = option(INPUT, "The generator's training set, likewise.")
+    held_out: Path | None = option(
+        INPUT, "Real images that the generator never saw, likewise.", None
+    )
 
 
 def audit_command(options: AuditOptions) -> None:

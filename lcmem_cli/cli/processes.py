@@ -8,7 +8,7 @@ from lcmem_cli.engine.distributed import launched
 from lcmem_cli.engine.errors import InputError
 
 IN_PROCESSES = frozenset(
-    {"latents", "train-stage1", "finetune", "benchmark", "robustness", "audit", "index"}
+    {"latents", "train-stage1", "finetune", "benchmark", "robustness", "audit", "leaks", "index"}
 )
 """Commands that share their work; of ``index`` those that embed."""
 

@@ -135,7 +135,7 @@ class Evidence:
         if self.share_of_training < 0.95:
             parts.append(f"{_percent(self.share_of_training)} of the training image")
         if self.share_of_query < 0.9:
-            parts.append(f"on {_percent(self.share_of_query)} of the generated one")
+            parts.append(f"on {_percent(self.share_of_query)} of the copy")
         return ", ".join([*(parts or ["in place"]), *self._shades()])
 
     def _shades(self) -> list[str]:

@@ -196,6 +196,7 @@ def conclude(
         num_alike=tiers["alike"],
         num_exposed_images=len(images),
         num_exposed_identities=len(identities) if are_known else None,
+        leaked_identities=_names(embedded.shared_with_queries) if request.task == "leaks" else None,
         task=request.task,
         fail_on=request.fail_on,
         generated=sets.generated.summary,
@@ -254,9 +255,15 @@ def _null_summary(
         num_not_searched=not_searched,
         removed=null.removed,
         closest=closest_real(null, training, request),
-        shared_identities=tuple(sorted({" ".join(filter(None, key)) for key in shared})),
+        shared_identities=_names(shared) or (),
         meaning=sentences.meaning_of_rate(null.kind, rule, not_searched),
     )
+
+
+def _names(identities: frozenset[tuple[str, str]] | None) -> tuple[str, ...] | None:
+    if identities is None:
+        return None
+    return tuple(sorted({" ".join(filter(None, key)) for key in identities}))
 
 
 def _matches(embedded: Embedded, found: Found, flags: Flags, top_k: int) -> tuple[Match, ...]:

@@ -31,6 +31,8 @@ shows; or over the threshold and no more: perhaps the same identity in another p
 TIERS: tuple[Tier, ...] = get_args(Tier)
 Task = Literal["audit", "leaks"]
 """What the images are that are looked for: generated ones, or those of a test set."""
+WORDS: dict[Task, str] = {"audit": "generated", "leaks": "test"}
+"""The same as an adjective."""
 GateRule = Literal["identical", "altered", "more-than-chance"] | float
 """What a gate fails on: a tier of copies, more than chance explains, or a share of the images."""
 _UNLIKELY = 0.025
@@ -416,6 +418,8 @@ class Finding:
         num_alike: flagged images of which no more is known.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities; ``None`` where those are not known.
+        leaked_identities: those that stand in both lists, of a test set; ``None`` where ids cannot
+            be compared, and of generated images, which have none.
         task: what the images are that are looked for.
         fail_on: what the gate fails on, if one was asked for.
         generated: the generated set.
@@ -450,6 +454,7 @@ class Finding:
     num_alike: int
     num_exposed_images: int
     num_exposed_identities: int | None
+    leaked_identities: tuple[FileName, ...] | None
     task: Task
     fail_on: GateRule | None
     generated: SetSummary
@@ -472,7 +477,7 @@ class Finding:
     @property
     def word(self) -> str:
         """The images that are looked for, as an adjective."""
-        return {"audit": "generated", "leaks": "test"}[self.task]
+        return WORDS[self.task]
 
     @property
     def noun(self) -> str:

@@ -41,7 +41,7 @@ from lcmem_cli.engine.evaluation.audit.null import (
     make_null,
 )
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
-from lcmem_cli.engine.evaluation.audit.result import AuditResult
+from lcmem_cli.engine.evaluation.audit.result import WORDS, AuditResult, Task
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
 from lcmem_cli.engine.evaluation.audit.sensitivity import measure_sensitivity
 from lcmem_cli.engine.evaluation.audit.sets import (
@@ -87,6 +87,7 @@ def audit(
     max_unreadable: int | None = None,
     seed: int = 0,
     value_range: ValueRange = UNIT_RANGE,
+    task: Task = "audit",
     device: str = "auto",
     batch_size: int = 32,
     workers: int = -1,
@@ -146,6 +147,8 @@ def audit(
         max_unreadable: unreadable images, over all sets, to tolerate; ``None``: any number.
         seed: of the split, the leave-one-out sample and the cells of ``C_T``.
         value_range: black and white of floating-point images in memory, such as ``(-1, 1)``.
+        task: ``"leaks"`` speaks of a test set in place of generated images, and tells identities
+            that stand in both lists.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
@@ -193,6 +196,7 @@ def audit(
             output=None if output is None else Path(output),
             overwrite=overwrite,
             group_by=group_by,
+            task=task,
         )
         compute = Compute.start(
             device=device,
@@ -271,7 +275,7 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
     listings = request.sources.map(
         lambda what, source: list_set(
             source,
-            what=what,
+            what=WORDS[request.task] if what == "generated" else what,
             basedir=basedir,
             columns=request.columns,
             frames=request.frames,

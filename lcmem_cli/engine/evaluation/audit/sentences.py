@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from lcmem_cli.engine.data.tables import some
 from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
 from lcmem_cli.engine.evaluation.audit.wording import counted, percent
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
@@ -113,7 +114,7 @@ def _finding(finding: Finding) -> str:
 def verdict(finding: Finding) -> str:
     """Return what is known of the flagged images, and how many chance alone would flag."""
     rule, num_queries, num_null = finding.rule, finding.num_queries, finding.null.num_scores
-    sentences = list(_known(finding))
+    sentences = [*_leaked(finding), *_known(finding)]
     num_known, others = finding.num_flagged - finding.num_alike, finding.num_alike
     chance = f"chance alone would flag about {rule.rate * num_queries:.3g}"
     by_chance = f"{chance[0].upper()}{chance[1:]}: "
@@ -146,6 +147,14 @@ def verdict(finding: Finding) -> str:
     else:
         sentences.append(by_chance + "their number is no evidence of copying; look at the pairs.")
     return " ".join(sentences)
+
+
+def _leaked(finding: Finding) -> Iterator[str]:
+    """Yield which identities stand in test and training list alike."""
+    names = finding.leaked_identities
+    if names:
+        stand = counted(len(names), "identity stands", "identities stand")
+        yield f"{stand} in both test and training list: {some(names)}."
 
 
 def _known(finding: Finding) -> Iterator[str]:
@@ -259,6 +268,11 @@ def does_not_show(finding: Finding, circumstances: Circumstances) -> Iterator[st
     if finding.task == "audit":
         yield (
             "Anything about images that this generator has not made yet, or about other generators."
+        )
+    elif finding.leaked_identities is None:
+        yield (
+            "Whether test and training images show the same people, patients or objects in other "
+            "pictures: only ids of both lists say."
         )
     if circumstances.may_share_identities:
         yield (

@@ -201,6 +201,14 @@ class Embedded:
         held_out = self.sets.held_out
         return held_out is not None and held_out.labelled and self.sets.training.labelled
 
+    @property
+    def shared_with_queries(self) -> frozenset[tuple[str, str]] | None:
+        """Identities in both generated and training set; ``None`` where they are no columns."""
+        generated, training = self.sets.generated, self.sets.training
+        if not (generated.labelled and training.labelled):
+            return None
+        return generated.identities & training.identities
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listing:
