@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lcmem_cli.engine.data.sources.in_memory import in_memory as in_memory
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
+    from lcmem_cli.engine.distributed import keep_freed_memory as keep_freed_memory
     from lcmem_cli.engine.evaluation.audit.run import audit as audit
     from lcmem_cli.engine.evaluation.features_audit import FeatureSet as FeatureSet
     from lcmem_cli.engine.evaluation.features_audit import audit_features as audit_features
@@ -35,6 +36,7 @@ _EXPORTS = {
     "in_memory": "lcmem_cli.engine.data.sources.in_memory",
     "audit_features": "lcmem_cli.engine.evaluation.features_audit",
     "audit": "lcmem_cli.engine.evaluation.audit.run",
+    "keep_freed_memory": "lcmem_cli.engine.distributed",
     "load_detector": "lcmem_cli.engine.detectors.registry",
     "log_flagged_share": "lcmem_cli.engine.serving.metric",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "audit_features",
     "build_index",
     "in_memory",
+    "keep_freed_memory",
     "load_detector",
     "log_flagged_share",
 ]

@@ -553,6 +553,31 @@ def test_a_palette_is_scaled_by_what_its_table_holds(tmp_path):
     assert "8-bit" in load_image(tmp_path / "a.dcm").info[DEPTH_NOTE]
 
 
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [
+        ("JPEGLosslessSV1", imagecodecs.ljpeg_encode),
+        ("JPEGLSLossless", imagecodecs.jpegls_encode),
+        (
+            "JPEG2000Lossless",
+            lambda values: imagecodecs.jpeg2k_encode(
+                values, codecformat="j2k", reversible=True, level=0
+            ),
+        ),
+    ],
+)
+def test_lossless_dicom_shows_what_was_encoded(tmp_path, scan, syntax, encode):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra [dicom]")
+    pytest.importorskip("gdcm", reason="needs the extra [dicom]")
+    dicom(tmp_path / "a.dcm", scan[0], **WINDOW)
+    data = pydicom.dcmread(tmp_path / "a.dcm")
+    data.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    data.PixelData = pydicom.encaps.encapsulate([encode(scan[0])])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    close(tmp_path / "a.dcm", scan[1])
+
+
 def test_a_missing_decoder_is_named_with_its_extra(tmp_path, scan, monkeypatch):
     pydicom = pytest.importorskip("pydicom", reason="needs the extra [dicom]")
     dicom(tmp_path / "a.dcm", scan[0], **WINDOW)

@@ -105,16 +105,20 @@ def test_blank_images_stand_aside_in_audits_and_indexes(tmp_path):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "train" / "page.png")
     for number in range(2):
         Image.new("RGB", (64, 64)).save(tmp_path / "generated" / f"blocked{number}.png")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "generated" / "white.png")
     result = audit(
         tmp_path / "generated", tmp_path / "train", held_out=tmp_path / "real", fpr=0.1,
         detector="phash",
     )  # fmt: skip
-    assert [item.path for item in result.generated.blank] == ["blocked0.png", "blocked1.png"]
+    assert [item.path for item in result.generated.blank] == [
+        "blocked0.png", "blocked1.png", "white.png",
+    ]  # fmt: skip
     assert [(item.path, item.colour) for item in result.training.blank] == [("page.png", "#ffffff")]
     assert not any(
         "blocked" in match.query or match.match == "page.png" for match in result.matches
     )
-    assert any("2 generated images showing nothing" in text for text in result.warnings)
+    assert any("3 generated images showing nothing" in text for text in result.warnings)
+    assert any("white.png has its equal among the training" in text for text in result.warnings)
     added = add_to_index(tmp_path / "train", tmp_path / "index", load_detector("phash"))
     assert added.num_images == 12
     answers = query_index(tmp_path / "index", tmp_path / "generated", load_detector("phash"))

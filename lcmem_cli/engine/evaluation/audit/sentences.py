@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from lcmem_cli.engine.data.tables import some
-from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind
+from lcmem_cli.engine.evaluation.audit.result import Finding, FlagRule, NullKind, SetSummary
 from lcmem_cli.engine.evaluation.audit.wording import counted, percent
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.evaluation.comparability import MIN_IDENTITIES, Comparability
@@ -309,6 +309,19 @@ def _about_the_conditions(finding: Finding) -> Iterator[str]:
         )
 
 
+def _equals(images: SetSummary, finding: Finding) -> str:
+    """Say how many of the audited blank images have the colour of a blank training image."""
+    training = {image.colour for image in finding.training.blank}
+    alike = [image for image in images.blank if image.colour in training]
+    if images is not finding.generated or not alike:
+        return ""
+    return (
+        f" {alike[0].path} has its equal among the training images"
+        if len(alike) == 1
+        else f" {len(alike):,} have their equals among the training images, {alike[0].path} first"
+    ) + "."
+
+
 def _about_the_sets(finding: Finding) -> Iterator[str]:
     for name, images in (
         (finding.word, finding.generated),
@@ -321,7 +334,7 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
         if images is not None and images.blank:
             yield (
                 f"{counted(len(images.blank), f'{name} image')} showing nothing but one colour "
-                "stood aside: it would match only its equal."
+                f"stood aside: it would match only its equal.{_equals(images, finding)}"
             )
         if images is not None and images.num_guessed:
             number = counted(images.num_guessed, f"{name} image")
