@@ -136,7 +136,7 @@ def test_every_query_lists_its_best_matches_in_order(sets):
 
 
 def test_files_agree_with_the_result(sets, tmp_path):
-    result = run(sets, output=tmp_path)
+    result = run(sets, output=tmp_path, absolute_paths=True)
     document = read_audit(tmp_path)
     for field in dataclasses.fields(document):
         if field.name not in ("format", "schema"):

@@ -70,6 +70,27 @@ def test_lists_hold_every_readable_image_once(audited):
     assert state(audited / "generated") == before
 
 
+def test_sets_and_audit_can_be_moved_together(audited, run_cli):
+    command = (
+        "audit", audited / "generated", "--against", audited / "train",
+        "--held-out", audited / "held-out", "--fpr", 0.025, "--detector", "phash",
+    )  # fmt: skip
+    run_cli(*command, "-o", audited / "relative")
+    run_cli(*command, "-o", audited / "relative")  # the same sets, though named otherwise
+    for name in ("audit.json", "config.toml"):
+        assert str(audited) not in (audited / "relative" / name).read_text()
+    run_cli(*command, "--absolute-paths", "-o", audited / "absolute")
+    document = json.loads((audited / "absolute" / "audit.json").read_text())
+    assert document["training"]["folder"] == str((audited / "train").resolve())
+    moved = audited.with_name(audited.name + "-moved")
+    audited.rename(moved)
+    done = run_cli("filter", moved / "relative", "-o", moved / "out", "--copy", "--json")
+    assert json.loads(done.stdout)["basedir"] == str((moved / "generated").resolve())
+    assert (moved / "out" / "kept" / "a" / "02000.png").is_file()
+    failed = run_cli("filter", moved / "absolute", "-o", moved / "none", "--copy", exit_code=1)
+    assert "no longer where the audit found them" in failed.stderr
+
+
 @pytest.mark.parametrize("transfer", ["copy", "link"])
 def test_kept_files_are_copied_or_linked_in_their_subfolders(audited, transfer):
     before = state(audited / "generated")

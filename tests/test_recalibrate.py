@@ -25,6 +25,7 @@ from lcmem_cli.engine.models.checkpoint import load_checkpoint, save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.whitening import SPREAD, whitened_projection
+from lcmem_cli.engine.training import last_layer
 from lcmem_cli.engine.training.last_layer import Whitening, adapt
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
@@ -113,6 +114,21 @@ def test_adapting_refuses_what_it_cannot_do(image_folder, tmp_path):
     convolutional = make(tmp_path / "conv.safetensors", "dla34")
     with pytest.raises(InputError, match="dla34 does not end in one linear layer"):
         adapt(convolutional, manifest)
+
+
+def test_adapting_names_a_file_that_changes_while_it_is_read(image_folder, tmp_path, monkeypatch):
+    manifest = load_manifest(image_folder).select("TRAIN")
+    victim = manifest.paths()[2]
+
+    def read_then_swap(self, manifest):
+        inputs = read(self, manifest)
+        victim.write_bytes(manifest.paths()[0].read_bytes())
+        return inputs
+
+    read = last_layer._LastLayer.inputs
+    monkeypatch.setattr(last_layer._LastLayer, "inputs", read_then_swap)
+    with pytest.raises(InputError, match=f"{victim.name}: has changed while it was read"):
+        adapt(make(tmp_path / "start.safetensors"), manifest)
 
 
 def test_a_projection_is_sklearns_whitened_components_but_for_a_turn():

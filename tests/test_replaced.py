@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import draw_identity
+from conftest import Listener, draw_identity
 from PIL import Image
 
 from lcmem_cli import Index, load_detector
@@ -16,6 +16,7 @@ from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.files import sha256_bytes, sha256_file
 from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore
+from lcmem_cli.engine.verification.bank import read_bank
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
@@ -162,3 +163,14 @@ def test_files_that_are_swapped_all_the_time(run_cli, image_folder, tiny_codec, 
         for row, content in enumerate(store.contents):
             latent = store.latents([row])
             np.testing.assert_array_equal(latent_of.setdefault(content, latent), latent)
+
+
+def test_a_file_that_changed_before_its_keypoints_were_sought_is_named(image_folder):
+    files = sorted(image_folder.rglob("*.png"))[:3]
+    hashes = [sha256_file(path) for path in files]
+    files[1].write_bytes(files[2].read_bytes())
+    listening = Listener()
+    bank = read_bank(files, hashes, Compute(reporter=listening))
+    assert [bool(row.any()) for row in bank.rows] == [True, False, True]
+    (warning,) = listening.warnings
+    assert warning.startswith(f"{files[1]} has changed since it was embedded: no evidence")

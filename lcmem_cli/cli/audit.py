@@ -97,6 +97,9 @@ class JudgedOptions(TableOptions, ComputeOptions):
     cache: bool = CACHE
     output: Path = FOLDER
     overwrite: bool = OVERWRITE
+    absolute_paths: bool = option(
+        OUTPUT, "Name the sets by absolute paths, not as seen from the folder.", False
+    )
 
 
 class AuditOptions(JudgedOptions):

@@ -240,3 +240,24 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def seen_from(folder: Path, path: str | Path) -> str:
+    """Return where a path is, seen from a folder, so that both can be moved together.
+
+    Args:
+        folder: a folder of results, which need not exist.
+        path: a file or folder.
+
+    Returns:
+        A relative path, or the absolute one where the two share nothing but the root.
+    """
+    base, target = folder.resolve(), Path(path).resolve()
+    shared = next((p for p in base.parents if p in target.parents and p != p.parent), None)
+    inside = base in (target, *target.parents)
+    return os.path.relpath(target, base) if inside or shared is not None else str(target)
+
+
+def found_from(folder: Path, path: str | Path) -> str:
+    """Return the absolute path of what ``seen_from`` named."""
+    return os.path.normpath(folder.resolve() / path)

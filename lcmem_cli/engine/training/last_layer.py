@@ -6,6 +6,7 @@ Two ways: ``adapt`` fits it to one kind of images, ``Whitening`` to many with kn
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.loading import Transform, hash_files, iter_readable
+from lcmem_cli.engine.data.loading import CHANGED, Transform, hash_files, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
 from lcmem_cli.engine.distributed import resolve_device
@@ -54,8 +55,10 @@ def adapt(
             f"{len(manifest.records)} TRAIN images are too few to adapt to; {MIN_IMAGES} or more "
             "are needed"
         )
+    contents = hash_files(manifest.paths(), compute)[0]
     last = _LastLayer(checkpoint, compute)
     inputs = last.inputs(manifest).double()
+    _check_unchanged(manifest, contents, compute)
     weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
     outputs = (inputs @ weight.double().T + bias.double()).numpy()
     weights = picture_weights(outputs / np.linalg.norm(outputs, axis=1, keepdims=True))
@@ -68,12 +71,23 @@ def adapt(
         **checkpoint.training,
         "adapted": {"data_digest": manifest.digest, "num_images": len(manifest)},
     }
-    contents = hash_files(manifest.paths(), compute)[0]
     return checkpoint.changed(
         network_state=checkpoint.network_state | replaced,
         training=training,
         adapted_to=tuple(sorted({*filter(None, contents), *checkpoint.adapted_to})),
     )
+
+
+def _check_unchanged(manifest: Manifest, contents: Sequence[str | None], compute: Compute) -> None:
+    """Refuse images that changed while they were decoded: their hashes would name others.
+
+    Raises:
+        InputError: a file has another content than before.
+    """
+    now = hash_files(manifest.paths(), compute)[0]
+    for path, before, after in zip(manifest.paths(), contents, now, strict=True):
+        if before != after:
+            raise InputError(f"{path}: {CHANGED}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

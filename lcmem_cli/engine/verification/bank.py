@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.frames import has_file
-from lcmem_cli.engine.data.loading import hash_files, load_once
+from lcmem_cli.engine.data.loading import CHANGED, hash_files, load_once
 from lcmem_cli.engine.detectors.embedding import allocate_features
 from lcmem_cli.engine.errors import (
     CorruptFileError,
@@ -192,6 +192,7 @@ def read_bank(
     is_kept = [kept is not None and content in kept for content in hashes]
     wanted = [row for row, file in enumerate(files) if file is not None or is_kept[row]]
     ranks = compute.ranks
+    changed: list[int] = []
     with (
         single_threaded(),
         ThreadPoolExecutor(max(1, compute.num_workers)) as pool,
@@ -203,8 +204,11 @@ def read_bank(
             stores = {row: kept if is_kept[row] else cache for row in mine}
             known = {row: store for row, store in stores.items() if store and hashes[row] in store}
             new = [row for row in mine if row not in known]
-            values = pool.map(_read, [files[row] for row in new], [hashes[row] for row in new])
-            made = dict(zip(new, values, strict=True))
+            read = pool.map(_read, [files[row] for row in new], [hashes[row] for row in new])
+            made, reasons = {}, {}
+            for row, (values, reason) in zip(new, read, strict=True):
+                made[row], reasons[row] = values, reason
+            changed += [row for row, reason in reasons.items() if reason == CHANGED]
             _keep(cache, [(hashes[row], values) for row, values in made.items()], compute)
             for row, store in known.items():
                 made[row] = store.get_many([hashes[row]])[0][0]
@@ -212,16 +216,24 @@ def read_bank(
                 for row, values in others.items():
                     rows[row] = values
             task.advance(len(part))
+    if replaced := sorted(row for rank in ranks.gather(changed) for row in rank):
+        compute.reporter.warn(
+            f"{files[replaced[0]]} has changed since it was embedded"
+            + (f", as have {len(replaced) - 1:,} others" if replaced[1:] else "")
+            + ": no evidence is sought in what stands there now. Run the same command again"
+        )
     return FeatureBank(rows)
 
 
-def _read(path: Path | None, content: str) -> NDArray[np.uint8]:
-    """Return the packed features of a file; zeros if it cannot be read, or has another content."""
+def _read(path: Path | None, content: str) -> tuple[NDArray[np.uint8], str]:
+    """Return the packed features of a file; zeros and the reason where it has none."""
     assert path is not None
     try:
-        return local_features(load_once(path, content, size=SIDE)[0]).packed()
-    except (UnreadableImageError, MissingExtraError):
-        return np.zeros(ROW_BYTES, np.uint8)
+        return local_features(load_once(path, content, size=SIDE)[0]).packed(), ""
+    except UnreadableImageError as error:
+        return np.zeros(ROW_BYTES, np.uint8), error.reason
+    except MissingExtraError as error:
+        return np.zeros(ROW_BYTES, np.uint8), str(error)
 
 
 def _keep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -30,6 +31,8 @@ from lcmem_cli.engine.evaluation.audit.shares import draw_shares
 from lcmem_cli.engine.files import (
     CSV_OPTIONS,
     atomic_path,
+    found_from,
+    seen_from,
     sha256_file,
     unguarded,
     write_csv,
@@ -86,6 +89,7 @@ COLUMNS = (
     "mirrored",
     *NUMBERS,
 )
+_SETS = ("generated", "training", "held_out")
 _REMEDY = "run the audit again"
 _NOT_ASKED = {"top_k", "fail_on", "group_by", "cache", "fingerprint", "adapted_to"}
 """Settings that change no finding, or that come of one: an audit may differ in them."""
@@ -126,6 +130,7 @@ def write_audit(
     *,
     embedded: Embedded,
     distribution: Distribution,
+    absolute_paths: bool = False,
 ) -> None:
     """Write everything; the checksums last, so that where they stand the rest does too.
 
@@ -135,10 +140,12 @@ def write_audit(
         settings: what the audit was asked to do.
         embedded: the sets, whose images are shown.
         distribution: scores to draw.
+        absolute_paths: name the sets by absolute paths, not as seen from the folder.
     """
     for name in (CHECKSUMS_NAME, JSON_NAME):
         (folder / name).unlink(missing_ok=True)
-    write_run_files(folder, settings.model_dump(by_alias=True))
+    shown = str if absolute_paths else functools.partial(seen_from, folder)
+    write_run_files(folder, settings.with_paths(shown).model_dump(by_alias=True))
     rows = (map(_cell, _row(match).values()) for match in result.matches)
     write_csv(folder / CSV_NAME, COLUMNS, map(list, rows))
     write_parquet(folder / PARQUET_NAME, result.matches)
@@ -153,7 +160,14 @@ def write_audit(
     curve = folder / f"{CURVE_NAME}.png"
     page = render_report(result, pictures, distribution, curve=curve if curve.is_file() else None)
     write_text(folder / REPORT_NAME, page)
-    write_json(folder / JSON_NAME, result.to_dict())
+    document = result.to_dict()
+    for name in _SETS:
+        images = document[name]
+        if images is not None:
+            named = images["source"]  # what the user typed, absolute or not
+            images["source"] = shown(named) if Path(named).is_absolute() else named
+            images["folder"] = shown(images["folder"])
+    write_json(folder / JSON_NAME, document)
     write_json(folder / CHECKSUMS_NAME, {name: sha256_file(folder / name) for name in names})
 
 
@@ -307,7 +321,7 @@ def read_settings(folder: Path, *, remedy: str = _REMEDY) -> AuditSettings:
     """
     settings = read_document(folder / CONFIG_NAME, AuditSettings, remedy=remedy)
     _check(folder, CONFIG_NAME, remedy=remedy)
-    return settings
+    return settings.with_paths(functools.partial(found_from, folder))
 
 
 def read_audit(folder: Path) -> AuditDocument:
@@ -322,7 +336,11 @@ def read_audit(folder: Path) -> AuditDocument:
         raise InputError(f"{folder}: no {JSON_NAME} here; expected the folder of a finished audit")
     document = read_document(path, AuditDocument, remedy=_REMEDY)
     _check(folder, JSON_NAME)
-    return document
+    generated, training = (
+        dataclasses.replace(images, folder=found_from(folder, images.folder))
+        for images in (document.generated, document.training)
+    )
+    return dataclasses.replace(document, generated=generated, training=training)
 
 
 def read_best_matches(folder: Path, document: AuditDocument) -> list[Match]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,9 @@ from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit.result import AuditResult, GateRule, NullKind, Task
 from lcmem_cli.engine.evaluation.audit.sets import Sets, Source
+
+_PATHS = ("generated", "training", "held_out", "basedir")
+"""Settings that name files; ``config.toml`` has them as seen from its folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class AuditRequest:
     seed: int = 0
     output: Path | None = None
     overwrite: bool = False
+    absolute_paths: bool = False
     task: Task = "audit"
     group_by: str | None = None
 
@@ -124,6 +129,13 @@ class AuditSettings(BaseModel):
     cache: bool
     fingerprint: str
     adapted_to: int | None = None
+
+    def with_paths(self, change: Callable[[str], str]) -> AuditSettings:
+        """Return the settings with each path of a set changed."""
+        paths = {name: getattr(self, name) for name in _PATHS}
+        return self.model_copy(
+            update={name: change(path) for name, path in paths.items() if path is not None}
+        )
 
     def of(self, result: AuditResult) -> AuditSettings:
         """Return the settings with what the audit made of the detector."""

@@ -52,8 +52,9 @@ class SetSummary:
     """One of the sets that went into an audit.
 
     Attributes:
-        source: as the user named it.
-        folder: absolute folder that the paths of its images are relative to.
+        source: as the user named it; an absolute path is written as ``folder`` is.
+        folder: absolute folder that the paths of its images are relative to; in ``audit.json`` as
+            seen from the folder of the result.
         num_images: images listed.
         num_distinct: different contents among the readable ones.
         num_identities: different labels; ``None`` where a folder's images have none, each being

@@ -94,6 +94,7 @@ def audit(
     cache: bool = True,
     output: str | Path | None = None,
     overwrite: bool = False,
+    absolute_paths: bool = False,
     reporter: Reporter = SILENT,
 ) -> AuditResult:
     """Find generated images that match a training image more closely than real images do.
@@ -156,6 +157,7 @@ def audit(
         output: folder for ``audit.json``, ``matches.csv``, ``matches.parquet`` and
             ``report.html``.
         overwrite: replace another audit in ``output``.
+        absolute_paths: name the sets in its files by absolute paths, not as seen from ``output``.
         reporter: told progress and warnings.
 
     Raises:
@@ -195,6 +197,7 @@ def audit(
             seed=seed,
             output=None if output is None else Path(output),
             overwrite=overwrite,
+            absolute_paths=absolute_paths,
             group_by=group_by,
             task=task,
         )
@@ -259,6 +262,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
                 settings.of(result),
                 embedded=embedded,
                 distribution=scores_to_draw(embedded, null, found, result.rule.threshold),
+                absolute_paths=request.absolute_paths,
             )
         compute.ranks.barrier()  # none goes on before the files are there
     return result
@@ -339,10 +343,10 @@ def _settings(
     compute: Compute,
     verified: bool,
 ) -> AuditSettings:
-    paths = listings.map(lambda _, listing: str(Path(listing.source).absolute()))
+    paths = listings.map(lambda _, listing: str(Path(listing.source).resolve()))
     resolved = {
         **vars(paths),
-        "basedir": None if request.basedir is None else str(request.basedir.absolute()),
+        "basedir": None if request.basedir is None else str(request.basedir.resolve()),
         "null": request.null_kind,
         "detector": absolute_name(detector.name),
         "input_size": detector.input_size,

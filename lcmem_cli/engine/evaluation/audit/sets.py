@@ -386,7 +386,7 @@ def assemble(
     return ImageSet(
         summary=SetSummary(
             source=listing.source,
-            folder=str(listing.folder.absolute()),
+            folder=str(listing.folder.resolve()),
             num_images=len(listing.records),
             num_distinct=len(members),
             num_identities=_num_identities(listing, records),
