@@ -15,6 +15,7 @@ from conftest import Listener, random_checkpoint
 from diffusers import AutoencoderKL
 
 from lcmem_cli.engine.detectors import export as export_module
+from lcmem_cli.engine.detectors import joint, lcmem
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.export import export_checkpoint
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
@@ -184,6 +185,7 @@ def test_a_torch_export_archive_computes_what_the_checkpoint_computes(checkpoint
 
 
 @needs_onnxruntime
+@pytest.mark.slow
 def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli):
     target = tmp_path / "embedded.onnx"
     result = json.loads(run_cli("export", target, "--json").stdout)
@@ -196,9 +198,9 @@ def test_the_embedded_model_is_exported_from_the_command_line(tmp_path, run_cli)
     np.testing.assert_allclose(features, expected, atol=1e-4)
     scores = embedded.score_matrix(expected, expected)
     np.testing.assert_allclose(exported.score_matrix(features, features), scores, atol=2e-3)
-    joint, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{target}"))
-    np.testing.assert_allclose(fast.embed_batch(batch), joint.embed_batch(batch), atol=1e-4)
-    assert fast.fingerprint != joint.fingerprint and fast.name == f"joint:{target}"
+    usual, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{target}"))
+    np.testing.assert_allclose(fast.embed_batch(batch), usual.embed_batch(batch), atol=1e-4)
+    assert fast.fingerprint != usual.fingerprint and fast.name == f"joint:{target}"
 
 
 @needs_onnxruntime
@@ -214,6 +216,17 @@ def test_the_joint_detector_takes_no_export_but_of_the_embedded_model(onnx_file,
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(InputError, match="was not made by lcmem export"):
         load_detector(f"joint:{tmp_path / 'foreign.onnx'}")
+
+
+@needs_onnxruntime
+def test_the_joint_detector_takes_an_export_of_the_embedded_model(
+    checkpoint, onnx_file, monkeypatch
+):
+    for module in (joint, lcmem):
+        monkeypatch.setattr(module, "locate_checkpoint", lambda name: checkpoint)
+    usual, fast = (load_detector(name, device="cpu") for name in ("joint", f"joint:{onnx_file}"))
+    np.testing.assert_allclose(fast.embed_batch(images(3)), usual.embed_batch(images(3)), atol=1e-4)
+    assert fast.fingerprint != usual.fingerprint and fast.name == f"joint:{onnx_file}"
 
 
 @needs_onnxruntime

@@ -35,6 +35,7 @@ def audited(tmp_path):
         held_out=tmp_path / "held-out",
         fpr=0.025,
         detector=SmallCorrelation(),
+        sensitivity=0,
         output=tmp_path / "audit",
     )
     return tmp_path

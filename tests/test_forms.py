@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -160,17 +159,13 @@ def test_what_c_libraries_write_becomes_events(tmp_path):
     assert told == {"from below", "and more", "from python", "without an end"}
 
 
-def test_every_line_of_a_run_on_a_damaged_tiff_is_an_event(tmp_path):
+def test_every_line_of_a_run_on_a_damaged_tiff_is_an_event(server, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 9), np.uint8))
     data = bytearray((tmp_path / "a.tif").read_bytes())
     place = data.index(b"\x03\x01\x03\x00")  # the tag of compression
     data[place + 8] = 3  # a fax page
     (tmp_path / "a.tif").write_bytes(bytes(data))
-    command = [sys.executable, "-m", "lcmem_cli", "--log-format", "json", "infer"]
-    ran = subprocess.run(
-        [*command, str(tmp_path / "a.tif"), str(tmp_path / "a.tif")],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    ran = server.run("--log-format", "json", "infer", tmp_path / "a.tif", tmp_path / "a.tif")
     assert ran.stderr.strip()
     for line in ran.stderr.splitlines():
         json.loads(line)

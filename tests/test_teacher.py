@@ -1,6 +1,7 @@
 """The teacher's projection and targets, the retention loss, and frozen statistics."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(weights, drawn_images):
-    paths = sorted(drawn_images.rglob("*.png"))
+    paths = sorted(drawn_images.rglob("*.png"))[::2]
     model = load_pretrained("resnet10t", weights)
     return Teacher.fit([Member.of("resnet10t", model)], paths, num_features=8, seed=1)
 
@@ -66,7 +67,7 @@ def test_a_panel_turns_its_targets_towards_the_students_start(
     teacher, weights, image_folder, tmp_path
 ):
     alone, _ = teacher
-    paths = sorted(image_folder.rglob("*.png"))
+    paths = sorted(image_folder.rglob("*.png"))[::2]
     own = Member.of("resnet10t", load_pretrained("resnet10t", weights))
     torch.manual_seed(9)
     other = Member.of("resnet14t", timm.create_model("resnet14t", pretrained=False))
@@ -102,7 +103,7 @@ def test_a_saved_teacher_is_read_back(teacher, image_folder, tmp_path):
     fitted.save(tmp_path / "teacher.safetensors")
     read = Teacher.load(tmp_path / "teacher.safetensors")
     assert torch.equal(read.projection, fitted.projection)
-    again = read.pool(sorted(image_folder.rglob("*.png")))
+    again = read.pool(sorted(image_folder.rglob("*.png"))[::2])
     np.testing.assert_allclose(again, pooled, atol=1e-5)
     with pytest.raises(InputError, match="no such teacher"):
         Teacher.load(tmp_path / "none.safetensors")
@@ -204,6 +205,8 @@ def test_frozen_statistics_keep_rows_independent():
 
 
 def test_both_stages_with_a_teacher(run_cli, image_folder, tiny_codec, weights, tmp_path):
+    for identity in range(18, 24):
+        shutil.rmtree(image_folder / f"id{identity:02d}")
     run_cli(
         "latents", "--filelist", image_folder, "--codec", tiny_codec, "--size", 32,
         "-o", tmp_path / "latents",
