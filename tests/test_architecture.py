@@ -28,6 +28,7 @@ BASE = {
     "distributed",
     "runs",
     "compute",
+    "precision",
 }
 MAY_IMPORT = {
     "data": {"data"},

@@ -338,3 +338,23 @@ def test_a_file_that_names_a_larger_network_builds_none(tmp_path, monkeypatch):
     assert devices == ["meta"]
     made.build()
     assert devices == ["meta", "meta", "cpu"]
+
+
+def test_a_backbone_that_needs_values_to_be_built_is_loaded_all_the_same(monkeypatch):
+    # Older versions of timm read numbers out of tensors, which have none on the meta device.
+    spec = NetworkSpec(
+        backbone="convnext_atto", num_features=8, in_channels=4, input_size=32, normalisation="none"
+    )
+    state = SiameseNetwork(spec).state_dict()
+    build = siamese.build_backbone
+
+    def reads_values(*arguments, **options):
+        if torch.empty(()).is_meta:
+            raise InputError("timm cannot build it")
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(siamese, "build_backbone", reads_values)
+    siamese._without_memory.cache_clear()
+    loaded = siamese.build_network(spec, state, source="file")
+    siamese._without_memory.cache_clear()
+    torch.testing.assert_close(loaded.state_dict(), state)

@@ -38,7 +38,7 @@ from lcmem_cli.engine.results import Result, Unreadable
 from lcmem_cli.engine.runs import CONFIG_NAME
 from lcmem_cli.engine.store.latents import LatentStore
 from lcmem_cli.engine.training import autoencoder, inputs
-from lcmem_cli.engine.training.loop import resolve_precision
+from lcmem_cli.engine.training.loop import training_precision
 from lcmem_cli.engine.training.run import check_continues, readable_part
 from lcmem_cli.engine.training.sampling import PairBatch, PairSampler, check_batches
 from lcmem_cli.engine.training.teacher import load_pretrained
@@ -614,7 +614,7 @@ class _Check:
             self.fine("device", f"{device}: computes on {found}")
             if config is not None and not isinstance(config, CodecConfig):
                 with self.guard("device", 'set runtime.mixed_precision to "auto"'):
-                    resolve_precision(config.runtime, torch.device(found))
+                    training_precision(config.runtime, torch.device(found))
 
     def output(self) -> None:
         """Check that a run can write its folder, and whether one was begun there."""

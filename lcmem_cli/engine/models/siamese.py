@@ -577,7 +577,7 @@ def _without_memory(spec: NetworkSpec) -> SiameseNetwork | None:
     try:
         with torch.device("meta"):
             return SiameseNetwork(spec)
-    except (NotImplementedError, RuntimeError):
+    except (InputError, NotImplementedError, RuntimeError):  # older timm: ConvNeXt among others
         return None
 
 

@@ -14,7 +14,7 @@ import functools
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ from lcmem_cli.engine.config import (
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
+from lcmem_cli.engine.precision import half_type, resolve_precision
 from lcmem_cli.engine.training.batch_norm import synchronise_batch_norm
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.run import HISTORY_NAME
@@ -161,8 +162,8 @@ class Trainer:
         if self.optimiser.ema_decay:
             self.ema = copy.deepcopy(network).requires_grad_(False)
         self.best: dict[str, torch.Tensor] = {}
-        precision = resolve_precision(config.runtime, self.device)
-        self.autocast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        precision = training_precision(config.runtime, self.device)
+        self.autocast_dtype = None if precision == "no" else half_type(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if config.runtime.compile:
             network.backbone.compile()
@@ -465,7 +466,9 @@ def _build_adam(network: SiameseNetwork, section: OptimiserSection) -> torch.opt
     return torch.optim.AdamW(groups, weight_decay=section.weight_decay)
 
 
-def resolve_precision(runtime: RuntimeSection, device: torch.device) -> str:
+def training_precision(
+    runtime: RuntimeSection, device: torch.device
+) -> Literal["no", "bf16", "fp16"]:
     """Return ``no``, ``fp16`` or ``bf16`` for a device.
 
     Raises:
@@ -478,6 +481,5 @@ def resolve_precision(runtime: RuntimeSection, device: torch.device) -> str:
                 'float32 here (bfloat16 is far slower without the instructions); use "no"'
             )
         return runtime.mixed_precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    found = resolve_precision("auto", device)
+    return "no" if found == "fp32" else found
