@@ -35,6 +35,15 @@ def test_pairs_are_the_diagonal_of_the_matrix():
     np.testing.assert_allclose(search.weighted_l1_pairs(a, b, w), np.diag(matrix), atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1003, 40), (5, 33, 1024), (60, 90, 8), (1, 3, 9000)])
+def test_products_are_those_of_any_number_of_queries(n, m, d):
+    a, b, _ = data(n, m, d + 3)  # columns of a wider bank, as of a part of the features
+    found = search.inner_products(a[:, 3:], b[:, 3:])
+    expected = a[:, 3:].astype(np.float64) @ b[:, 3:].T
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("block_rows", [7, 64, 100_000])
 def test_top_k_does_not_depend_on_blocks(block_rows):
     a, b, w = data(40, 500, 128)

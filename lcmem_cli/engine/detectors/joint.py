@@ -30,7 +30,7 @@ from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
-from lcmem_cli.engine.store.search import TopK, top_k_blocked
+from lcmem_cli.engine.store.search import TopK, inner_products, top_k_blocked
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
@@ -185,7 +185,7 @@ class JointDetector(Detector):
         """
         k = min(k, len(bank))
         found = []
-        for number, rough in enumerate(queries @ bank.T):
+        for number, rough in enumerate(inner_products(queries, bank)):
             least = np.partition(rough, len(rough) - k)[len(rough) - k]
             near = np.flatnonzero(rough >= least - _ROUNDING)
             scores = self._correlations(queries[number : number + 1], bank[near])[0]

@@ -29,6 +29,9 @@ _SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
 _MAX_GRID_WEIGHT = 16384
+_ALONE_NUMBERS = 8192
+"""Numbers of a bank whose product with one query BLAS leaves to one thread."""
+_ALONE_QUERIES = 8
 _CANDIDATES = 200
 """Rows per query that the approximate search scores exactly."""
 _RECALL_SAMPLE = 100
@@ -185,6 +188,28 @@ def top_k_blocked(
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.rows for part in parts]),
     )
+
+
+def inner_products(queries: FloatArray, bank: FloatArray) -> FloatArray:
+    """Return the products ``[n, m]`` of every query with every row of a bank.
+
+    BLAS divides even one query's product among threads and waits for the slowest, on busy cores
+    ten times as long as it computes. So a few queries are multiplied with a few rows at a time.
+
+    Args:
+        queries: ``[n, d]``.
+        bank: ``[m, d]``, of the same type.
+    """
+    if len(queries) > _ALONE_QUERIES:
+        return queries @ bank.T
+    rows = max(1, _ALONE_NUMBERS // bank.shape[1])
+    whole = len(bank) - len(bank) % rows
+    parts = np.asarray(bank[:whole]).reshape(-1, rows, bank.shape[1])
+    result = np.empty((len(queries), len(bank)), dtype=np.result_type(queries, bank))
+    for query, products in zip(queries, result, strict=True):
+        products[:whole] = (parts @ query).ravel()
+        products[whole:] = bank[whole:] @ query
+    return result
 
 
 def merge_top_k(parts: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK:

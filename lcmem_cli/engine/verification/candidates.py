@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.embedding import allocate_features
-from lcmem_cli.engine.store.search import TopK, top_k_blocked
+from lcmem_cli.engine.store.search import TopK, inner_products, top_k_blocked
 
 NUM_BY_PICTURE = 3
 """Candidates of an image by picture, beside those by score."""
@@ -120,6 +120,6 @@ def merged(by_score: Rows, by_picture: TopK, num_first: int) -> Rows:
 
 
 def _products(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    products: NDArray[np.float64] = (a[:, :-1] @ b[:, :-1].T).astype(np.float64)
+    products: NDArray[np.float64] = inner_products(a[:, :-1], b[:, :-1]).astype(np.float64)
     products[a[:, -1:] == b[:, -1]] = -np.inf
     return products
