@@ -82,9 +82,10 @@ def test_commands_stand_in_panels_by_task(run_cli):
 def test_every_option_has_one_declaration_or_says_why():
     """An option of many commands says the same in all, or it is known to differ."""
     differ = {
-        "--adapt", "--checkpoint", "--codec", "--config", "--detector", "--detectors", "--filelist",
-        "--fit-split", "--input-range", "--input-size", "--latents", "--max-unreadable",
-        "--output", "--pairs", "--resume", "--revision", "--size", "--top-k", "--verify",
+        "--adapt", "--against", "--checkpoint", "--codec", "--config", "--detector", "--detectors",
+        "--filelist", "--fit-split", "--held-out", "--input-range", "--input-size", "--latents",
+        "--max-unreadable", "--output", "--pairs", "--resume", "--revision", "--size", "--top-k",
+        "--verify",
     }  # fmt: skip
     said = {}
     for command in COMMANDS.values():
