@@ -22,6 +22,7 @@ from lcmem_cli.cli.compare import compare_command
 from lcmem_cli.cli.config import check_config, copy_config, list_configs, show_config
 from lcmem_cli.cli.demo import demo
 from lcmem_cli.cli.detectors import detectors
+from lcmem_cli.cli.duplicates import duplicates_command
 from lcmem_cli.cli.export import export
 from lcmem_cli.cli.filter import filter_command
 from lcmem_cli.cli.hub import pull, push
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Commands] = {
         "compare": compare_command,
         "filter": filter_command,
         "leaks": leaks_command,
+        "duplicates": duplicates_command,
         "demo": demo,
     },
     "Compare pairs and detectors": {

@@ -125,15 +125,19 @@ class Evidence:
     inliers: int
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
 
-    def text(self) -> str:
-        """Say what was done: "mirrored, turned by 12 degrees, 61 % of the training image"."""
+    def text(self, original: str = "training image") -> str:
+        """Say what was done: "mirrored, turned by 12 degrees, 61 % of the training image".
+
+        Args:
+            original: what the other image is.
+        """
         parts = []
         if self.mirrored:
             parts.append("mirrored")
         if abs(self.turn) >= 2:
             parts.append(f"turned by {round(self.turn)} degrees")
         if self.share_of_training < 0.95:
-            parts.append(f"{_percent(self.share_of_training)} of the training image")
+            parts.append(f"{_percent(self.share_of_training)} of the {original}")
         if self.share_of_query < 0.9:
             parts.append(f"on {_percent(self.share_of_query)} of the copy")
         return ", ".join([*(parts or ["in place"]), *self._shades()])

@@ -68,10 +68,15 @@ class Verification:
         values: NDArray[np.float64] = self.found["value"]
         return values
 
+    def alignment(self, query: int, rank: int) -> Found | None:
+        """Return the alignment of one candidate with a query, if there is any."""
+        found = self.found[query, rank]
+        return None if found["value"] == -np.inf else _unpacked(found)
+
     def evidence(self, query: int, rank: int) -> Evidence | None:
         """Return what was found for one candidate of a query, if anything."""
-        found = self.found[query, rank]
-        return None if found["value"] == -np.inf else describe(_unpacked(found))
+        found = self.alignment(query, rank)
+        return None if found is None else describe(found)
 
 
 def _packed(pairs: list[Found | None]) -> NDArray[np.void]:
