@@ -41,7 +41,7 @@ def duplicates_command(options: DuplicatesOptions) -> None:
 
     Examples:
         lcmem duplicates training -o duplicates
-        lcmem train-codec --filelist duplicates/keep.csv --basedir training -o codec
+        lcmem duplicates list.csv --basedir images -o duplicates --json
     """
     from lcmem_cli.engine.evaluation.audit.wording import counted
     from lcmem_cli.engine.evaluation.duplicates import find_duplicates

@@ -23,7 +23,7 @@ SURE_EVIDENCE = 40.0
 under two lights."""
 COPY_RESIDUAL = 0.125
 """Residual, in the frame of either, up to which they are called one. All of 60 altered copies of
-small faces had less, and none of 232 pairs of different pictures of one face (docs/results.md)."""
+small faces had less, and none of 232 pairs of different pictures of one face."""
 _LARGEST = 99.8
 _BLUR = 1.6
 _STEPS = 30
