@@ -31,7 +31,7 @@ from lcmem_cli.engine.errors import FingerprintMismatchError, InputError, Unread
 from lcmem_cli.engine.evaluation.audit import null as audit_null
 from lcmem_cli.engine.evaluation.audit.files import read_audit, read_best_matches
 from lcmem_cli.engine.evaluation.audit.null import smallest_rate
-from lcmem_cli.engine.evaluation.audit.result import FlagRule
+from lcmem_cli.engine.evaluation.audit.result import DifferentPictures, FlagRule
 from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.audit.search import search
 from lcmem_cli.engine.evaluation.audit.sentences import verdict
@@ -239,7 +239,8 @@ def test_duplicates_are_found_and_taken_out_of_the_null(sets, tmp_path):
     assert result.rule.threshold == clean.rule.threshold
     assert result.num_queries == clean.num_queries + 1
     assert any("left out of the comparison: 2 real images." in w for w in result.warnings)
-    assert any("generated images, 1 have the content of another" in w for w in result.warnings)
+    assert result.pictures.num_pictures == clean.pictures.num_pictures
+    assert any("What is beyond chance counts each picture once" in w for w in result.warnings)
 
 
 def test_equal_pixels_in_other_files_are_counted_beside_equal_files(sets, tmp_path):
@@ -257,7 +258,8 @@ def test_equal_pixels_in_other_files_are_counted_beside_equal_files(sets, tmp_pa
     assert (result.num_altered, result.num_alike) == (None, before.num_alike + 2)
     assert "1 generated image is byte for byte a training image." in result.verdict
     assert "4 generated images have the pixels of a training image" in result.verdict
-    assert f"known of {result.num_alike} others; chance alone would" in result.verdict
+    known = f"known of {result.num_alike} others ({result.pictures.num_alike} different pictures)"
+    assert f"{known}; chance alone would" in result.verdict
     tiers = {match.query: match.tier for match in result.flagged}
     assert tiers["same.png"] == "identical file" and tiers["21-again.png"] == "same pixels"
     assert tiers["21.jpg"] == "alike"
@@ -461,12 +463,37 @@ def test_more_than_chance_is_said_as_rarely_as_stated(sets):
     for _ in range(2000):
         null, best = rng.random(num_null), rng.random(num_queries)
         flagged = int((best > conformal_threshold(null, rate)).sum())
+        pictures = DifferentPictures(
+            num_pictures=num_queries, num_flagged=flagged, num_alike=flagged
+        )
         said += "this is more" in verdict(
-            dataclasses.replace(finding, num_flagged=flagged, num_alike=flagged)
+            dataclasses.replace(finding, num_flagged=flagged, num_alike=flagged, pictures=pictures)
         )
     assert said <= binom.ppf(0.999, 2000, 0.025)
     assert chance_of(1, 1, num_null=99, allowed=5) == pytest.approx(0.05)
     assert chance_of(0, 9, num_null=99, allowed=5) == 1
+
+
+def test_a_generator_that_repeats_itself_is_judged_by_its_pictures(sets, tmp_path):
+    def judged(generated):
+        return audit(
+            generated, sets / "train", held_out=sets / "held-out", fpr=0.05,
+            detector=SmallCorrelation(),
+        )  # fmt: skip
+
+    save_all(tmp_path / "generated", range(5000, 5030))
+    once = judged(tmp_path / "generated")
+    blend = Image.blend(picture(3), picture(7000), 0.25)
+    for number in range(10):
+        pixels = np.asarray(blend).astype(int) + np.random.default_rng(number).integers(-2, 3)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(tmp_path / "generated" / f"again-{number}.png")
+    result = judged(tmp_path / "generated")
+    assert result.num_flagged == once.num_flagged + 10
+    assert result.pictures.num_flagged == once.pictures.num_flagged + 1
+    assert result.pictures.num_pictures == once.pictures.num_pictures + 1
+    assert once.more_than_chance is result.more_than_chance is False
+    assert "different pictures" in result.verdict
 
 
 def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path):

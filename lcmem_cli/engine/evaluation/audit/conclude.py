@@ -22,9 +22,11 @@ from lcmem_cli.engine.evaluation.audit.null import (
     smallest_rate,
     threshold_of,
 )
+from lcmem_cli.engine.evaluation.audit.repeats import count_pictures
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import (
     AuditResult,
+    DifferentPictures,
     Finding,
     FlagRule,
     Match,
@@ -173,6 +175,9 @@ def conclude(
     record_of = {match.match: sets.training.record_named(match.match) for match in flagged}
     tiers = Counter(tier_of(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
+    pictures = count_pictures(
+        embedded, flags.rule, flags.contents, _known_copies(found, flags, rows[image_flags])
+    )
     images = exposed_images(flagged, record_of)
     are_known = sets.training.summary.num_identities is not None
     identities = exposed_identities(flagged, record_of) if are_known else ()
@@ -188,12 +193,13 @@ def conclude(
         num_flagged=num_flagged,
         share_flagged=num_flagged / num_queries,
         confidence_interval=clopper_pearson(num_flagged, num_queries),
-        excess_interval=_excess(request, conditions, null_summary, num_flagged, num_queries),
+        excess_interval=_excess(request, conditions, null_summary, pictures),
         expected_by_chance=None if request.bh else request.fpr * num_queries,
         num_exact_copies=int(found.exact[rows].sum()),
         num_same_pixels=tiers["same pixels"],
         num_altered=tiers["same picture, altered"] if verified else None,
         num_alike=tiers["alike"],
+        pictures=pictures,
         num_exposed_images=len(images),
         num_exposed_identities=len(identities) if are_known else None,
         leaked_identities=_names(embedded.shared_with_queries) if request.task == "leaks" else None,
@@ -223,14 +229,24 @@ def conclude(
     )
 
 
+def _known_copies(found: Found, flags: Flags, flagged: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return ``[d]`` which contents are known to copy their match, of those flagged."""
+    known = np.zeros(len(flags.contents), dtype=np.bool_)
+    known[flagged] = [tier_of(found, flags, row, 0) != "alike" for row in flagged.tolist()]
+    return known
+
+
 def _excess(
-    request: AuditRequest, conditions: Conditions, null: NullSummary, flagged: int, count: int
+    request: AuditRequest, conditions: Conditions, null: NullSummary, pictures: DifferentPictures
 ) -> tuple[float, float] | None:
     """Return the interval of what is flagged beyond chance, where a rate per image holds."""
     if request.bh or (conditions.held_out is not None and conditions.held_out.comparable is False):
         return None
     return excess_interval(
-        flagged, count, num_null=null.num_independent, allowed=null.independent_allowed
+        pictures.num_flagged,
+        pictures.num_pictures,
+        num_null=null.num_independent,
+        allowed=null.independent_allowed,
     )
 
 

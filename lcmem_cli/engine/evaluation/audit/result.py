@@ -393,6 +393,26 @@ class Times:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DifferentPictures:
+    """Generated images as different pictures.
+
+    Attributes:
+        num_pictures: all of them.
+        num_flagged: those of which an image is flagged.
+        num_alike: those of which an image is flagged for its likeness, and none is a copy.
+    """
+
+    num_pictures: int
+    num_flagged: int
+    num_alike: int
+
+    @property
+    def num_not_copied(self) -> int:
+        """Pictures of which no image is a copy."""
+        return self.num_pictures - self.num_flagged + self.num_alike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
     """Everything that an audit found, in numbers and names.
 
@@ -407,9 +427,9 @@ class Finding:
         num_flagged: flagged ones.
         share_flagged: their share.
         confidence_interval: 95 % Clopper-Pearson interval of the share, given the threshold.
-        excess_interval: 95 % interval of the share that is flagged beyond chance, the threshold's
-            own uncertainty included; ``None`` under Benjamini-Hochberg and where the sets are not
-            comparable.
+        excess_interval: 95 % interval of the share of ``pictures`` that is flagged beyond chance,
+            the threshold's own uncertainty included; ``None`` under Benjamini-Hochberg and where
+            the sets are not comparable.
         expected_by_chance: images that the rate lets through when nothing is copied; ``None``
             under Benjamini-Hochberg.
         num_exact_copies: generated images that are byte for byte a training image.
@@ -417,6 +437,7 @@ class Finding:
         num_altered: other flagged images that show the same picture as a training image, altered;
             ``None`` where candidates were not verified.
         num_alike: flagged images of which no more is known.
+        pictures: the generated images as different pictures, each counted once.
         num_exposed_images: training images that are the best match of a flagged image.
         num_exposed_identities: their identities; ``None`` where those are not known.
         leaked_identities: those that stand in both lists, of a test set; ``None`` where ids cannot
@@ -453,6 +474,7 @@ class Finding:
     num_same_pixels: int
     num_altered: int | None
     num_alike: int
+    pictures: DifferentPictures
     num_exposed_images: int
     num_exposed_identities: int | None
     leaked_identities: tuple[FileName, ...] | None
@@ -487,15 +509,17 @@ class Finding:
 
     @property
     def more_than_chance(self) -> bool | None:
-        """Whether more images are merely alike than chance explains; ``None``: no rate holds."""
+        """Whether more pictures are merely alike than chance explains; ``None``: no rate holds."""
         if self.comparable is False:
             return None
         if self.rule.kind == "fdr":
             return self.num_alike > 0
-        others = self.num_queries - self.num_flagged + self.num_alike
-        null = self.null
+        null, pictures = self.null, self.pictures
         chance = chance_of(
-            self.num_alike, others, num_null=null.num_independent, allowed=null.independent_allowed
+            pictures.num_alike,
+            pictures.num_not_copied,
+            num_null=null.num_independent,
+            allowed=null.independent_allowed,
         )
         return chance <= _UNLIKELY
 

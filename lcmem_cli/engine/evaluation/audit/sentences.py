@@ -103,7 +103,8 @@ def _finding(finding: Finding) -> str:
     beyond = ""
     if finding.excess_interval is not None:
         low, high = (percent(bound) for bound in finding.excess_interval)
-        beyond = f"; beyond chance {low} to {high} of the images (95 % interval)"
+        counts = "pictures" if finding.pictures.num_pictures < finding.num_queries else "images"
+        beyond = f"; beyond chance {low} to {high} of the {counts} (95 % interval)"
     return (
         f"{finding.num_flagged:,} of {counted(finding.num_queries, finding.noun)} "
         f"({percent(finding.share_flagged)}) {verb} a training image more closely than {compared}, "
@@ -116,11 +117,19 @@ def verdict(finding: Finding) -> str:
     rule, num_queries, num_null = finding.rule, finding.num_queries, finding.null.num_scores
     sentences = [*_leaked(finding), *_known(finding)]
     num_known, others = finding.num_flagged - finding.num_alike, finding.num_alike
-    chance = f"chance alone would flag about {rule.rate * num_queries:.3g}"
+    pictures = finding.pictures
+    repeats = pictures.num_pictures < num_queries
+    chance = f"chance alone would flag about {rule.rate * pictures.num_pictures:.3g}"
     by_chance = f"{chance[0].upper()}{chance[1:]}: "
     if num_known:
         known = "of 1 other" if others == 1 else f"of {others:,} others"
-        by_chance = f"No more than likeness is known {known}; {chance}: "
+        once = f" ({counted(pictures.num_alike, 'different picture')})" if repeats else ""
+        by_chance = f"No more than likeness is known {known}{once}; {chance}: "
+    elif repeats:
+        by_chance = (
+            f"Of {counted(pictures.num_pictures, 'different picture')} "
+            f"{pictures.num_alike:,} are flagged, and {chance}: "
+        )
     if finding.is_undecided:
         fewest = fewest_flagged(rule.rate, num_queries, num_null)
         sentences.append(
@@ -342,11 +351,11 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
                 "Of more than 8 bits without a stated range, so its brightness was guessed "
                 f"from its values: {number}."
             )
-    repeated = finding.num_queries - finding.generated.num_distinct
-    if repeated:
+    if finding.pictures.num_pictures < finding.num_queries:
         yield (
-            f"Of the {finding.noun}s, {repeated:,} have the content of another one; the interval "
-            "counts each as an image of its own."
+            f"The {finding.num_queries:,} {finding.noun}s are {finding.pictures.num_pictures:,} "
+            "different pictures: equal files, images that match each other and images of one "
+            "identity are one. What is beyond chance counts each picture once."
         )
 
 
