@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance
 
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
-from lcmem_cli.engine.evaluation.audit.result import AuditResult
+from lcmem_cli.engine.evaluation.audit.result import AuditResult, DifferentPictures
 from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.evaluation.audit.sentences import verdict
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
@@ -143,6 +143,7 @@ def test_the_verdict_speaks_of_each_tier_apart(result):
     few = dataclasses.replace(
         result, num_queries=500, num_flagged=30, num_exact_copies=5, num_same_pixels=0,
         num_altered=12, num_alike=13, comparability=None,
+        pictures=DifferentPictures(num_pictures=500, num_flagged=30, num_alike=13),
     )  # fmt: skip
     assert few.more_than_chance is False
     text = verdict(few)
@@ -150,7 +151,14 @@ def test_the_verdict_speaks_of_each_tier_apart(result):
     assert "12 generated images show the same picture as a training image, altered." in text
     end = "of 13 others; chance alone would flag about 25: their number is no evidence of copying"
     assert end in text
-    many = dataclasses.replace(few, num_alike=200, num_flagged=217)
+    repeated = dataclasses.replace(
+        few, pictures=DifferentPictures(num_pictures=100, num_flagged=4, num_alike=2)
+    )
+    assert "of 13 others (2 different pictures); chance alone would flag about 5: " in verdict(
+        repeated
+    )
+    pictures = DifferentPictures(num_pictures=500, num_flagged=217, num_alike=200)
+    many = dataclasses.replace(few, num_alike=200, num_flagged=217, pictures=pictures)
     assert many.more_than_chance and verdict(many).endswith(": this is more.")
 
 
