@@ -92,7 +92,7 @@ def test_a_light_codec_leaves_the_cores_to_the_decoding_threads(
 def test_what_was_decoded_ahead_is_not_encoded_after_an_error(encode, tmp_path, monkeypatch):
     calls = []
 
-    def failing(codec, images, names, *, seed):
+    def failing(codec, images, names, *, seed, precision):
         calls.extend(names)
         if len(calls) == 3:
             raise RuntimeError("broken")
@@ -109,10 +109,10 @@ def test_an_interruption_does_not_wait_for_what_was_decoded_ahead(encode, tmp_pa
     calls = []
     plain = latents._encode
 
-    def slow(codec, images, names, *, seed):
+    def slow(codec, images, names, *, seed, precision):
         calls.extend(names)
         time.sleep(0.02)
-        return plain(codec, images, names, seed=seed)
+        return plain(codec, images, names, seed=seed, precision=precision)
 
     def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt

@@ -157,7 +157,9 @@ def query_index(options: QueryOptions) -> None:
     result = query_index(
         options.index,
         options.image,
-        load_detector(detector_of_index(options.index), device=options.device),
+        load_detector(
+            detector_of_index(options.index), device=options.device, precision=options.precision
+        ),
         top_k=options.top_k,
         approximate=options.approximate,
         verify=options.verify is not False,
@@ -191,7 +193,7 @@ def _fill(
     result = add_to_index(
         options.source,
         options.index,
-        load_detector(detector, device=options.device),
+        load_detector(detector, device=options.device, precision=options.precision),
         basedir=options.basedir,
         columns=options.list_columns(),
         frames=options.frames,

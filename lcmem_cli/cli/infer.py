@@ -99,10 +99,12 @@ def _check(options: InferOptions) -> tuple[Path, Path] | Path:
         raise typer.BadParameter("--save draws two images; it does not go with --pairs")
     if options.detector is not None and by_file:
         raise typer.BadParameter("--detector does not go with --checkpoint or --codec")
-    if options.audit is not None and (by_file or options.detector or options.threshold):
+    if options.audit is not None and (
+        by_file or options.detector or options.threshold or options.precision
+    ):
         raise typer.BadParameter(
             "--audit brings detector and threshold; it does not go with --checkpoint, --codec, "
-            "--detector or --threshold"
+            "--detector, --precision or --threshold"
         )
     if options.audit is not None and options.verify is not None:
         raise typer.BadParameter("--audit verifies as the audit did; leave --verify out")

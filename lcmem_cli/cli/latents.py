@@ -97,6 +97,8 @@ def latents(options: LatentsOptions) -> None:
     def human() -> None:
         render.line(f"{result.num_images:,} latents in {result.folder}")
         render.line(f"codec       {result.codec.describe()}")
+        if result.precision != "fp32":
+            render.line(f"precision   {result.precision}")
         render.line(f"image size  {result.image_size} px")
         render.line("mean        " + " ".join(f"{v:.4f}" for v in result.mean))
         render.line("std         " + " ".join(f"{v:.4f}" for v in result.std))

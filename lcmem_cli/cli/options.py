@@ -213,6 +213,12 @@ class ComputeOptions(DecodeOptions):
     """How to compute."""
 
     batch_size: int = batch_option()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = option(
+        COMPUTE,
+        "What networks compute in; auto: half precision on CUDA. Another than fp32 (the default) "
+        "makes another detector, with its own features and thresholds.",
+        None,
+    )
 
     def compute(self) -> Compute:
         """Return how the engine is to compute, as one value."""
@@ -220,6 +226,7 @@ class ComputeOptions(DecodeOptions):
 
         return Compute.start(
             device=self.device,
+            precision=self.precision,
             batch_size=self.batch_size,
             workers=self.workers,
             reporter=render.reporter(),

@@ -9,15 +9,18 @@ from lcmem_cli.engine.distributed import Ranks, current_ranks, resolve_workers
 from lcmem_cli.engine.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from lcmem_cli.engine.precision import AskedPrecision
     from lcmem_cli.engine.store.features import FeatureCaches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a task is computed. None of it changes a result beyond rounding.
+    """How a task is computed. Only the precision changes a result beyond rounding.
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: what detectors compute in, see ``detectors.registry.at_precision``; another
+            than single precision makes another detector.
         batch_size: images per network call, see ``data.batching.Batching``.
         workers: decoding threads; -1: from the CPUs, see ``num_workers``.
         ranks: processes that share the work.
@@ -26,6 +29,7 @@ class Compute:
     """
 
     device: str = "auto"
+    precision: AskedPrecision | None = None
     batch_size: int = 32
     workers: int = -1
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
@@ -37,6 +41,7 @@ class Compute:
         cls,
         *,
         device: str = "auto",
+        precision: AskedPrecision | None = None,
         batch_size: int = 32,
         workers: int = -1,
         reporter: Reporter = SILENT,
@@ -46,6 +51,7 @@ class Compute:
 
         Args:
             device: see the class.
+            precision: see the class.
             batch_size: see the class.
             workers: see the class.
             reporter: of the first process.
@@ -57,6 +63,7 @@ class Compute:
         ranks = current_ranks(device)
         return cls(
             device=device,
+            precision=precision,
             batch_size=batch_size,
             workers=workers,
             ranks=ranks,

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "fp16"]
 AskedPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
+CHANNELS_LAST = ("cpu", "cuda")
+"""Devices on which convolutional networks take this memory layout."""
+
 
 def resolve_precision(asked: AskedPrecision, device: torch.device | str) -> Precision:
     """Return what a device computes in: ``auto`` is half precision on CUDA, single elsewhere."""
@@ -60,3 +63,12 @@ def fingerprint_in(precision: Precision, fingerprint: str) -> str:
     if precision == "fp32":
         return fingerprint
     return sha256_bytes(f"{precision}/{fingerprint}".encode())
+
+
+def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring images to a device as float32, to CUDA while the CPU goes on."""
+    import torch
+
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, torch.float32, non_blocking=True)

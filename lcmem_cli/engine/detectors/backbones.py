@@ -33,6 +33,13 @@ from lcmem_cli.engine.models.weights import (
     read_state_dict,
     rename_by_order,
 )
+from lcmem_cli.engine.precision import (
+    CHANNELS_LAST,
+    Precision,
+    computing_in,
+    fingerprint_in,
+    to_device,
+)
 
 RANDOM_BACKBONE = "resnet18"
 DATA2VEC_HUB_ID = "facebook/data2vec-vision-base"
@@ -64,7 +71,8 @@ class TorchDetector(NetworkDetector):
     ) -> None:
         self.device = torch.device(resolve_device(request.device))
         self.model = model.eval().requires_grad_(False).to(self.device)
-        if self.device.type == "cpu":
+        self.precision: Precision = request.options.get("precision", "fp32")
+        if self.device.type in CHANNELS_LAST:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.preprocessing = preprocessing
         probe = torch.full((1, 3, preprocessing.size, preprocessing.size), 0.5)
@@ -72,7 +80,7 @@ class TorchDetector(NetworkDetector):
         _hash_state(digest, self.model)
         super().__init__(
             name=request.name,
-            fingerprint=digest.hexdigest(),
+            fingerprint=fingerprint_in(self.precision, digest.hexdigest()),
             preprocessing=preprocessing,
             num_features=int(self.forward(probe).shape[-1]),
             likeness=likeness,
@@ -81,10 +89,11 @@ class TorchDetector(NetworkDetector):
     @torch.inference_mode()
     def forward(self, batch: torch.Tensor) -> Any:
         """Run the network: ``[n, 3, size, size]`` in [0, 1] to ``[n, num_features]``."""
-        inputs = self.preprocessing.apply(batch.to(self.device, torch.float32))
-        if self.device.type == "cpu":
+        inputs = self.preprocessing.apply(to_device(batch, self.device))
+        if self.device.type in CHANNELS_LAST:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return self.model(inputs)
+        with computing_in(self.precision, self.device):
+            return self.model(inputs)
 
 
 def build_random(request: Request) -> TorchDetector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lcmem_cli.engine.detectors.base import Adapted, Detector, FloatArray
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.results import Threshold
+from lcmem_cli.engine.store import device_search
 from lcmem_cli.engine.store.search import (
     TopK,
     approximate_top_k,
@@ -59,9 +61,27 @@ class HeadDetector(Detector):
         Raises:
             MissingExtraError: the search is approximate and faiss is not installed.
         """
-        search = approximate_top_k if self.is_approximate else weighted_l1_top_k
-        found = search(queries, bank, self.weight, k)
+        if self.is_approximate:
+            found = approximate_top_k(queries, bank, self.weight, k)
+        else:
+            found = self._exact_top_k(queries, bank, k)
         return found._replace(scores=self._probability(found.scores))
+
+    def _exact_top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        def search(queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+            return weighted_l1_top_k(queries, bank, self.weight, k)
+
+        if k < 1 or not device_search.is_worth_it(self.device, len(queries), len(bank)):
+            return search(queries, bank, k)
+        return device_search.top_k_on_device(
+            device_search.weighted_l1(self.weight, self.device),
+            partial(weighted_l1_matrix, weight=self.weight),
+            search,
+            queries,
+            bank,
+            k,
+            self.device,
+        )
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector adapted to one kind of images, see ``Detector.adapted``.

@@ -25,11 +25,12 @@ from lcmem_cli.engine.detectors.base import (
 )
 from lcmem_cli.engine.detectors.head import HeadDetector
 from lcmem_cli.engine.detectors.kinds import Request
-from lcmem_cli.engine.detectors.lcmem import adapt_as_asked, load_lcmem
+from lcmem_cli.engine.detectors.lcmem import adapt_as_asked, load_asked
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
+from lcmem_cli.engine.store import device_search
 from lcmem_cli.engine.store.search import TopK, inner_products, top_k_blocked
 
 PICTURE_SIZE = 32
@@ -143,9 +144,7 @@ class JointDetector(Detector):
         """
         (network_q, picture_q), (network_b, picture_b) = self._parts(queries), self._parts(bank)
         by_network = self.network.top_k(network_q, network_b, k)
-        few = 0 < len(picture_q) < _FEW_QUERIES
-        search = self._closest_pictures if few else partial(top_k_blocked, self._correlations)
-        by_picture = search(picture_q, picture_b, k)
+        by_picture = self._top_pictures(picture_q, picture_b, k)
         rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
         each = np.arange(len(rows))
         scores = np.empty(rows.shape)
@@ -178,6 +177,23 @@ class JointDetector(Detector):
         detector = JointDetector(network, name=self.name, scale=ADAPTED_SCALE)
         return Adapted(detector, convert_parts, num_images)
 
+    def _top_pictures(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` most correlated rows of the bank; scores differ by the way."""
+        exact = partial(top_k_blocked, self._correlations)
+        if 0 < len(queries) < _FEW_QUERIES:
+            return self._closest_pictures(queries, bank, k)
+        if not device_search.is_worth_it(self.device, len(queries), len(bank)):
+            return exact(queries, bank, k)
+        return device_search.top_k_on_device(
+            device_search.cosine(bank.shape[1], centred=False),
+            lambda a, b: a.astype(np.float64) @ b.astype(np.float64).T,
+            exact,
+            queries,
+            bank,
+            k,
+            self.device,
+        )
+
     def _closest_pictures(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` most correlated rows of the bank, as exactly as for many queries.
 
@@ -208,7 +224,7 @@ def build(request: Request) -> Detector:
     Raises:
         InputError: a network that the scale of correlation was not fitted to.
     """
-    network = _exported_network(request) if request.target else load_lcmem(device=request.device)
+    network = _exported_network(request) if request.target else load_asked(request)
     return adapt_as_asked(JointDetector(network, name=request.name), request)
 
 
@@ -217,6 +233,10 @@ def _exported_network(request: Request) -> HeadDetector:
         raise InputError(
             f"detector 'joint' takes nothing after a colon but an ONNX export of the embedded "
             f"model, not '{request.target}': to another model's scores it was not fitted"
+        )
+    if request.options.get("precision", "fp32") != "fp32":
+        raise InputError(
+            f"detector '{request.name}': precision has no effect on an ONNX export; leave it out"
         )
     from lcmem_cli.engine.detectors.onnx import load_export
 

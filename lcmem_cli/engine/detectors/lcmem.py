@@ -23,6 +23,13 @@ from lcmem_cli.engine.models.codec import Codec
 from lcmem_cli.engine.models.codec_loading import load_codec_of
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.models.siamese import optimise_for_inference
+from lcmem_cli.engine.precision import (
+    CHANNELS_LAST,
+    Precision,
+    computing_in,
+    fingerprint_in,
+    to_device,
+)
 
 _TOGETHER, _TOGETHER_PIXELS = 8, 8 * 256 * 256
 """Images, and their pixels, that the codec takes in one call on a CPU."""
@@ -37,23 +44,33 @@ class LCMemDetector(HeadDetector):
         codec: folder or hub id that replaces the recorded codec's name; its weights must be the
             recorded ones where the checkpoint knows them.
         device: torch device string.
+        precision: what codec and network compute in. In another than single precision scores are
+            others, so the detector has a fingerprint of its own and no thresholds.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, name: str, codec: str | None = None, device: str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        name: str,
+        codec: str | None = None,
+        device: str = "cpu",
+        precision: Precision = "fp32",
     ) -> None:
         self.checkpoint = checkpoint
         self.name = name
         self.device = torch.device(device)
-        self.fingerprint = checkpoint.fingerprint
+        self.precision = precision
+        self.fingerprint = fingerprint_in(precision, checkpoint.fingerprint)
         self.input_size = checkpoint.image_size
         self.num_features = checkpoint.network.num_features
         self.adapted_to = frozenset(checkpoint.adapted_to)
-        self.thresholds = checkpoint.thresholds
-        self.adapted_thresholds = checkpoint.adapted_thresholds
+        if precision == "fp32":
+            self.thresholds = checkpoint.thresholds
+            self.adapted_thresholds = checkpoint.adapted_thresholds
         network = checkpoint.build(source=name).to(self.device).requires_grad_(False)
         self.network = optimise_for_inference(network)
-        if self.device.type == "cpu":
+        if self.device.type in CHANNELS_LAST:
             self.network = self.network.to(memory_format=torch.channels_last)
         head = self.network.head
         self.weight: NDArray[np.float32] = head.weight.detach().cpu().numpy().reshape(-1).copy()
@@ -78,7 +95,9 @@ class LCMemDetector(HeadDetector):
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
         together = min(_TOGETHER, max(1, _TOGETHER_PIXELS // self.input_size**2))
-        return self.embed_latents(self.codec.encode(batch, together=together))
+        with computing_in(self.precision, self.device):
+            latents = self.codec.encode(to_device(batch, self.device), together=together)
+        return self.embed_latents(latents)
 
     @torch.inference_mode()
     def embed_latents(self, latents: torch.Tensor) -> NDArray[np.float32]:
@@ -101,9 +120,9 @@ class LCMemDetector(HeadDetector):
                 f"latents must have the shape [n, {channels}, h, w], not {list(latents.shape)}"
             )
         latents = latents.to(self.device, torch.float32)
-        return check_features(
-            self.network(latents), len(latents), self.num_features, source=self.name
-        )
+        with computing_in(self.precision, self.device):
+            features = self.network(latents)
+        return check_features(features, len(latents), self.num_features, source=self.name)
 
 
 class SiameseCorrelation(VectorDetector):
@@ -133,7 +152,11 @@ class SiameseCorrelation(VectorDetector):
 
 
 def load_lcmem(
-    checkpoint: str | Path | None = None, *, codec: str | None = None, device: str = "auto"
+    checkpoint: str | Path | None = None,
+    *,
+    codec: str | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
 ) -> LCMemDetector:
     """Load a detector from a checkpoint, by default the embedded one.
 
@@ -141,6 +164,7 @@ def load_lcmem(
         checkpoint: its name, see ``locate_checkpoint``.
         codec: where to find the codec if its weights are not in the checkpoint.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: see ``LCMemDetector``.
 
     Raises:
         InputError: no such file.
@@ -150,22 +174,32 @@ def load_lcmem(
     path = locate_checkpoint(checkpoint)
     name = "lcmem" if checkpoint is None else f"lcmem:{checkpoint}"
     return LCMemDetector(
-        load_checkpoint(path), name=name, codec=codec, device=resolve_device(device)
+        load_checkpoint(path),
+        name=name,
+        codec=codec,
+        device=resolve_device(device),
+        precision=precision,
     )
 
 
 def build(request: Request) -> Detector:
     """Build the detector that a name asks for, adapted if it says so."""
-    detector = load_lcmem(
-        request.target or None, codec=request.options.get("codec"), device=request.device
-    )
-    return adapt_as_asked(detector, request)
+    return adapt_as_asked(load_asked(request), request)
 
 
 def build_correlation(request: Request) -> Detector:
     """Build the detector that compares a checkpoint's features by correlation."""
-    inner = load_lcmem(request.target, codec=request.options.get("codec"), device=request.device)
-    return SiameseCorrelation(inner, name=request.name)
+    return SiameseCorrelation(load_asked(request), name=request.name)
+
+
+def load_asked(request: Request) -> LCMemDetector:
+    """Load the network that a name asks for."""
+    return load_lcmem(
+        request.target or None,
+        codec=request.options.get("codec"),
+        device=request.device,
+        precision=request.options.get("precision", "fp32"),
+    )
 
 
 def adapt_as_asked(detector: Detector, request: Request) -> Detector:

@@ -22,6 +22,7 @@ _UNQUOTED = "".join(c for c in map(chr, range(33, 127)) if c not in "%&,") + " "
 SCORES = ("cosine", "correlation", "euclidean")
 LAYOUTS = ("nchw", "nhwc")
 CHANNELS = ("rgb", "bgr")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class ParsedName(NamedTuple):
@@ -243,4 +244,5 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "weights": _text,
     "codec": _text,
     "adapt": _text,
+    "precision": _one_of(PRECISIONS),
 }

@@ -19,7 +19,8 @@ import torch
 
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.kinds import DetectorKind, Request, Status
-from lcmem_cli.engine.detectors.options import parse_name, read_options, split_names
+from lcmem_cli.engine.detectors.options import join_name, parse_name, read_options, split_names
+from lcmem_cli.engine.distributed import resolve_device
 from lcmem_cli.engine.errors import (
     InputError,
     LcmemError,
@@ -27,6 +28,7 @@ from lcmem_cli.engine.errors import (
     first_line,
     nearest,
 )
+from lcmem_cli.engine.precision import AskedPrecision, resolve_precision
 from lcmem_cli.engine.results import Result
 
 __all__ = [
@@ -69,7 +71,13 @@ class DetectorInfo(Result):
     note: str
 
 
-def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> Detector:
+def load_detector(
+    name: str,
+    *,
+    device: str = "auto",
+    input_size: int = 512,
+    precision: AskedPrecision | None = None,
+) -> Detector:
     """Load a detector by name.
 
     Args:
@@ -77,6 +85,7 @@ def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> 
             ``timm:resnet50``, ``torchscript:sscd.pt?size=288``; see ``describe_detectors``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         input_size: side in pixels for the pixel measures; the others bring their own.
+        precision: what it computes in, see ``at_precision``.
 
     Raises:
         InputError: unknown name, option or file, or an optional dependency is missing.
@@ -86,6 +95,7 @@ def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> 
         >>> detector = load_detector("ncc", input_size=64)
         >>> detector.score("a.png", "b.png")
     """
+    name = at_precision(name, precision, device)
     kind, target, options = check_name(name)
     request = Request(
         kind=kind.name,
@@ -101,6 +111,42 @@ def load_detector(name: str, *, device: str = "auto", input_size: int = 512) -> 
         detector = _built_elsewhere(kind, request)
     detector.name = name
     return detector
+
+
+def at_precision(name: str, asked: AskedPrecision | None, device: str) -> str:
+    """Return a detector's name with the precision that is asked for as its option.
+
+    So it stands wherever the name is recorded. Single precision, in which all compute by
+    themselves, is not written.
+
+    Args:
+        name: of a detector.
+        asked: ``None``: as the name says.
+        device: which ``auto`` is resolved for.
+
+    Raises:
+        InputError: the name says another, or the detector takes none.
+    """
+    if asked is None:
+        return name
+    kind, _, options = check_name(name)
+    named = options.get(_PRECISION)
+    if named is not None and asked not in ("auto", named):
+        raise InputError(
+            f"--precision {asked}: detector '{name}' computes in {named}; leave it out"
+        )
+    found = resolve_precision(asked, resolve_device(device))
+    if named is not None or found == "fp32":
+        return name
+    if _PRECISION not in kind.options:
+        if asked == "auto":
+            return name
+        raise InputError(
+            f"--precision {asked} has no effect: detector '{name}' computes in its own precision; "
+            "leave it out, or use auto"
+        )
+    parts = parse_name(name)
+    return join_name(parts.kind, parts.target, {**parts.options, _PRECISION: found})
 
 
 def _built_elsewhere(kind: DetectorKind, request: Request) -> Detector:
@@ -295,6 +341,7 @@ def _hub_status(hub_id: str, extra: str = "", package: str = "") -> tuple[Status
 _YOUR_FILE = "your file"
 _registered: dict[str, DetectorKind] = {}
 _HERE = "lcmem_cli.engine.detectors"
+_PRECISION = "precision"
 _INPUT_OPTIONS = ("size", "mean", "std", "score")
 _FILE_OPTIONS = (*_INPUT_OPTIONS, "layout", "channels", "output")
 
@@ -314,7 +361,7 @@ def _model_kind(name: str, title: str, model: str, licence: str) -> DetectorKind
         licence=licence,
         build=f"{_HERE}.backbones:build_timm",
         stands_for=model,
-        options=("weights", *_INPUT_OPTIONS),
+        options=("weights", *_INPUT_OPTIONS, _PRECISION),
         status=partial(_hub_status, f"timm/{model}"),
     )
 
@@ -332,7 +379,7 @@ def _file_kind(name: str, summary: str, build: str, **settings: Any) -> Detector
     )
 
 
-_checkpoint_kind = partial(_file_kind, target="CHECKPOINT", options=("codec",))
+_checkpoint_kind = partial(_file_kind, target="CHECKPOINT", options=("codec", _PRECISION))
 _network_kind = partial(_file_kind, options=_FILE_OPTIONS, config_file=True)
 
 _BUILT_IN: tuple[DetectorKind, ...] = (
@@ -343,7 +390,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         licence="Apache-2.0, or the checkpoint's",
         build=f"{_HERE}.lcmem:build",
         target="CHECKPOINT",
-        options=("codec", "adapt"),
+        options=("codec", "adapt", _PRECISION),
         status=_embedded_status,
     ),
     DetectorKind(
@@ -353,7 +400,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         licence="Apache-2.0",
         build=f"{_HERE}.joint:build",
         target="EXPORT.onnx",
-        options=("adapt",),
+        options=("adapt", _PRECISION),
         status=_embedded_status,
     ),
     _pixel_kind("mse", "negative mean squared difference of pixels"),
@@ -366,6 +413,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         weights="none",
         licence="none",
         build=f"{_HERE}.backbones:build_random",
+        options=(_PRECISION,),
     ),
     _model_kind("clip", "CLIP ViT-B/16", "vit_base_patch16_clip_224.openai", "Apache-2.0"),
     _model_kind("convnext", "ConvNeXt-B, ImageNet-22k", "convnext_base.fb_in22k", "Apache-2.0"),
@@ -380,10 +428,11 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         licence="Apache-2.0",
         build=f"{_HERE}.backbones:build_data2vec",
         target="FOLDER",
+        options=(_PRECISION,),
         status=partial(_hub_status, "facebook/data2vec-vision-base", "data2vec", "transformers"),
     ),
-    _file_kind("swav", "SwAV ResNet-50, cosine", "backbones:build_resnet50"),
-    _file_kind("byol", "BYOL ResNet-50, cosine", "backbones:build_resnet50"),
+    _file_kind("swav", "SwAV ResNet-50, cosine", "backbones:build_resnet50", options=(_PRECISION,)),
+    _file_kind("byol", "BYOL ResNet-50, cosine", "backbones:build_resnet50", options=(_PRECISION,)),
     DetectorKind(
         name="timm",
         summary="any timm model, cosine",
@@ -392,7 +441,7 @@ _BUILT_IN: tuple[DetectorKind, ...] = (
         build=f"{_HERE}.backbones:build_timm",
         target="MODEL",
         target_needed=True,
-        options=("weights", *_INPUT_OPTIONS),
+        options=("weights", *_INPUT_OPTIONS, _PRECISION),
         status=lambda: ("needs a download", "or ?weights=FILE"),
     ),
     _checkpoint_kind("siamese", "Siamese network, its head", "lcmem:build"),

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.base import Detector, FloatArray, check_features
 from lcmem_cli.engine.models.siamese import IMAGENET_MEAN, IMAGENET_STD
+from lcmem_cli.engine.store import device_search
+from lcmem_cli.engine.store.search import TopK
 
 Likeness = Literal["cosine", "correlation", "euclidean"]
 
@@ -72,6 +74,23 @@ class VectorDetector(Detector):
             return 0.0 - np.asarray(cdist(x, y), dtype=np.float64)
         scores: NDArray[np.float64] = (x @ y.T).clip(-1, 1)
         return scores
+
+    def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
+        """Find each query's ``k`` best rows of the bank, see ``Detector.top_k``."""
+        is_fast = self.likeness != "euclidean" and device_search.is_worth_it(
+            self.device, len(queries), len(bank)
+        )
+        if not is_fast or k < 1:
+            return super().top_k(queries, bank, k)
+        return device_search.top_k_on_device(
+            device_search.cosine(bank.shape[1], centred=self.likeness == "correlation"),
+            self.score_matrix,
+            super().top_k,
+            queries,
+            bank,
+            k,
+            self.device,
+        )
 
     def _prepare(self, features: FloatArray) -> NDArray[np.float64]:
         values = np.asarray(features, dtype=np.float64)

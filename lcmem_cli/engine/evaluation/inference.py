@@ -18,6 +18,7 @@ from lcmem_cli.engine.data.remarks import BLANK, PAGE, no_remarks
 from lcmem_cli.engine.data.tables import read_pairs
 from lcmem_cli.engine.detectors.base import Detector, score_listed
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles, embed_files
+from lcmem_cli.engine.detectors.options import join_name
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, nearest
 from lcmem_cli.engine.evaluation.audit.detector import AuditThreshold, detector_of
@@ -143,9 +144,9 @@ class Judge:
         """Load the detector."""
         if self.audit is not None:
             return detector_of(self.audit, compute)
-        if self.detector is not None:
-            return load_detector(self.detector, device=compute.device)
-        return Detector.load(self.checkpoint, codec=self.codec, device=compute.device)
+        codec = {"codec": self.codec} if self.codec else {}
+        name = self.detector or join_name("lcmem", self.checkpoint or "", codec)
+        return load_detector(name, device=compute.device, precision=compute.precision)
 
 
 def infer(

@@ -225,7 +225,7 @@ class Guard:
         listings = request.sources.map(
             lambda what, source: list_set(source, what=what, reporter=reporter)
         )
-        chosen = choose_detector(request, listings, device=compute.device)
+        chosen = choose_detector(request, listings, compute)
         verified = is_to_verify(request, listings, chosen, compute)
         known, unseen = (
             embed_set(listing, chosen, compute)

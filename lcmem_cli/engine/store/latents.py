@@ -36,6 +36,7 @@ from lcmem_cli.engine.documents import FileName, read_document
 from lcmem_cli.engine.errors import InputError, LcmemError, NotFiniteError
 from lcmem_cli.engine.files import atomic_path, folder_lock, sha256_file, write_json
 from lcmem_cli.engine.models.codec import Codec, CodecSpec
+from lcmem_cli.engine.precision import Precision, computing_in, resolve_precision, to_device
 from lcmem_cli.engine.reporter import Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.integrity import check_file, naming_damage
@@ -66,6 +67,7 @@ class EncodingResult(Result):
         std: population standard deviation, likewise.
         unreadable: images left out, with reasons.
         package: archive of the store, if asked for.
+        precision: what the codec computed in.
     """
 
     folder: str
@@ -78,6 +80,7 @@ class EncodingResult(Result):
     std: tuple[float, ...]
     unreadable: tuple[Unreadable, ...]
     package: str | None = None
+    precision: Precision = "fp32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class _Meta:
     std: tuple[float, ...]
     unreadable: tuple[_LeftOut, ...]
     shards: tuple[_ListedShard, ...]
+    precision: Precision = "fp32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,13 +153,14 @@ class LatentStore:
         std: per channel ``[C]``.
         manifest_digest: of the image list.
         unreadable: images left out.
+        precision: what the codec computed in.
     """
 
     def __init__(self, folder: Path, meta: _Meta, table: Any) -> None:
         self.folder = folder
         self.spec = CodecSpec(**meta.codec)
         self.image_size, self.manifest_digest = meta.image_size, meta.manifest_digest
-        self.mean, self.std = meta.mean, meta.std
+        self.mean, self.std, self.precision = meta.mean, meta.std, meta.precision
         self.unreadable = tuple(Unreadable(path=u.path, reason=u.reason) for u in meta.unreadable)
         self._shards = meta.shards
         for shard in self._shards:
@@ -308,7 +313,8 @@ def encode_latents(
     codec.check_sides(image_size, image_size)  # before anything is written
     ranks = compute.ranks
     with folder_lock(output) if ranks.is_main else contextlib.nullcontext():
-        plan = _plan(manifest, codec, image_size=image_size, seed=seed)
+        precision = resolve_precision(compute.precision or "fp32", codec.device)
+        plan = _plan(manifest, codec, image_size=image_size, seed=seed, precision=precision)
         if ranks.is_main:
             _check_plan(output, plan)
         ranks.barrier()  # the plan is there
@@ -318,7 +324,7 @@ def encode_latents(
         made = ranks.gather(encoder.run(ranks.share(missing)))  # also waits for every process
         _tell_remarks(manifest, [item for _, told in made for item in told], compute.reporter)
         if ranks.is_main:
-            _write_meta(manifest, codec, shards, image_size)
+            _write_meta(manifest, codec, shards, image_size, precision)
         ranks.barrier()
         store = LatentStore.open(output)
         check_unreadable(store.unreadable, max_unreadable)
@@ -342,6 +348,7 @@ def _result(
         std=store.std,
         unreadable=store.unreadable,
         package=None if archive is None else str(archive),
+        precision=store.precision,
     )
 
 
@@ -557,7 +564,8 @@ class _Encoder:
         self.image_size = image_size
         self.paths = manifest.paths()
         self.batching = Batching(compute.batch_size, codec.device, reporter=compute.reporter)
-        self.encode = functools.partial(_encode, codec, seed=seed)
+        precision = resolve_precision(compute.precision or "fp32", codec.device)
+        self.encode = functools.partial(_encode, codec, seed=seed, precision=precision)
         self.is_light = (
             codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
         )
@@ -664,9 +672,10 @@ def _side(codec: Codec, image_size: int) -> tuple[int, int]:
 
 
 def _encode(
-    codec: Codec, images: torch.Tensor, names: Sequence[str], *, seed: int
+    codec: Codec, images: torch.Tensor, names: Sequence[str], *, seed: int, precision: Precision
 ) -> NDArray[np.float32]:
-    latents = _latents(codec, images, names, seed=seed)
+    with computing_in(precision, codec.device):
+        latents = _latents(codec, to_device(images, codec.device), names, seed=seed)
     finite = np.isfinite(latents).all(axis=(1, 2, 3))
     if not finite.all():
         name = names[int(finite.argmin())]
@@ -698,7 +707,9 @@ def _to_text(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "surrogateescape")
 
 
-def _plan(manifest: Manifest, codec: Codec, *, image_size: int, seed: int) -> dict[str, Any]:
+def _plan(
+    manifest: Manifest, codec: Codec, *, image_size: int, seed: int, precision: Precision
+) -> dict[str, Any]:
     """Return everything that the bytes of the shards depend on."""
     height, width = _side(codec, image_size)
     latent_bytes = max(1, 4 * codec.spec.latent_channels * height * width)
@@ -712,6 +723,7 @@ def _plan(manifest: Manifest, codec: Codec, *, image_size: int, seed: int) -> di
         "image_size": image_size,
         "manifest_digest": manifest.digest,
         "seed": seed if codec.spec.posterior == "sample" else None,
+        "precision": None if precision == "fp32" else precision,  # stores had none at first
         **spec,
         "shard_records": max(1, min(SHARD_RECORDS, SHARD_BYTES // latent_bytes)),
     }
@@ -746,7 +758,9 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: int) -> None:
+def _write_meta(
+    manifest: Manifest, codec: Codec, shards: _Shards, image_size: int, precision: Precision
+) -> None:
     """Write the index and the statistics of a complete store."""
     import pyarrow
     import pyarrow.parquet
@@ -786,6 +800,7 @@ def _write_meta(manifest: Manifest, codec: Codec, shards: _Shards, image_size: i
         std=tuple(std.tolist()),
         unreadable=tuple(item for side in sides for item in side.unreadable),
         shards=tuple(_ListedShard(file=side.file, sha256=side.sha256) for side in sides),
+        precision=precision,
     )
     write_json(shards.folder / META_NAME, dataclasses.asdict(meta))
 

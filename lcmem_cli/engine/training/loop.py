@@ -28,7 +28,7 @@ from lcmem_cli.engine.config import (
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.files import write_text
 from lcmem_cli.engine.models.siamese import SiameseNetwork
-from lcmem_cli.engine.precision import half_type, resolve_precision
+from lcmem_cli.engine.precision import CHANNELS_LAST, half_type, resolve_precision
 from lcmem_cli.engine.training.batch_norm import synchronise_batch_norm
 from lcmem_cli.engine.training.losses import TrainingLoss, pair_loss
 from lcmem_cli.engine.training.run import HISTORY_NAME
@@ -142,7 +142,7 @@ class Trainer:
     ) -> None:
         self.network, self.folder = network, folder
         self.device = next(network.parameters()).device
-        if self.device.type == "cpu":
+        if self.device.type in CHANNELS_LAST:
             network.to(memory_format=torch.channels_last)
         self.train, self.validation = train, validation
         self.val_batches = validation.sampler.validation()

@@ -44,7 +44,7 @@ class AuditThreshold(Threshold):
     fused: bool
 
 
-def choose_detector(request: AuditRequest, listings: Sets[Listing], *, device: str) -> Detector:
+def choose_detector(request: AuditRequest, listings: Sets[Listing], compute: Compute) -> Detector:
     """Load the detector asked for, or that of an index among the sets, or the usual one.
 
     Raises:
@@ -58,7 +58,12 @@ def choose_detector(request: AuditRequest, listings: Sets[Listing], *, device: s
         usual = "lcmem" if request.approximate else DEFAULT_DETECTOR
         detector = indexes[0].detector if indexes else usual
     if isinstance(detector, str):
-        detector = load_detector(detector, device=device, input_size=size or DEFAULT_SIZE)
+        detector = load_detector(
+            detector,
+            device=compute.device,
+            input_size=size or DEFAULT_SIZE,
+            precision=compute.precision,
+        )
     if size is not None and detector.input_size != size:
         raise InputError(
             f"--input-size {size} has no effect: detector {detector.name} takes images of "

@@ -57,6 +57,7 @@ from lcmem_cli.engine.evaluation.audit.verify import ByPicture, is_to_verify, ve
 from lcmem_cli.engine.evaluation.audit.wording import counted
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
+from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
 from lcmem_cli.engine.store.features import FeatureCaches
@@ -89,6 +90,7 @@ def audit(
     value_range: ValueRange = UNIT_RANGE,
     task: Task = "audit",
     device: str = "auto",
+    precision: AskedPrecision | None = None,
     batch_size: int = 32,
     workers: int = -1,
     cache: bool = True,
@@ -151,6 +153,8 @@ def audit(
         task: ``"leaks"`` speaks of a test set in place of generated images, and tells identities
             that stand in both lists.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: what a named detector computes in: ``fp32`` by default; ``auto`` is half
+            precision on CUDA. Another than ``fp32`` makes another detector.
         batch_size: images per network call.
         workers: decoding workers; -1: from the CPUs.
         cache: keep features in the user's cache.
@@ -203,6 +207,7 @@ def audit(
         )
         compute = Compute.start(
             device=device,
+            precision=precision,
             batch_size=batch_size,
             workers=workers,
             reporter=reporter,
@@ -225,7 +230,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     group_of = None
     if request.group_by is not None:
         group_of = group_names(request.group_by, listings.generated, request.columns)
-    detector = choose_detector(request, listings, device=compute.device)
+    detector = choose_detector(request, listings, compute)
     verified = is_to_verify(request, listings, detector, compute)
     if request.fail_on == "altered" and not verified:
         raise InputError(

@@ -48,6 +48,7 @@ from lcmem_cli.engine.evaluation.study.scoring import (
     listed_files,
 )
 from lcmem_cli.engine.files import sha256_bytes
+from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.features import FeatureCaches
@@ -127,6 +128,7 @@ def benchmark(
     overwrite: bool = False,
     max_unreadable: int | None = None,
     device: str = "auto",
+    precision: AskedPrecision | None = None,
     batch_size: int = 32,
     workers: int = -1,
     reporter: Reporter = SILENT,
@@ -160,6 +162,7 @@ def benchmark(
         max_unreadable: unreadable images to tolerate, with ``adapt`` those of TRAIN as well;
             ``None``: any number.
         device: where to compute.
+        precision: what all detectors compute in, see ``registry.at_precision``.
         batch_size: images per network call; scores change by rounding at most.
         workers: decoding threads; -1 from the CPUs.
         reporter: receives progress and warnings.
@@ -198,6 +201,7 @@ def benchmark(
     )
     compute = Compute.start(
         device=device,
+        precision=precision,
         batch_size=batch_size,
         workers=workers,
         reporter=reporter,

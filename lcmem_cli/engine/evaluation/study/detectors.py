@@ -17,6 +17,7 @@ from lcmem_cli.engine.errors import (
 )
 from lcmem_cli.engine.evaluation.study.request import StudyRequest
 from lcmem_cli.engine.evaluation.study.results import Skipped
+from lcmem_cli.engine.precision import AskedPrecision
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,6 +28,7 @@ class Available:
         names: to load them by, by what they are shown as.
         device: where they compute.
         input_size: of the pixel measures.
+        precision: what they compute in; a study with one that takes none is refused.
         fingerprints: by what they are shown as, in the order asked for.
         skipped: those that cannot run.
         adaptable: those that can be adapted to a kind of images.
@@ -35,6 +37,7 @@ class Available:
     names: dict[str, str]
     device: str
     input_size: int
+    precision: AskedPrecision | None
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     adaptable: set[str] = dataclasses.field(default_factory=set)
@@ -62,7 +65,12 @@ class Available:
         return self._kept.pop(name, None) or self._load(name)
 
     def _load(self, name: str) -> Detector:
-        detector = load_detector(self.names[name], device=self.device, input_size=self.input_size)
+        detector = load_detector(
+            self.names[name],
+            device=self.device,
+            input_size=self.input_size,
+            precision=self.precision,
+        )
         detector.name = name
         return detector
 
@@ -76,7 +84,12 @@ def find_detectors(request: StudyRequest, compute: Compute) -> Available:
         MissingExtraError: the same, for want of a library.
         InputError: a checkpoint that is named is not there, or not one.
     """
-    found = Available(names=request.named, device=compute.device, input_size=request.input_size)
+    found = Available(
+        names=request.named,
+        device=compute.device,
+        input_size=request.input_size,
+        precision=compute.precision,
+    )
     for name in found.names:
         try:
             found.load(name)

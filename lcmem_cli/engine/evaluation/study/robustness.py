@@ -64,6 +64,7 @@ from lcmem_cli.engine.evaluation.study.scoring import (
 )
 from lcmem_cli.engine.models.codec import EMBEDDED, PIXELS, Codec
 from lcmem_cli.engine.models.codec_loading import load_codec
+from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.features import FeatureCaches
@@ -147,6 +148,7 @@ def robustness(
     overwrite: bool = False,
     max_unreadable: int | None = None,
     device: str = "auto",
+    precision: AskedPrecision | None = None,
     batch_size: int = 32,
     workers: int = -1,
     reporter: Reporter = SILENT,
@@ -178,6 +180,7 @@ def robustness(
         overwrite: replace the results of another study in ``output``.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
         device: where to compute.
+        precision: what all detectors compute in, see ``registry.at_precision``.
         batch_size: images per network call; scores change by rounding at most.
         workers: decoding threads; -1 from the CPUs.
         reporter: receives progress and warnings.
@@ -216,6 +219,7 @@ def robustness(
     )
     compute = Compute.start(
         device=device,
+        precision=precision,
         batch_size=batch_size,
         workers=workers,
         reporter=reporter,

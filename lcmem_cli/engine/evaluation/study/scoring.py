@@ -159,7 +159,7 @@ def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
     """Refuse latents that another codec made than the one the detector was trained with.
 
     Raises:
-        InputError: another codec, another way of feeding it, or another image size.
+        InputError: another codec, another way of feeding it, another image size or precision.
     """
     wanted, found = detector.checkpoint.codec, store.spec
     same = (wanted.weights_hash, wanted.input_range) == (found.weights_hash, found.input_range)
@@ -174,6 +174,11 @@ def check_latents(detector: LCMemDetector, store: LatentStore) -> None:
             f"{store.folder}: latents of images of {store.image_size} pixels, but {detector.name} "
             f"takes {detector.input_size}; encode them with lcmem latents --size "
             f"{detector.input_size}"
+        )
+    if store.precision != detector.precision:
+        raise InputError(
+            f"{store.folder}: latents computed in {store.precision}, but {detector.name} computes "
+            f"in {detector.precision}; set --precision {store.precision}, or encode them again"
         )
 
 
