@@ -1,5 +1,7 @@
 """The joint detector: the larger of network and correlation, exactly searched."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lcmem_cli import audit, load_detector
 from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
+from lcmem_cli.engine.detectors import adapted as adapting
 from lcmem_cli.engine.detectors.joint import (
     RISE,
     SCALE,
@@ -97,6 +100,49 @@ def test_one_query_finds_what_it_finds_among_many(joint):
     assert joint.top_k(bank[:0], bank, 3).rows.shape == (0, 3)
 
 
+def simulated(joint, scenes, count, seed):
+    """Features of each scene, moved as much as scenes differ: a crowd around each."""
+    generator = np.random.default_rng(seed)
+    known, width = joint.embed(scenes).astype(np.float64), joint.network.num_features
+    known[:, :width] = logit(known[:, :width])
+    rows = known[generator.integers(0, len(known), count)]
+    rows += generator.normal(0, 0.7, rows.shape) * known.std(axis=0)
+    before, pictures = rows[:, :width], rows[:, width:]
+    before *= np.linalg.norm(known[0, :width]) / np.linalg.norm(before, axis=1, keepdims=True)
+    before[:] = expit(before)
+    pictures -= pictures.mean(axis=1, keepdims=True)
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_an_approximate_search_finds_most_and_scores_it_exactly(
+    joint, scenes, monkeypatch, is_adapted
+):
+    pytest.importorskip("faiss", reason="needs the extra [search]")
+    bank = simulated(joint, scenes, 6000, seed=1)
+    queries = bank[:60].copy()  # copies of the one part or the other
+    others = simulated(joint, scenes, 60, seed=2)
+    width = joint.network.num_features
+    queries[:30, width:], queries[30:, :width] = others[:30, width:], others[30:, :width]
+    exact, rough = joint, joint.approximate()
+    if is_adapted:
+        monkeypatch.setattr(adapting, "ONE_PICTURE", 1.01)  # a crowd is no single picture
+        names = [f"{number:064x}" for number in range(len(bank))]
+        (exact, convert, _), (rough, _, _) = (d.adapted(bank, names) for d in (exact, rough))
+        bank, queries = convert(bank), convert(queries)
+    found, expected = rough.top_k(queries, bank, 4), exact.top_k(queries, bank, 4)
+    is_found = found.rows[:, 0] == expected.rows[:, 0]
+    assert found.recall == is_found.mean() >= 0.9 and expected.recall == 1
+    for column in range(4):
+        np.testing.assert_array_equal(
+            found.scores[:, column], exact.score_features(queries, bank[found.rows[:, column]])
+        )
+    assert (np.diff(found.scores, axis=1) <= 0).all() and not joint.network.is_approximate
+    few = rough.top_k(queries[:3], bank[:50], 90)  # all of a small bank
+    np.testing.assert_array_equal(few.rows, exact.top_k(queries[:3], bank[:50], 90).rows)
+
+
 def test_images_of_one_colour_correlate_with_nothing(joint, scenes):
     flat = torch.full_like(scenes[:2], 0.3)
     flat[1] = 0.8
@@ -112,6 +158,12 @@ def test_an_audit_takes_the_joint_detector_or_that_of_its_index(tmp_path):
             draw_scene(seed, side=64).save(tmp_path / name / f"{seed}.png")
     result = audit(tmp_path / "generated", tmp_path / "train", held_out=tmp_path / "real", fpr=0.1)
     assert result.detector == "joint" and result.num_flagged == 4
+    if find_spec("faiss"):
+        sets = (tmp_path / "generated", tmp_path / "train")
+        rough = audit(*sets, held_out=tmp_path / "real", fpr=0.1, approximate=True, sensitivity=0)
+        assert rough.detector == "joint"
+        assert any("best match of 100.0%" in text for text in rough.warnings)
+        assert rough.matches == result.matches
     add_to_index(tmp_path / "train", tmp_path / "index", load_detector("phash"))
     indexed = audit(tmp_path / "generated", tmp_path / "index", held_out=tmp_path / "real", fpr=0.1)
     assert indexed.detector == "phash"

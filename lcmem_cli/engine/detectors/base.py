@@ -103,6 +103,17 @@ class Detector(abc.ABC):
         """Return the small grey pictures ``[n, s, s]`` that features hold, if they hold any."""
         return None
 
+    def approximate(self) -> Detector:
+        """Return a copy whose ``top_k`` may miss matches and is faster on millions of images.
+
+        Raises:
+            InputError: this detector has no such search.
+        """
+        raise InputError(
+            f"--approximate has no effect with {self.name}: only LCMem detectors, and joint, have "
+            "an approximate search; leave it out"
+        )
+
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector adapted to one kind of images, see ``detectors.adapted``.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lcmem_cli.engine.detectors.adapted import Adaptation
 from lcmem_cli.engine.detectors.base import Adapted, Detector, FloatArray
-from lcmem_cli.engine.errors import InputError, NotAdaptableError
+from lcmem_cli.engine.errors import NotAdaptableError
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store import device_search
@@ -93,6 +93,12 @@ class HeadDetector(Detector):
         detector = AdaptedHead(self, adaptation)
         return Adapted(detector, adaptation, len(adaptation.contents))
 
+    def approximate(self) -> HeadDetector:
+        """Return a copy that finds matches with an inverted file and scores them."""
+        other = copy.copy(self)
+        other.is_approximate = True
+        return other
+
     def _probability(self, distance: NDArray[Any]) -> NDArray[np.float64]:
         """Turn ``w · |f1 - f2|`` into a probability, in float64 so that high scores differ."""
         from scipy.special import expit
@@ -130,6 +136,7 @@ class AdaptedHead(HeadDetector):
             if threshold.fingerprint == network.fingerprint
         )
         self.adapted_to = network.adapted_to | adaptation.contents
+        self.is_approximate = network.is_approximate
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Refuse; see ``Detector.adapted``.
@@ -142,19 +149,3 @@ class AdaptedHead(HeadDetector):
     def embed_batch(self, batch: torch.Tensor) -> FloatArray:
         """Embed ``[n, 3, input_size, input_size]`` in [0, 1] to float32 ``[n, num_features]``."""
         return self.adaptation(self.network.embed_batch(batch))
-
-
-def approximate_search(detector: Detector) -> HeadDetector:
-    """Return a copy of the detector that finds matches with an inverted file and scores them.
-
-    Raises:
-        InputError: the detector has no such search.
-    """
-    if not isinstance(detector, HeadDetector):
-        raise InputError(
-            f"--approximate has no effect with {detector.name}: only LCMem detectors have an "
-            "approximate search; leave it out"
-        )
-    approximate = copy.copy(detector)
-    approximate.is_approximate = True
-    return approximate

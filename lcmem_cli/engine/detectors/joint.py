@@ -8,6 +8,7 @@ larger of the two on one scale, so either is enough.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -31,7 +32,13 @@ from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.models.checkpoint import load_checkpoint
 from lcmem_cli.engine.models.hub import locate_checkpoint
 from lcmem_cli.engine.store import device_search
-from lcmem_cli.engine.store.search import TopK, inner_products, top_k_blocked
+from lcmem_cli.engine.store.search import (
+    TopK,
+    approximate_products,
+    inner_products,
+    top_k_blocked,
+    with_recall,
+)
 
 PICTURE_SIZE = 32
 """Side in pixels of the small picture."""
@@ -94,6 +101,7 @@ class JointDetector(Detector):
 
     def __init__(self, network: HeadDetector, *, name: str = "joint", scale: Scale = SCALE) -> None:
         self.network = network
+        self._exact: JointDetector | None = None  # of an approximate one: what it approximates
         self.scale = scale
         self.is_adaptable, self.adapted_to = network.is_adaptable, network.adapted_to
         self.name = name
@@ -138,13 +146,35 @@ class JointDetector(Detector):
         )
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        """Find each query's ``k`` best rows of the bank, exactly and in bounded memory.
+        """Find each query's ``k`` best rows of the bank, in bounded memory.
 
-        The best by the larger of two scores are among the best by the one or by the other.
+        The best by the larger of two scores are among the best by the one or by the other. Exact,
+        unless the detector is approximate; then recall is measured as for the network alone.
+
+        Raises:
+            MissingExtraError: the search is approximate and faiss is not installed.
         """
         (network_q, picture_q), (network_b, picture_b) = self._parts(queries), self._parts(bank)
         by_network = self.network.top_k(network_q, network_b, k)
+        if self._exact is not None:
+            by_picture = approximate_products(
+                self._correlations, self._top_pictures, picture_q, picture_b, k
+            )
+            found = self._better(queries, bank, by_network, by_picture)
+            return with_recall(found, self._exact.top_k, queries, bank)
         by_picture = self._top_pictures(picture_q, picture_b, k)
+        return self._better(queries, bank, by_network, by_picture)
+
+    def approximate(self) -> JointDetector:
+        """Return a copy that finds candidates of each part with an inverted file."""
+        other = copy.copy(self)
+        other.network, other._exact = self.network.approximate(), self
+        return other
+
+    def _better(
+        self, queries: FloatArray, bank: FloatArray, by_network: TopK, by_picture: TopK
+    ) -> TopK:
+        """Score what either part found by both, and return the best."""
         rows = np.concatenate([by_network.rows, by_picture.rows], axis=1)
         each = np.arange(len(rows))
         scores = np.empty(rows.shape)
@@ -167,7 +197,8 @@ class JointDetector(Detector):
         Raises:
             NotAdaptableError: too few images.
         """
-        network, convert, num_images = self.network.adapted(self._parts(features)[0], contents)
+        exact = self._exact or self
+        network, convert, num_images = exact.network.adapted(self._parts(features)[0], contents)
         assert isinstance(network, HeadDetector)
 
         def convert_parts(rows: FloatArray) -> FloatArray:
@@ -175,6 +206,8 @@ class JointDetector(Detector):
             return np.concatenate([convert(first), second], axis=1)
 
         detector = JointDetector(network, name=self.name, scale=ADAPTED_SCALE)
+        if self._exact is not None:
+            detector = detector.approximate()
         return Adapted(detector, convert_parts, num_images)
 
     def _top_pictures(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:

@@ -17,7 +17,6 @@ from lcmem_cli.engine.data.sources.opened import find_shards, is_there
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
-from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError
@@ -393,7 +392,7 @@ def query_index(
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
         reasons = reasons or "they show nothing but one colour"
         raise InputError(f"{query}: no readable image ({reasons})")
-    searcher = approximate_search(detector) if approximate else detector
+    searcher = detector.approximate() if approximate else detector
     found = index.top_k(searcher, embedded.features, max(top_k, NUM_CANDIDATES * verify))
     matches = [[QueryMatch(**vars(match)) for match in row] for row in index.matches(found)]
     if verify:

@@ -34,11 +34,18 @@ _ALONE_NUMBERS = 8192
 _ALONE_QUERIES = 8
 _CANDIDATES = 200
 """Rows per query that the approximate search scores exactly."""
+_PROBES = 16
+"""Cells of an inverted file that are searched."""
+_TRAINING_ROWS, _TRAINING_ROUNDS = 16, 3
+"""Rows of the bank for each cell, and rounds over them, that place the cells. Four times the rows
+and eight times the rounds found no more of 500 best matches among 30,000."""
 _RECALL_SAMPLE = 100
 """Queries of the approximate search that are searched exactly as well, to measure its recall."""
 
 FloatArray = NDArray[np.floating[Any]]
 ScoreMatrix = Callable[[Any, Any], NDArray[Any]]
+Search = Callable[..., "TopK"]
+"""Called as ``search(queries, bank, k=k)``."""
 
 
 class TopK(NamedTuple):
@@ -236,7 +243,7 @@ def approximate_top_k(
     weight: FloatArray,
     k: int,
     *,
-    probes: int = 16,
+    probes: int = _PROBES,
 ) -> TopK:
     """Search with a faiss inverted file first, and score its candidates exactly.
 
@@ -248,7 +255,7 @@ def approximate_top_k(
         bank: ``[m, d]``; faiss keeps a float32 copy in memory.
         weight: ``[d]``, of both signs.
         k: matches to keep.
-        probes: cells of the inverted file that are searched, of about ``4 sqrt(m)``.
+        probes: cells of the inverted file that are searched, of about ``sqrt(m)``.
 
     Returns:
         The matches; their recall is measured on a sample of the queries.
@@ -256,40 +263,115 @@ def approximate_top_k(
     Raises:
         MissingExtraError: faiss is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("approximate search", "search") from error
+    faiss = _faiss()
     _check_k(k)
     _check_shapes(queries, bank, weight)
     queries, _, weight = _checked(queries, bank[:0], weight)
     scale = np.abs(weight)
-    num_lists = max(1, min(int(4 * len(bank) ** 0.5), len(bank) // 40))
+    cells = _num_cells(len(bank))
     quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
-    index = faiss.IndexIVFFlat(quantiser, bank.shape[1], num_lists, faiss.METRIC_L1)
+    index = faiss.IndexIVFFlat(quantiser, bank.shape[1], cells, faiss.METRIC_L1)
+    proposed = _proposed(index, queries, bank, max(_CANDIDATES, k), scale=scale, probes=probes)
+    exact = partial(weighted_l1_top_k, weight=weight)
+    found = _best_proposed(
+        partial(weighted_l1_matrix, weight=weight), exact, queries, bank, k, proposed
+    )
+    return with_recall(found, exact, queries, bank)
+
+
+def approximate_products(
+    score_matrix: ScoreMatrix, exact: Search, queries: FloatArray, bank: FloatArray, k: int
+) -> TopK:
+    """Search unit vectors by their product, as ``approximate_top_k`` does by weighted L1.
+
+    The inverted file keeps 8 bits of a number, and only proposes: the scores are exact.
+
+    Args:
+        score_matrix: exact scores, rising with the product.
+        exact: searches queries of which the cells searched hold fewer than ``k`` rows.
+        queries: ``[n, d]``.
+        bank: ``[m, d]``.
+        k: matches to keep.
+
+    Raises:
+        MissingExtraError: faiss is not installed.
+    """
+    faiss = _faiss()
+    _check_k(k)
+    width = bank.shape[1]
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(width), width, _num_cells(len(bank)),
+        faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT,
+    )  # fmt: skip
+    proposed = _proposed(index, queries, bank, max(_CANDIDATES, k))
+    return _best_proposed(score_matrix, exact, queries, bank, k, proposed)
+
+
+def with_recall(found: TopK, exact: Search, queries: FloatArray, bank: FloatArray) -> TopK:
+    """Return matches with the share of best ones that are so exactly, of a sample of queries."""
+    sample = _spread(_RECALL_SAMPLE, len(queries))
+    if not len(sample):
+        return found._replace(recall=1.0)
+    truth = exact(queries[sample], bank, k=1)
+    return found._replace(recall=float((truth.rows[:, 0] == found.rows[sample, 0]).mean()))
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("approximate search", "search") from error
+    return faiss
+
+
+def _num_cells(num_rows: int) -> int:
+    return max(1, min(int(num_rows**0.5), num_rows // 40))
+
+
+def _proposed(
+    index: Any,
+    queries: FloatArray,
+    bank: FloatArray,
+    count: int,
+    *,
+    scale: FloatArray | float = 1.0,
+    probes: int = _PROBES,
+) -> NDArray[np.int64]:
+    """Fill an inverted file with the bank and return rows ``[n, count]``; -1 where it has none."""
     index.cp.min_points_per_centroid = 1  # it remarks on small banks past any reporter
-    training_rows = _spread(64 * num_lists, len(bank))
+    index.cp.niter = _TRAINING_ROUNDS
+    training_rows = _spread(_TRAINING_ROWS * index.nlist, len(bank))
     index.train(np.asarray(bank[training_rows], dtype=np.float32) * scale)
     for start in range(0, len(bank), BLOCK_ROWS):
         index.add(np.asarray(bank[start : start + BLOCK_ROWS], dtype=np.float32) * scale)
     index.nprobe = probes
-    _, found = index.search(queries * scale, min(max(_CANDIDATES, k), len(bank)))
+    queries = np.ascontiguousarray(queries, dtype=np.float32) * scale
+    rows: NDArray[np.int64] = index.search(queries, min(count, len(bank)))[1]
+    return rows
+
+
+def _best_proposed(
+    score_matrix: ScoreMatrix,
+    exact: Search,
+    queries: FloatArray,
+    bank: FloatArray,
+    k: int,
+    proposed: NDArray[np.int64],
+) -> TopK:
+    """Return the best of the proposed rows; of all rows where fewer than ``k`` are proposed."""
     k = min(k, len(bank))
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    scores = np.full((len(queries), k), -np.inf)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
-    is_short = (found >= 0).sum(axis=1) < k  # the cells searched hold too few rows
+    is_short = (proposed >= 0).sum(axis=1) < k  # the cells searched hold too few rows
     if is_short.any():
-        exact = weighted_l1_top_k(queries[is_short], bank, weight, k)
-        scores[is_short], rows[is_short] = exact.scores, exact.rows
+        best = exact(queries[is_short], bank, k=k)
+        scores[is_short], rows[is_short] = best.scores, best.rows
     for number in np.flatnonzero(~is_short):
-        near = np.sort(found[number][found[number] >= 0])
-        near_scores = weighted_l1_matrix(queries[number : number + 1], bank[near], weight)
+        near = np.sort(proposed[number][proposed[number] >= 0])
+        near_scores = score_matrix(queries[number : number + 1], bank[near])
         best = _best(near_scores, near[None].astype(np.int64), k)
         scores[number], rows[number] = best.scores[0], best.rows[0]
-    sample = _spread(_RECALL_SAMPLE, len(queries))
-    truth = weighted_l1_top_k(queries[sample], bank, weight, 1)
-    recall = float((truth.rows[:, 0] == rows[sample, 0]).mean()) if len(sample) else 1.0
-    return TopK(scores, rows, recall)
+    return TopK(scores, rows)
 
 
 def _best(scores: NDArray[Any], rows: NDArray[np.int64], k: int) -> TopK:

@@ -10,7 +10,6 @@ import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.detectors.base import Adapted, Detector
-from lcmem_cli.engine.detectors.head import approximate_search
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.errors import InputError, NotAdaptableError
 from lcmem_cli.engine.evaluation.audit.files import AuditDocument, read_audit, read_settings
@@ -55,8 +54,7 @@ def choose_detector(request: AuditRequest, listings: Sets[Listing], compute: Com
     indexes = [listing.index for _, listing in listings.named() if listing.index is not None]
     detector, size = request.detector, request.input_size
     if detector is None:
-        usual = "lcmem" if request.approximate else DEFAULT_DETECTOR
-        detector = indexes[0].detector if indexes else usual
+        detector = indexes[0].detector if indexes else DEFAULT_DETECTOR
     if isinstance(detector, str):
         detector = load_detector(
             detector,
@@ -73,7 +71,7 @@ def choose_detector(request: AuditRequest, listings: Sets[Listing], compute: Com
         why = "is adapted already" if detector.adapted_to else "only LCMem networks, and joint, can"
         raise NotAdaptableError(f"--adapt: {detector.name} cannot be adapted: {why}")
     if request.approximate:
-        detector = approximate_search(detector)
+        detector = detector.approximate()
     for index in indexes:
         index.check(detector.fingerprint)
     return detector
@@ -186,7 +184,7 @@ def reopen(folder: Path, compute: Compute, *, with_training: bool = True) -> Reo
         settings.detector, device=compute.device, input_size=settings.input_size
     )
     if settings.approximate:
-        detector = approximate_search(detector)
+        detector = detector.approximate()
     training = None
     if is_adapted or with_training:
         training = _training_set(settings, detector, compute)

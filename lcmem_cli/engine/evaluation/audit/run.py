@@ -122,12 +122,12 @@ def audit(
             false ones among the flagged.
         bh: control the false-discovery rate (Benjamini-Hochberg) instead of the rate per image.
         detector: name, or a loaded detector; ``None``: that of an index among the sets, else
-            ``lcmem`` where the search is approximate, else ``joint``.
+            ``joint``.
         input_size: side in pixels for the pixel measures (default: 512); the others bring their
             own, and refuse another.
         approximate: find candidates with faiss's inverted file and score them exactly: faster on
             millions of training images, but a match can be missed; the recall is measured on a
-            sample and stated. LCMem detectors only.
+            sample and stated. LCMem detectors and ``joint`` only.
         adapt: fit the detector to the kind of the training images first, without their identities
             (``detectors.adapted``), so that what they all share does not count as likeness;
             ``None``: where the detector can be and there are enough images, but not with the
