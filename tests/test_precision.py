@@ -1,6 +1,7 @@
 """What networks compute in: features near single precision's, and never mixed with them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -126,3 +127,27 @@ def test_latents_know_their_precision_and_are_not_mixed(tiny_codec, tmp_path):
     assert 0 < (a - b).abs().max() < BOUND * a.abs().max()
     with pytest.raises(InputError, match="another precision"):
         encode_latents(manifest, codec, tmp_path / "bf16", Compute(device="cpu"), image_size=32)
+
+
+def test_every_command_that_takes_it_computes_in_it(checkpoint, image_folder, tmp_path, run_cli):
+    name, half = f"siamese:{checkpoint}", f"siamese:{checkpoint}?precision=bf16"
+    single = load_detector(name, device="cpu").fingerprint
+    asked = ("--precision", "bf16", "--json")
+    files = sorted(image_folder.rglob("*.png"))[:2]
+
+    def read(*words):
+        return json.loads(run_cli(*words, *asked).stdout)
+
+    scored = read("infer", *files, "--detector", name, "--no-verify")
+    assert scored["fingerprint"] != single and scored["threshold"] is None
+    index = tmp_path / "index"
+    assert read("index", "build", image_folder, "--detector", name, "-o", index)["detector"] == half
+    run_cli("index", "query", index, files[0], "--precision", "fp32", exit_code=2)
+    assert read("index", "query", index, files[0], "--no-verify")["matches"]
+    audit = ("audit", image_folder, "--against", image_folder, "--no-verify", "--sensitivity", 0)
+    audited = read(*audit, "--fpr", 0.5, "--detector", name, "-o", tmp_path / "audit")
+    assert audited["fingerprint"] == scored["fingerprint"]
+    assert audited["detector"] == half
+    bench = ("benchmark", "--filelist", image_folder, "--detectors", name, "-o", tmp_path / "bench")
+    (judged,) = read(*bench)["detectors"].values()
+    assert judged["fingerprint"] == scored["fingerprint"]

@@ -29,6 +29,7 @@ from lcmem_cli.engine.evaluation.audit.search import search
 from lcmem_cli.engine.evaluation.audit.sets import ImageSet, Listing, embed_set, list_set
 from lcmem_cli.engine.evaluation.audit.verify import features_of
 from lcmem_cli.engine.files import folder_lock, jsonable, write_csv, write_json
+from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
 from lcmem_cli.engine.store.features import FeatureCaches
@@ -113,6 +114,7 @@ def find_duplicates(
     detector: str = "joint",
     max_unreadable: int | None = None,
     device: str = "auto",
+    precision: AskedPrecision | None = None,
     batch_size: int = 32,
     workers: int = -1,
     cache: bool = True,
@@ -133,6 +135,7 @@ def find_duplicates(
         detector: name of what proposes candidates.
         max_unreadable: unreadable images to tolerate; ``None``: any number.
         device: see ``Compute``.
+        precision: see ``Compute``.
         batch_size: see ``Compute``.
         workers: see ``Compute``.
         cache: keep features in the user's cache.
@@ -148,6 +151,7 @@ def find_duplicates(
         raise InputError(f"{output}: holds a result; choose another folder, or pass --overwrite")
     compute = Compute.start(
         device=device,
+        precision=precision,
         batch_size=batch_size,
         workers=workers,
         reporter=reporter,
@@ -163,7 +167,9 @@ def find_duplicates(
         reporter=reporter,
     )
     name = detector if listing.index is None else listing.index.detector
-    loaded = load_detector(name, device=compute.device, input_size=_INPUT_SIZE)
+    loaded = load_detector(
+        name, device=compute.device, input_size=_INPUT_SIZE, precision=compute.precision
+    )
     if listing.index is not None:
         listing.index.check(loaded.fingerprint)
     found = embed_set(listing, loaded, compute)
