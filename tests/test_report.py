@@ -124,6 +124,16 @@ def test_the_plot_shows_shares_and_the_threshold_in_place():
     assert max(numbers(plot.null_path)) == plot.width - plot.right
 
 
+def test_single_images_show_where_most_stand_in_one_bin():
+    most = np.array([0.0] * 99 + [1.0])
+    plot = draw_distribution(
+        Distribution(generated=most, null=most, threshold=None, as_logit=False)
+    )
+    assert plot.is_root and plot.y_ticks[0][1] == "0 %"
+    base, last = plot.height - plot.bottom, float(plot.null_path.split("V")[-2].split("H")[0])
+    assert base - last > 0.09 * (base - plot.top)  # 1 % has a tenth of the height
+
+
 def test_no_bin_holds_scores_on_both_sides_of_the_threshold():
     null = np.array([0.1, 0.2, 0.37, 0.37])
     generated = np.array([0.05, 0.36, 0.371, 0.9])

@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import io
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -277,3 +278,36 @@ def test_two_thousand_pairs_stay_usable(browser, audited, tmp_path):
     assert page.locator("#rows tr").count() == 1
     assert page.locator("#status").inner_text() == "1 of 2,000 flagged pairs"
     page.close()
+
+
+def test_forty_pairs_print_on_six_sheets_the_first_complete_in_itself(browser, tmp_path):
+    if shutil.which("pdftotext") is None:
+        pytest.skip("no pdftotext on this machine")
+    save_all(tmp_path / "train", range(60))
+    save_all(tmp_path / "held-out", range(1000, 1200))
+    (tmp_path / "generated").mkdir()
+    for seed in range(40):
+        altered(picture(seed)).save(tmp_path / "generated" / f"copy{seed}.png")
+    result = audit(
+        tmp_path / "generated", tmp_path / "train", held_out=tmp_path / "held-out", fpr=0.01,
+        detector=SmallCorrelation(), output=tmp_path / "out",
+    )  # fmt: skip
+    assert result.num_flagged == 40
+    page = browser.new_page()
+    page.goto((tmp_path / "out" / "report.html").as_uri())
+    page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
+    page.close()
+    text = subprocess.check_output(
+        ["pdftotext", "-layout", tmp_path / "report.pdf", "-"], text=True
+    )
+    sheets = text.split("\f")[:-1]
+    assert 3 <= len(sheets) <= 6
+    first = " ".join(sheets[0].split())
+    for part in (result.verdict[:20], "What this shows", "What it does not show"):
+        assert part in first
+    assert "Flagged pairs" not in first
+    for number, sheet in enumerate(sheets, 1):
+        head = sheet.strip().splitlines()[0]
+        assert result.times.started[:10] in head and "false-positive rate 1 %" in head
+        assert f"{number}/{len(sheets)}" in sheet.replace(" / ", "/")
+    assert all(f"copy{seed}.png" in text for seed in range(40))

@@ -139,6 +139,10 @@
     more.hidden = rendered >= shown.length;
   }
 
+  window.addEventListener("beforeprint", () => { // paper has no button for more
+    while (rendered < shown.length) renderMore();
+  });
+
   function compare(a, b) {
     const left = data.pairs[a], right = data.pairs[b];
     const known = TIERS.indexOf(left.k) - TIERS.indexOf(right.k);

@@ -26,6 +26,9 @@ TEMPLATE_NAME = "report.html.j2"
 MAX_PAIRS = 5000
 """Flagged pairs that the page holds."""
 MAX_ALTERED = 10
+_MOST_IN_ONE = 0.5
+"""Share of a set in one bin from which heights are drawn on a root scale."""
+_ROOT_TICKS = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
 _NUM_BINS = 48
 _WORD_STARTS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 """Where words begin in a name such as ``JPEGCompression``."""
@@ -95,6 +98,7 @@ class Plot:
     y_ticks: tuple[tuple[float, str], ...]
     threshold_x: float | None
     label: str
+    is_root: bool
 
 
 def render_report(
@@ -134,6 +138,7 @@ def render_report(
         for match in result.flagged[:MAX_PAIRS]
     ]
     assets = {name: _asset(name) for name in ("report.css", "report.js")}
+    assets["report.css"] += _sheet_heads(result)
     template = environment().get_template(TEMPLATE_NAME)
     return template.render(
         result=result,
@@ -155,6 +160,26 @@ def render_report(
         max_lines=max_lines,
         version=__version__,
     )
+
+
+def _sheet_heads(result: Any) -> str:
+    """Return the style that puts date, sets and settings at the head of each printed sheet."""
+    sets = [f"{result.word} {Path(result.generated.source).name}"]
+    sets.append(f"training {Path(result.training.source).name}")
+    if result.held_out is not None:
+        sets.append(f"held-out {Path(result.held_out.source).name}")
+    kind = {"fpr": "false-positive rate", "fdr": "false-discovery rate"}[result.rule.kind]
+    about = f"{result.times.started[:10]} | {', '.join(sets)}"
+    settings = f"{Path(result.detector).name} | {kind} {100 * result.rule.rate:.3g} %"
+    return f"@page {{ @top-left {{ content: {_css_text(about)} }} @top-right {{ content: " + (
+        f"{_css_text(settings)} }} }}\n"
+    )
+
+
+def _css_text(text: str) -> str:
+    """Return a string of CSS; what is no letter or number is escaped, so that nothing ends it."""
+    shown = printable(text)
+    return '"' + "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in shown[:120]) + '"'
 
 
 def altered_among(null: Any) -> list[Any]:
@@ -192,7 +217,8 @@ def printable(text: str) -> str:
 def draw_distribution(distribution: Distribution) -> Plot:
     """Turn scores into the outline of two histograms over the same bins.
 
-    The height of a bin is the share of its set, so that sets of different sizes compare.
+    The height of a bin is the share of its set, so that sets of different sizes compare; where most
+    stand in one bin it is the root of that, so that single images still show.
     """
     values = np.concatenate([distribution.generated, distribution.null])
     if distribution.threshold is not None:
@@ -211,8 +237,11 @@ def draw_distribution(distribution: Distribution) -> Plot:
     def x(value: float) -> float:
         return round(Plot.left + (value - low) / (high - low) * inner_width, 2)
 
+    is_root = peak > _MOST_IN_ONE
+
     def y(share: float) -> float:
-        return round(Plot.height - Plot.bottom - share / peak * inner_height, 2)
+        height = math.sqrt(share / peak) if is_root else share / peak
+        return round(Plot.height - Plot.bottom - height * inner_height, 2)
 
     def outline(share: NDArray[np.float64]) -> str:
         steps = [f"M{x(low)},{y(0)}"]
@@ -230,6 +259,7 @@ def draw_distribution(distribution: Distribution) -> Plot:
         for a, b, g, n in zip(edges[:-1], edges[1:], *shares, strict=True)
         if g or n
     )
+    steps_up = [s for s in _ROOT_TICKS if s <= peak] if is_root else _ticks(0.0, peak, 4)
     if distribution.as_logit:
         ticks = _probability_ticks(low, high, 8)
     else:
@@ -239,7 +269,8 @@ def draw_distribution(distribution: Distribution) -> Plot:
         generated_path=outline(shares[0]),
         null_path=outline(shares[1]),
         x_ticks=tuple((x(tick), label) for tick, label in ticks),
-        y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in _ticks(0.0, peak, 4)),
+        y_ticks=tuple((y(tick), f"{100 * tick:g} %") for tick in steps_up),
+        is_root=is_root,
         threshold_x=None if distribution.threshold is None else x(distribution.threshold),
         label="best-match score" + (", on a logit scale" if distribution.as_logit else ""),
     )
