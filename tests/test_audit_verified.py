@@ -48,6 +48,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, **options: object) -> AuditResult:
     given = {"held_out": root / "held-out", "fpr": 0.05, "adapt": False, "cache": False}
+    given["sensitivity"] = 0
     given["detector"] = LCMemDetector.load(str(root / "net.safetensors"))
     return audit(root / "generated", root / "training", **given | options)  # type: ignore[arg-type]
 
@@ -61,7 +62,7 @@ def test_the_edit_of_a_planted_copy_is_named_by_the_command(sets, tmp_path, run_
     shown = run_cli(
         "audit", sets / "generated", "--against", sets / "training", "--held-out",
         sets / "held-out", "--fpr", "0.05", "--no-adapt", "--detector",
-        f"lcmem:{sets / 'net.safetensors'}", "-o", tmp_path / "out", "--json",
+        f"lcmem:{sets / 'net.safetensors'}", "--sensitivity", "0", "-o", tmp_path / "out", "--json",
     )  # fmt: skip
     document = json.loads(shown.stdout)
     match = next(item for item in document["flagged"] if item["query"] == "edited.png")
