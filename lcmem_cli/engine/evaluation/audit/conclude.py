@@ -176,7 +176,7 @@ def conclude(
     tiers = Counter(tier_of(found, flags, row, 0) for row in rows[image_flags].tolist())
     verified = found.verification is not None
     pictures = count_pictures(
-        embedded, flags.rule, flags.contents, _known_copies(found, flags, rows[image_flags])
+        embedded, null, flags.contents, _known_copies(found, flags, rows[image_flags])
     )
     images = exposed_images(flagged, record_of)
     are_known = sets.training.summary.num_identities is not None
