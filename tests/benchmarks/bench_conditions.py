@@ -129,12 +129,12 @@ SCENARIOS = {
 }
 
 
-def write(path: Path, rows: list[Row], *, with_ids: bool) -> Path:
+def write(path: Path, rows: list[Row]) -> Path:
     """Write a filelist."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "id"] if with_ids else ["path"])
-        writer.writerows([[str(image), name][: 1 + with_ids] for image, name in rows])
+        writer.writerow(["path", "id"])
+        writer.writerows([[str(image), name] for image, name in rows])
     return path
 
 
@@ -169,7 +169,7 @@ def judge(
     for _ in range(draws):
         lists = SCENARIOS[scenario](scenarios)
         files = [
-            write(scenarios.folder / f"{what}.csv", rows, with_ids=scenario != "mode collapse")
+            write(scenarios.folder / f"{what}.csv", rows)
             for what, rows in zip(("generated", "training", "held-out"), lists, strict=True)
         ]
         result = audit(
