@@ -10,6 +10,7 @@ import pytest
 from audit_images import small_network
 from PIL import Image
 
+from lcmem_cli.engine.data.folders import meant
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
 
@@ -82,6 +83,35 @@ def test_a_clean_test_set_passes(sets, tmp_path, run_cli):
     assert "in both test and training list" not in shown.stdout
     document = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert document["leaked_identities"] == []
+
+
+@pytest.mark.parametrize(
+    ("folders_are", "identities"), [("identities", 45), ("classes", None), ("auto", 45)]
+)
+def test_subfolders_are_what_the_user_says(sets, tmp_path, run_cli, folders_are, identities):
+    for number in range(PATIENTS):
+        folder = tmp_path / "train" / f"p{number:02d}"
+        folder.mkdir(parents=True)
+        for view in range(2):
+            shutil.copy(sets / "train" / f"{number}-{view}.png", folder)
+    given = ["leaks", sets / "clean", "--against", tmp_path / "train", "-o", tmp_path / "out"]
+    shown = run_cli(
+        *given, "--folders-are", folders_are, "--fpr", "0.05", "--detector", "ncc",
+        "--input-size", "32",
+    )  # fmt: skip
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert document["training"]["num_identities"] == identities
+    taken_for = "classes" if identities is None else "identities"
+    assert document["training"]["folders_are"] == taken_for
+    assert ("subfolders are classes" in shown.stderr) is (identities is None)
+
+
+def test_few_large_subfolders_are_classes():
+    paths = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    assert meant(paths, "auto") == "classes" and meant(paths, "identities") == "identities"
+    many = [f"p{number}/0.png" for number in range(20)]
+    assert meant(many, "auto") == "identities"
+    assert meant([*many, *(f"p0/{number}.png" for number in range(1, 52))], "auto") == "classes"
 
 
 def test_folders_have_no_ids_to_compare(sets, tmp_path, run_cli):

@@ -43,6 +43,12 @@ class JudgedOptions(TableOptions, ComputeOptions):
     """How a set is compared with a training set, whatever its images are."""
 
     frames: Frames = FRAMES
+    folders_are: Literal["identities", "classes", "auto"] = option(
+        INPUT,
+        "What subfolders stand for; auto: identities if there are 20 or more, each of 50 images at "
+        "most.",
+        "identities",
+    )
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,
         "Without --held-out: compare training images with those of other identities "

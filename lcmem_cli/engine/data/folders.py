@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import collections
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lcmem_cli.engine.data.formats import is_image
 from lcmem_cli.engine.data.tables import some
 from lcmem_cli.engine.errors import ManifestError
+
+FoldersAre = Literal["identities", "classes", "auto"]
+"""What subfolders stand for; ``auto``: identities where they are plainly so."""
+_FEWEST_IDENTITIES = 20
+_MOST_IMAGES = 50
+
+
+def meant(paths: Sequence[str], folders_are: FoldersAre) -> Literal["identities", "classes"]:
+    """Return whether the subfolders of a set are identities, or classes of many.
+
+    ``auto`` takes them for identities only where there are 20 or more, none with more than 50
+    images.
+
+    Args:
+        paths: of the images, relative to the set.
+        folders_are: what the user says.
+    """
+    if folders_are != "auto":
+        return folders_are
+    sizes = collections.Counter(path.partition("/")[0] for path in paths if "/" in path)
+    if len(sizes) >= _FEWEST_IDENTITIES and max(sizes.values()) <= _MOST_IMAGES:
+        return "identities"
+    return "classes"
 
 
 class Scan(NamedTuple):

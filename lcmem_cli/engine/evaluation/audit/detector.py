@@ -223,6 +223,7 @@ def _training_set(settings: AuditSettings, detector: Detector, compute: Compute)
         basedir=None if settings.basedir is None else Path(settings.basedir),
         columns=settings.columns,
         frames=settings.frames,
+        folders_are=settings.folders_are,
     )
     if listing.index is not None:
         listing.index.check(detector.fingerprint)

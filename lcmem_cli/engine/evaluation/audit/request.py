@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lcmem_cli.engine.data.folders import FoldersAre
 from lcmem_cli.engine.data.manifest import Frames
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
@@ -34,6 +35,7 @@ class AuditRequest:
     basedir: Path | None = None
     columns: ListColumns = dataclasses.field(default_factory=ListColumns)
     frames: Frames = "first"
+    folders_are: FoldersAre = "identities"
     null: str | None = None
     bh: bool = False
     detector: str | Detector | None = None
@@ -111,6 +113,7 @@ class AuditSettings(BaseModel):
     basedir: FileName | None = None
     columns: ListColumns = STANDARD
     frames: Frames = "first"
+    folders_are: FoldersAre = "identities"
     null: NullKind
     fpr: float
     bh: bool

@@ -65,6 +65,7 @@ class SetSummary:
             where that is not known (an index).
         digest: SHA-256 over the contents of the readable images, in any order.
         blank: images that show nothing but one colour; they are counted here and not judged.
+        folders_are: what the subfolders of a folder were taken for; ``None`` of others.
     """
 
     source: FileName
@@ -77,6 +78,7 @@ class SetSummary:
     num_guessed: int | None
     digest: str
     blank: tuple[BlankImage, ...] = ()
+    folders_are: Literal["identities", "classes"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from typing import Literal
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.arrays import UNIT_RANGE, ValueRange
+from lcmem_cli.engine.data.folders import FoldersAre
 from lcmem_cli.engine.data.manifest import is_list
 from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
@@ -72,6 +73,7 @@ def audit(
     basedir: str | Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Literal["first", "all"] = "first",
+    folders_are: FoldersAre = "identities",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,
@@ -115,6 +117,8 @@ def audit(
         columns: what the filelists call their columns.
         frames: ``all`` takes each image of a file of several, such as the pages of a TIFF, by
             itself, as ``scan.tif#3``.
+        folders_are: what subfolders of a folder stand for: ``classes`` makes each image an identity
+            of its own, ``auto`` takes them for identities only where they are plainly so.
         null: what takes their place where there are none: ``"leave-one-out"`` (the default;
             searches the whole training set, rate approximate) or ``"split"`` (rate exact, but
             some training images are not searched). See ``audit.null``.
@@ -185,6 +189,7 @@ def audit(
             basedir=None if basedir is None else Path(basedir),
             columns=columns,
             frames=frames,
+            folders_are=folders_are,
             null=null,
             fpr=fpr,
             bh=bh,
@@ -288,6 +293,7 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
             basedir=basedir,
             columns=request.columns,
             frames=request.frames,
+            folders_are=request.folders_are,
             max_missing=request.max_unreadable,
             reporter=reporter,
         )

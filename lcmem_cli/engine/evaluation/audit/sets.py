@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.arrays import Images, ValueRange
+from lcmem_cli.engine.data.folders import FoldersAre, meant
 from lcmem_cli.engine.data.manifest import (
     Frames,
     Record,
@@ -221,6 +222,7 @@ class Listing:
         records: paths and identities.
         files: paths to open.
         index: where the features already are, for a saved index.
+        folders_are: what subfolders were taken for; ``None`` where there are none.
     """
 
     what: str
@@ -229,6 +231,7 @@ class Listing:
     records: Sequence[Record]
     files: Sequence[Path]
     index: Index | None = None
+    folders_are: Literal["identities", "classes"] | None = None
 
 
 def as_source(
@@ -252,6 +255,7 @@ def list_set(
     basedir: Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Frames = "first",
+    folders_are: FoldersAre = "identities",
     max_missing: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Listing:
@@ -263,6 +267,7 @@ def list_set(
         basedir: folder that the paths of a filelist are relative to.
         columns: what a filelist calls its columns.
         frames: see ``load_manifest``.
+        folders_are: what the subfolders of a folder stand for.
         max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
             any number.
         reporter: told of files of a folder that are no images.
@@ -293,12 +298,19 @@ def list_set(
             frames=frames,
             reporter=reporter,
         )
+        records, taken_for = manifest.records, None
+        if path.is_dir() and any("/" in record.path for record in records):
+            taken_for = meant([record.path for record in records], folders_are)
+        if taken_for == "classes":
+            records = tuple(record._replace(id=record.path) for record in records)
+            reporter.warn(f"{path}: subfolders are classes; each image is an identity of its own")
         listing = Listing(
             what=what,
             source=str(source),
             folder=Path(manifest.basedir),
-            records=manifest.records,
+            records=records,
             files=manifest.paths(),
+            folders_are=taken_for,
         )
     if not listing.records:
         raise InputError(f"{listing.source}: the {what} set holds no images")
@@ -395,6 +407,7 @@ def assemble(
             num_guessed=None if guessed is None else int(guessed[rows].sum()),
             digest=sha256_bytes("".join(sorted(row_hashes)).encode("ascii")),
             blank=blank,
+            folders_are=listing.folders_are,
         ),
         records=records,
         files=tuple(listing.files[index] for index in readable),
