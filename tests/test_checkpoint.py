@@ -341,7 +341,7 @@ def test_a_file_that_names_a_larger_network_builds_none(tmp_path, monkeypatch):
 
 
 def test_a_backbone_that_needs_values_to_be_built_is_loaded_all_the_same(monkeypatch):
-    # Older versions of timm read numbers out of tensors, which have none on the meta device.
+    # Some models read numbers out of tensors, which have none on the meta device.
     spec = NetworkSpec(
         backbone="convnext_atto", num_features=8, in_channels=4, input_size=32, normalisation="none"
     )
@@ -350,7 +350,7 @@ def test_a_backbone_that_needs_values_to_be_built_is_loaded_all_the_same(monkeyp
 
     def reads_values(*arguments, **options):
         if torch.empty(()).is_meta:
-            raise InputError("timm cannot build it")
+            raise InputError("it cannot be built")
         return build(*arguments, **options)
 
     monkeypatch.setattr(siamese, "build_backbone", reads_values)

@@ -578,7 +578,7 @@ def _without_memory(spec: NetworkSpec) -> SiameseNetwork | None:
     try:
         with torch.device("meta"):
             return SiameseNetwork(spec)
-    except (InputError, NotImplementedError, RuntimeError):  # older timm: ConvNeXt among others
+    except (InputError, NotImplementedError, RuntimeError):  # it reads values
         return None
 
 
