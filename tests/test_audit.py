@@ -394,12 +394,12 @@ def test_leave_one_out_compares_with_other_identities(tmp_path):
 def test_leave_one_out_reaches_past_a_large_identity(tmp_path, monkeypatch):
     train = identity_folder(tmp_path / "train", identities=2, each=40)
     generated = save_all(tmp_path / "generated", [100])
-    result = audit(generated, train, fpr=0.7, detector=SmallCorrelation())
+    result = audit(generated, train, folders_are="identities", fpr=0.7, detector=SmallCorrelation())
     assert result.null.num_scores == 2
     assert result.metrics.null_scores.largest < 0.9
     # However few neighbours are asked for before an identity is searched by itself.
     monkeypatch.setattr(audit_null, "_MOST_NEIGHBOURS", 8)
-    again = audit(generated, train, fpr=0.7, detector=SmallCorrelation())
+    again = audit(generated, train, folders_are="identities", fpr=0.7, detector=SmallCorrelation())
     assert dataclasses.replace(again, times=result.times) == result
 
 
@@ -501,7 +501,10 @@ def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path)
     generated = save_all(tmp_path / "generated", range(3))
     for null in ("split", "leave-one-out"):
         with pytest.raises(InputError, match="real images of different identities"):
-            audit(generated, one_person, null=null, fpr=0.1, detector=SmallCorrelation())
+            audit(
+                generated, one_person, folders_are="identities", null=null, fpr=0.1,
+                detector=SmallCorrelation(),
+            )  # fmt: skip
 
 
 def test_one_generated_and_one_training_image(tmp_path):

@@ -107,8 +107,9 @@ def test_subfolders_are_what_the_user_says(sets, tmp_path, run_cli, folders_are,
 
 
 def test_few_large_subfolders_are_classes():
-    paths = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    paths = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(30)]
     assert meant(paths, "auto") == "classes" and meant(paths, "identities") == "identities"
+    assert meant(paths[:6], "auto") == "identities"
     many = [f"p{number}/0.png" for number in range(20)]
     assert meant(many, "auto") == "identities"
     assert meant([*many, *(f"p0/{number}.png" for number in range(1, 52))], "auto") == "classes"

@@ -45,9 +45,8 @@ class JudgedOptions(TableOptions, ComputeOptions):
     frames: Frames = FRAMES
     folders_are: Literal["identities", "classes", "auto"] = option(
         INPUT,
-        "What subfolders stand for; auto: identities if there are 20 or more, each of 50 images at "
-        "most.",
-        "identities",
+        "What subfolders stand for; auto: few large ones are classes, others identities.",
+        "auto",
     )
     null: Literal["leave-one-out", "split"] | None = option(
         JUDGING,

@@ -14,15 +14,14 @@ from lcmem_cli.engine.errors import ManifestError
 
 FoldersAre = Literal["identities", "classes", "auto"]
 """What subfolders stand for; ``auto``: identities where they are plainly so."""
-_FEWEST_IDENTITIES = 20
-_MOST_IMAGES = 50
+_MANY_FOLDERS, _FEW_IMAGES, _MOST_IMAGES = 20, 10, 50
 
 
 def meant(paths: Sequence[str], folders_are: FoldersAre) -> Literal["identities", "classes"]:
     """Return whether the subfolders of a set are identities, or classes of many.
 
-    ``auto`` takes them for identities only where there are 20 or more, none with more than 50
-    images.
+    ``auto`` takes them for identities where none holds more than 50 images, and there are 20 or
+    more of them, or they hold 10 images at most in the mean. Few large folders are classes.
 
     Args:
         paths: of the images, relative to the set.
@@ -31,9 +30,10 @@ def meant(paths: Sequence[str], folders_are: FoldersAre) -> Literal["identities"
     if folders_are != "auto":
         return folders_are
     sizes = collections.Counter(path.partition("/")[0] for path in paths if "/" in path)
-    if len(sizes) >= _FEWEST_IDENTITIES and max(sizes.values()) <= _MOST_IMAGES:
-        return "identities"
-    return "classes"
+    if not sizes or max(sizes.values()) > _MOST_IMAGES:
+        return "classes"
+    are_many = len(sizes) >= _MANY_FOLDERS
+    return "identities" if are_many or sizes.total() <= _FEW_IMAGES * len(sizes) else "classes"
 
 
 class Scan(NamedTuple):

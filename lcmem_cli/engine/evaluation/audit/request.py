@@ -35,7 +35,7 @@ class AuditRequest:
     basedir: Path | None = None
     columns: ListColumns = dataclasses.field(default_factory=ListColumns)
     frames: Frames = "first"
-    folders_are: FoldersAre = "identities"
+    folders_are: FoldersAre = "auto"
     null: str | None = None
     bh: bool = False
     detector: str | Detector | None = None
@@ -113,7 +113,7 @@ class AuditSettings(BaseModel):
     basedir: FileName | None = None
     columns: ListColumns = STANDARD
     frames: Frames = "first"
-    folders_are: FoldersAre = "identities"
+    folders_are: FoldersAre = "auto"
     null: NullKind
     fpr: float
     bh: bool

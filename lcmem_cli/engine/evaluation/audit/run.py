@@ -73,7 +73,7 @@ def audit(
     basedir: str | Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Literal["first", "all"] = "first",
-    folders_are: FoldersAre = "identities",
+    folders_are: FoldersAre = "auto",
     null: Literal["split", "leave-one-out"] | None = None,
     fpr: float = 0.01,
     bh: bool = False,

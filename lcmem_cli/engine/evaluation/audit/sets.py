@@ -255,7 +255,7 @@ def list_set(
     basedir: Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Frames = "first",
-    folders_are: FoldersAre = "identities",
+    folders_are: FoldersAre = "auto",
     max_missing: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Listing:
