@@ -421,12 +421,12 @@ def test_latents_are_encoded_in_batches_that_fit(
     sizes: list[int] = []
     inner = latent_store._encode
 
-    def small(codec: Any, images: torch.Tensor, names: list[str], *, seed: int) -> Any:
+    def small(codec: Any, images: torch.Tensor, names: list[str], **options: Any) -> Any:
         sizes.append(len(images))
         assert len(names) == len(images)
         if len(images) > 10:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return inner(codec, images, names, seed=seed)
+        return inner(codec, images, names, **options)
 
     monkeypatch.setattr(latent_store, "_encode", small)
     assert torch.equal(store("auto", AUTO), expected)
