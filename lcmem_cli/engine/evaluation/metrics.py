@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit, ndtri, stdtrit
 
 from lcmem_cli.engine.compiled import compiled
 from lcmem_cli.engine.errors import InputError
@@ -34,6 +35,8 @@ METRIC_KEYS = (
     "threshold_atR",
     "fpr_atR",
 )
+_LEAST = 1e-9
+"""Share that stands for none in log-odds."""
 INTERVAL_KEYS = (
     "auc",
     "precision_bestF1",
@@ -145,7 +148,7 @@ def bootstrap_intervals(
     replicates: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float] | None]:
-    """Return 95 % percentile intervals of the metrics by bootstrap over identities.
+    """Return 95 % intervals of the metrics by bootstrap over identities.
 
     Pairs that share an identity are not independent, so identities are drawn with replacement
     (within their data set) and a pair counts as often as its identity was drawn; a pair of two
@@ -189,17 +192,34 @@ def bootstrap_intervals(
         target_recall,
     )
     keys = [*INTERVAL_KEYS, *(f"{rate}_{name}" for name in thresholds for rate in ("tpr", "fpr"))]
-    return {key: _interval(column) for key, column in zip(keys, samples.T, strict=True)}
+    return {
+        key: _interval(column, len(present)) for key, column in zip(keys, samples.T, strict=True)
+    }
 
 
-def _interval(samples: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Return what holds 95 % of the draws that have a value, or ``None`` for want of them."""
+def _interval(samples: NDArray[np.float64], count: int) -> tuple[float, float] | None:
+    """Return an interval from the draws that have a value, or ``None`` for want of them.
+
+    What holds 95 % of the draws is too narrow for few identities: draws of ``n`` identities vary
+    less than samples do, by a factor of ``sqrt((n - 1) / n)``, and their spread is itself known
+    from ``n`` alone. So it is made wider by that factor and by Student's quantile over the normal
+    one. The distances are those of log-odds, so that it stays within 0 and 1.
+
+    Args:
+        samples: of one metric in [0, 1]; NaN where it is not defined.
+        count: identities that were drawn from.
+    """
     drawn = samples[~np.isnan(samples)]
     if 2 * len(drawn) < len(samples) or not len(drawn):
         return None
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
+    bounds = np.quantile(drawn, [tail, 0.5, 1 - tail])
+    if count < 2 or bounds[0] == bounds[2]:
+        return float(bounds[0]), float(bounds[2])
+    wider = stdtrit(count - 1, 1 - tail) / ndtri(1 - tail) * math.sqrt(count / (count - 1))
+    low, middle, high = logit(bounds.clip(_LEAST, 1 - _LEAST))
+    ends = expit([middle - wider * (middle - low), middle + wider * (high - middle)])
+    return float(min(ends[0], bounds[0])), float(max(ends[1], bounds[2]))
 
 
 def smallest_count(rate: float, total: int) -> int:

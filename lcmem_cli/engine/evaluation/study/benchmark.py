@@ -69,9 +69,7 @@ FIT_NOTE = (
     "the rates at a false-positive rate use thresholds fitted on {fit_split}; the false-positive "
     "rate that they reach here is another (fpr_at in benchmark_results.csv)"
 )
-FEW_NOTE = (
-    "{count} identities are few: a bootstrap over fewer than 30 gives intervals that are too short"
-)
+FEW_NOTE = "{count} identities are few: intervals by bootstrap are rough, however wide"
 ADAPTED_NOTE = (
     "(adapted): each data set's pairs are scored by the detector adapted to its TRAIN images, "
     "whose identities are not used"
