@@ -240,6 +240,15 @@ def test_an_audit_adapts_to_the_bank_alone(sets, tmp_path):
         assert match.score == pytest.approx(by_hand.score_features(*pair)[0], abs=1e-6)
     plain = audit(*sets, **given, adapt=False)
     assert plain.adapted_to is None and plain.fingerprint == network.fingerprint
+    assert plain.metrics.auth_pct == result.metrics.auth_pct
+    assert plain.metrics.null_auth_pct == result.metrics.null_auth_pct
+    matrix = network.score_matrix(
+        *(np.stack([rows[p][0] for p in sorted(f.iterdir())]) for f in sets)
+    )
+    own = network.score_matrix(*[np.stack([rows[p][0] for p in sorted(sets[1].iterdir())])] * 2)
+    np.fill_diagonal(own, -1)
+    authentic = matrix.max(axis=1) < own.max(axis=1)[matrix.argmax(axis=1)]
+    assert result.metrics.auth_pct == pytest.approx(100 * authentic.mean())
     split = audit(*sets, fpr=0.1, detector=network, null="split")
     assert split.adapted_to == 24 - split.null.num_not_searched < 24
     with pytest.raises(NotAdaptableError, match="only LCMem networks"):

@@ -30,7 +30,7 @@ from lcmem_cli.engine.evaluation.audit.run import audit
 from lcmem_cli.engine.reporter import SILENT
 
 Row = tuple[Path, str]
-RATE = 0.05
+RATE, SMALLEST = 0.05, 39
 
 
 class Scenarios:
@@ -105,6 +105,11 @@ class Scenarios:
         leaked = self.altered(training[: max(1, len(real) // 20)], "mirrored", ImageOps.mirror)
         return fresh, training, real + [(path, f"new-{name}") for path, name in leaked]
 
+    def smallest(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """No held-out images, and as few training images as the rate allows without them."""
+        training, real, fresh = self.deal()
+        return self.one(fresh + real), self.one(training)[:SMALLEST], []
+
     def collapsed(self) -> tuple[list[Row], list[Row], list[Row]]:
         """The generator repeats each of a few pictures twenty times, nearly alike."""
         fresh, training, real = self.kept()
@@ -126,6 +131,7 @@ SCENARIOS = {
     "identities in both sets": Scenarios.shared,
     "contaminated held-out images": Scenarios.contaminated,
     "mode collapse": Scenarios.collapsed,
+    "leave-one-out at its smallest": Scenarios.smallest,
 }
 
 
@@ -144,6 +150,7 @@ def main() -> int:
     parser.add_argument("filelist", type=Path)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--ds-name", action="append", help="default: ham_lesion, nih_cxr64")
+    parser.add_argument("--only", action="append", choices=SCENARIOS, help="default: all")
     parser.add_argument("--detector", default="lcmem")
     arguments = parser.parse_args()
     detector = load_detector(arguments.detector)
@@ -155,7 +162,7 @@ def main() -> int:
                     by_id[row["id"]].append((arguments.filelist.parent / row["path"]).absolute())
         with tempfile.TemporaryDirectory() as folder:
             scenarios = Scenarios(by_id, Path(folder), np.random.default_rng(0))
-            for scenario in SCENARIOS:
+            for scenario in arguments.only or SCENARIOS:
                 row = judge(name, scenario, scenarios, detector, arguments.draws)
                 print(json.dumps(row), flush=True)
     return 0
@@ -173,8 +180,8 @@ def judge(
             for what, rows in zip(("generated", "training", "held-out"), lists, strict=True)
         ]
         result = audit(
-            files[0], files[1], held_out=files[2], basedir="/", fpr=RATE, detector=detector,
-            verify=False, sensitivity=0, top_k=1, reporter=SILENT,
+            files[0], files[1], held_out=files[2] if lists[2] else None, basedir="/", fpr=RATE,
+            detector=detector, verify=False, sensitivity=0, top_k=1, reporter=SILENT,
         )  # fmt: skip
         flagged, images = flagged + result.num_flagged, images + result.num_queries
         more += result.more_than_chance is True

@@ -115,7 +115,7 @@ class Guard:
         # Keypoints are kept in memory: each query would add a file to a cache.
         quiet = dataclasses.replace(embedded.compute, cache=None, reporter=SILENT)
         sets = dataclasses.replace(embedded.sets, held_out=None)
-        self._embedded = dataclasses.replace(embedded, compute=quiet, sets=sets)
+        self._embedded = dataclasses.replace(embedded, compute=quiet, sets=sets, before=None)
         self._kept: collections.OrderedDict[int, NDArray[Any]] = collections.OrderedDict()
 
     @classmethod

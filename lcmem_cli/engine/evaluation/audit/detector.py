@@ -104,6 +104,7 @@ def adapt_if_asked(embedded: Embedded, request: AuditRequest) -> Embedded:
         sets=embedded.sets.map(lambda _, images: images.converted(convert)),
         adapted_to=num_images,
         convert=convert,
+        before=embedded,
     )
 
 

@@ -24,19 +24,18 @@ def measure_sets(embedded: Embedded, null: Null, found: Found, *, seed: int) -> 
         seed: of the cells of ``C_T``.
     """
     rows = embedded.sets.generated.rows
+    before = embedded.before or embedded
     best, null_best = found.best[rows], null.scores[:, 0]
     # Distances between training images are the detector's, so only its scores compare with them.
     searched, real = found.searched or found, null.searched or null
     auth = null_auth = copying = None
     if len(null.bank) >= 2:
-        auth = set_metrics.authentic_percentage(
-            searched.best[rows], _neighbours(embedded, null.bank, searched.rows[rows, 0])
-        )
+        auth = _authentic(before, null.bank, before.sets.generated.features, rows)
     # Images of a leave-one-out null are from the bank themselves, so they have neither figure.
     if null.kind != "leave-one-out":
         if len(null.bank) >= 2:
-            neighbours = _neighbours(embedded, null.bank, real.matches[:, 0])
-            null_auth = set_metrics.authentic_percentage(real.scores[:, 0], neighbours)
+            images = before.sets.held_out or before.sets.training
+            null_auth = _authentic(before, null.bank, images.features_of(null.rows))
         copying = _copying(embedded, null, best, seed)
     # An identical image stands first whatever its score, so scores are put in order again.
     ordered = np.sort(searched.scores, axis=1)[:, ::-1]
@@ -81,6 +80,22 @@ def _copying(embedded: Embedded, null: Null, best: Scores, seed: int) -> Copying
     null_features = null.images.features_of(null.rows)
     null_cells = search_training(embedded, null_features, landmarks, 1).rows[:, 0]
     return set_metrics.copying_statistic(best, null.scores[:, 0], cells, null_cells, seed=seed)
+
+
+def _authentic(
+    before: Embedded,
+    bank: NDArray[np.int64],
+    features: FloatArray,
+    rows: NDArray[np.int64] | slice = slice(None),
+) -> float | None:
+    """Return AuthPct of images with ``[n, d]`` features, of which ``rows`` count.
+
+    A detector that is adapted to the training images tells them apart better than others, so their
+    neighbours would lie too far. So it is the detector before adapting that measures.
+    """
+    found = search_training(before, features, bank, 1)
+    neighbours = _neighbours(before, bank, found.rows[:, 0])
+    return set_metrics.authentic_percentage(found.scores[rows, 0], neighbours[rows])
 
 
 def _neighbours(embedded: Embedded, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:

@@ -188,6 +188,7 @@ class Embedded:
         compute: how further work is done.
         adapted_to: training images that the detector was adapted to; ``None`` where it was not.
         convert: makes its features of those of the detector before; ``None`` where it was not.
+        before: the sets as that detector saw them.
     """
 
     detector: Detector
@@ -195,6 +196,7 @@ class Embedded:
     compute: Compute
     adapted_to: int | None = None
     convert: Callable[[FloatArray], FloatArray] | None = None
+    before: Embedded | None = None
 
     @property
     def knows_both_identities(self) -> bool:
