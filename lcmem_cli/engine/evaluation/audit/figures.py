@@ -24,18 +24,12 @@ def measure_sets(embedded: Embedded, null: Null, found: Found, *, seed: int) -> 
         seed: of the cells of ``C_T``.
     """
     rows = embedded.sets.generated.rows
-    before = embedded.before or embedded
     best, null_best = found.best[rows], null.scores[:, 0]
     # Distances between training images are the detector's, so only its scores compare with them.
     searched, real = found.searched or found, null.searched or null
-    auth = null_auth = copying = None
-    if len(null.bank) >= 2:
-        auth = _authentic(before, null.bank, before.sets.generated.features, rows)
-    # Images of a leave-one-out null are from the bank themselves, so they have neither figure.
-    if null.kind != "leave-one-out":
-        if len(null.bank) >= 2:
-            images = before.sets.held_out or before.sets.training
-            null_auth = _authentic(before, null.bank, images.features_of(null.rows))
+    auth, null_auth = _auth_percentages(embedded, null, searched, real)
+    copying = None
+    if null.kind != "leave-one-out":  # its images are from the bank themselves
         copying = _copying(embedded, null, best, seed)
     # An identical image stands first whatever its score, so scores are put in order again.
     ordered = np.sort(searched.scores, axis=1)[:, ::-1]
@@ -82,20 +76,31 @@ def _copying(embedded: Embedded, null: Null, best: Scores, seed: int) -> Copying
     return set_metrics.copying_statistic(best, null.scores[:, 0], cells, null_cells, seed=seed)
 
 
-def _authentic(
-    before: Embedded,
-    bank: NDArray[np.int64],
-    features: FloatArray,
-    rows: NDArray[np.int64] | slice = slice(None),
-) -> float | None:
-    """Return AuthPct of images with ``[n, d]`` features, of which ``rows`` count.
+def _auth_percentages(
+    embedded: Embedded, null: Null, searched: Found, real: Null
+) -> tuple[float | None, float | None]:
+    """Return AuthPct of the generated images, and of the null's where they are not from the bank.
 
     A detector that is adapted to the training images tells them apart better than others, so their
-    neighbours would lie too far. So it is the detector before adapting that measures.
+    neighbours would lie too far. So the detector before adapting searches again.
     """
-    found = search_training(before, features, bank, 1)
-    neighbours = _neighbours(before, bank, found.rows[:, 0])
-    return set_metrics.authentic_percentage(found.scores[rows, 0], neighbours[rows])
+    before, bank, rows = embedded.before, null.bank, embedded.sets.generated.rows
+    if len(bank) < 2:
+        return None, None
+    nearest = [(searched.best, searched.rows[:, 0]), (real.scores[:, 0], real.matches[:, 0])]
+    if before is not None:
+        images = before.sets.held_out or before.sets.training
+        shown = (before.sets.generated.features, images.features_of(null.rows))
+        tops = [search_training(before, features, bank, 1) for features in shown]
+        nearest = [(top.scores[:, 0], top.rows[:, 0]) for top in tops]
+
+    def percentage(scores: Scores, matches: NDArray[np.int64]) -> float | None:
+        neighbours = _neighbours(before or embedded, bank, matches)
+        return set_metrics.authentic_percentage(scores, neighbours)
+
+    (scores, matches), of_null = nearest
+    auth = percentage(scores[rows], matches[rows])
+    return auth, None if null.kind == "leave-one-out" else percentage(*of_null)
 
 
 def _neighbours(embedded: Embedded, bank: NDArray[np.int64], rows: NDArray[np.int64]) -> Scores:
