@@ -120,13 +120,12 @@ def test_adapting_names_a_file_that_changes_while_it_is_read(image_folder, tmp_p
     manifest = load_manifest(image_folder).select("TRAIN")
     victim = manifest.paths()[2]
 
-    def read_then_swap(self, manifest):
-        inputs = read(self, manifest)
+    def swap_then_read(self, manifest, **options):
         victim.write_bytes(manifest.paths()[0].read_bytes())
-        return inputs
+        return read(self, manifest, **options)
 
     read = last_layer._LastLayer.inputs
-    monkeypatch.setattr(last_layer._LastLayer, "inputs", read_then_swap)
+    monkeypatch.setattr(last_layer._LastLayer, "inputs", swap_then_read)
     with pytest.raises(InputError, match=f"{victim.name}: has changed while it was read"):
         adapt(make(tmp_path / "start.safetensors"), manifest)
 

@@ -217,6 +217,7 @@ def iter_readable(
     workers: int,
     batch_size: int,
     transform: Transform | None = None,
+    expected: Sequence[str | None] | None = None,
     reporter: Reporter = SILENT,
 ) -> Iterator[torch.Tensor]:
     """Load images as ``iter_images`` does where each of them is needed, with progress.
@@ -225,9 +226,16 @@ def iter_readable(
         ``[n, 3, size, size]`` float32 in [0, 1].
 
     Raises:
-        InputError: one cannot be read.
+        InputError: one cannot be read, or has another content than the expected one.
     """
-    batches = iter_images(paths, size, workers=workers, batch_size=batch_size, transform=transform)
+    batches = iter_images(
+        paths,
+        size,
+        workers=workers,
+        batch_size=batch_size,
+        transform=transform,
+        expected=expected,
+    )
     with reporter.task(task_name, len(paths), unit="image") as task:
         for batch in batches:
             for position, reason in batch.unreadable:

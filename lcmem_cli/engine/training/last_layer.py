@@ -15,7 +15,7 @@ from torch import nn
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.augment import Augmentation
-from lcmem_cli.engine.data.loading import CHANGED, Transform, hash_files, iter_readable
+from lcmem_cli.engine.data.loading import Transform, hash_files, iter_readable
 from lcmem_cli.engine.data.manifest import Manifest
 from lcmem_cli.engine.detectors.adapted import MIN_IMAGES, picture_weights, shrunk_whitening
 from lcmem_cli.engine.distributed import resolve_device
@@ -57,8 +57,7 @@ def adapt(
         )
     contents = hash_files(manifest.paths(), compute)[0]
     last = _LastLayer(checkpoint, compute)
-    inputs = last.inputs(manifest).double()
-    _check_unchanged(manifest, contents, compute)
+    inputs = last.inputs(manifest, contents=contents).double()
     weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
     outputs = (inputs @ weight.double().T + bias.double()).numpy()
     weights = picture_weights(outputs / np.linalg.norm(outputs, axis=1, keepdims=True))
@@ -76,18 +75,6 @@ def adapt(
         training=training,
         adapted_to=tuple(sorted({*filter(None, contents), *checkpoint.adapted_to})),
     )
-
-
-def _check_unchanged(manifest: Manifest, contents: Sequence[str | None], compute: Compute) -> None:
-    """Refuse images that changed while they were decoded: their hashes would name others.
-
-    Raises:
-        InputError: a file has another content than before.
-    """
-    now = hash_files(manifest.paths(), compute)[0]
-    for path, before, after in zip(manifest.paths(), contents, now, strict=True):
-        if before != after:
-            raise InputError(f"{path}: {CHANGED}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,11 +227,22 @@ class _LastLayer:
         self._image_size = checkpoint.image_size
 
     @torch.inference_mode()
-    def inputs(self, manifest: Manifest, *, transform: Transform | None = None) -> torch.Tensor:
+    def inputs(
+        self,
+        manifest: Manifest,
+        *,
+        transform: Transform | None = None,
+        contents: Sequence[str | None] | None = None,
+    ) -> torch.Tensor:
         """Return what the layer is given for each image, ``[N, d]`` float32 on the CPU.
 
+        Args:
+            manifest: the images.
+            transform: what is done to each.
+            contents: SHA-256 that each file had before.
+
         Raises:
-            InputError: an image cannot be read.
+            InputError: an image cannot be read, or has changed.
         """
         seen: list[torch.Tensor] = []
         hook = self.network.get_submodule(self.name).register_forward_pre_hook(
@@ -257,6 +255,7 @@ class _LastLayer:
             workers=self._compute.num_workers,
             batch_size=_BATCH,
             transform=transform,
+            expected=contents,
             reporter=self._compute.reporter,
         )
         for images in batches:

@@ -205,10 +205,11 @@ def read_bank(
             known = {row: store for row, store in stores.items() if store and hashes[row] in store}
             new = [row for row in mine if row not in known]
             read = pool.map(_read, [files[row] for row in new], [hashes[row] for row in new])
-            made, reasons = {}, {}
+            made = {}
             for row, (values, reason) in zip(new, read, strict=True):
-                made[row], reasons[row] = values, reason
-            changed += [row for row, reason in reasons.items() if reason == CHANGED]
+                made[row] = values
+                if reason == CHANGED:
+                    changed.append(row)
             _keep(cache, [(hashes[row], values) for row, values in made.items()], compute)
             for row, store in known.items():
                 made[row] = store.get_many([hashes[row]])[0][0]
