@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.loading import load_once
@@ -28,6 +26,7 @@ from lcmem_cli.engine.evaluation.audit.null import same_pixels
 from lcmem_cli.engine.evaluation.audit.search import search
 from lcmem_cli.engine.evaluation.audit.sets import ImageSet, Listing, embed_set, list_set
 from lcmem_cli.engine.evaluation.audit.verify import features_of
+from lcmem_cli.engine.evaluation.components import components
 from lcmem_cli.engine.files import folder_lock, jsonable, write_csv, write_json
 from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -263,8 +262,7 @@ class _Groups:
         found = self._compared(np.arange(count), candidates)
         edges = np.argwhere([[pair is not None for pair in row] for row in found])
         ends = candidates[edges[:, 0], edges[:, 1]]
-        graph = coo_array((np.ones(len(edges)), (edges[:, 0], ends)), shape=(count, count))
-        labels = connected_components(graph, directed=False)[1]
+        labels = components(np.stack([edges[:, 0], ends], axis=1), count)
         members: dict[int, list[int]] = {}
         for row, label in enumerate(labels.tolist()):
             members.setdefault(label, []).append(row)

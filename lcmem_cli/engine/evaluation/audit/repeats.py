@@ -16,6 +16,7 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.evaluation.audit.null import Null
 from lcmem_cli.engine.evaluation.audit.result import DifferentPictures
 from lcmem_cli.engine.evaluation.audit.sets import Embedded
+from lcmem_cli.engine.evaluation.components import components
 
 _BLOCK = 1024
 """Images that are compared with each other at once."""
@@ -36,7 +37,8 @@ def count_pictures(
     groups = generated.groups if generated.labelled else np.arange(generated.num_distinct)
     if flagged.any():
         limit = float(null.scores[:, 0].max())
-        groups = _joined(groups, _repeats(embedded.detector, generated.features, limit))
+        pairs = groups[_repeats(embedded.detector, generated.features, limit)]
+        groups = components(pairs, int(groups.max()) + 1)[groups]
     with_flag, with_copy = set(groups[flagged].tolist()), set(groups[copied].tolist())
     return DifferentPictures(
         num_pictures=len(np.unique(groups)),
@@ -73,15 +75,3 @@ def _repeats(detector: Detector, features: NDArray[Any], limit: float) -> NDArra
                 new.append(place)
         first = np.concatenate([first, rows[new]])
     return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def _joined(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the groups after those that a pair connects have become one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    size = int(groups.max()) + 1
-    ends = groups[pairs]
-    edges = coo_array((np.ones(len(pairs)), (ends[:, 0], ends[:, 1])), shape=(size, size))
-    number: NDArray[np.int64] = connected_components(edges, directed=False)[1]
-    return number[groups].astype(np.int64)

@@ -30,6 +30,7 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.result import BlankImage, SetSummary
+from lcmem_cli.engine.evaluation.components import components
 from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Unreadable
@@ -160,17 +161,12 @@ class ImageSet:
     @cached_property
     def groups(self) -> NDArray[np.int64]:
         """``[d]`` identity number of each content; identities that share a content are one."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
         # A graph of contents and identities with an edge per image: what hangs together is one.
         keys = [record.identity for record in self.records]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         id_nodes = self.num_distinct + np.array([numbers[key] for key in keys])
         size = self.num_distinct + len(numbers)
-        edges = coo_array((np.ones(len(self.rows)), (self.rows, id_nodes)), shape=(size, size))
-        groups: NDArray[np.int64] = connected_components(edges, directed=False)[1]
-        return groups[: self.num_distinct].astype(np.int64)
+        return components(np.stack([self.rows, id_nodes], axis=1), size)[: self.num_distinct]
 
     @property
     def labelled(self) -> bool:
