@@ -173,11 +173,12 @@ def conclude(
     matches = _matches(embedded, found, flags, request.top_k)
     flagged = [match for match in matches if match.rank == 1 and match.flagged]
     record_of = {match.match: sets.training.record_named(match.match) for match in flagged}
-    tiers = Counter(tier_of(found, flags, row, 0) for row in rows[image_flags].tolist())
+    flagged_rows = rows[image_flags].tolist()
+    tier_by_row = {row: tier_of(found, flags, row, 0) for row in set(flagged_rows)}
+    tiers = Counter(tier_by_row[row] for row in flagged_rows)
     verified = found.verification is not None
-    pictures = count_pictures(
-        embedded, null, flags.contents, _known_copies(found, flags, rows[image_flags])
-    )
+    copied = np.array([row for row, tier in tier_by_row.items() if tier != "alike"], np.int64)
+    pictures = count_pictures(embedded, null, flags.contents, copied)
     images = exposed_images(flagged, record_of)
     are_known = sets.training.summary.num_identities is not None
     identities = exposed_identities(flagged, record_of) if are_known else ()
@@ -227,13 +228,6 @@ def conclude(
         warnings=tuple(sentences.warnings(finding, circumstances)),
         gate=judge(finding),
     )
-
-
-def _known_copies(found: Found, flags: Flags, flagged: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return ``[d]`` which contents are known to copy their match, of those flagged."""
-    known = np.zeros(len(flags.contents), dtype=np.bool_)
-    known[flagged] = [tier_of(found, flags, row, 0) != "alike" for row in flagged.tolist()]
-    return known
 
 
 def _excess(

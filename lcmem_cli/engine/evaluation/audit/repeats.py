@@ -23,7 +23,7 @@ _BLOCK = 1024
 
 
 def count_pictures(
-    embedded: Embedded, null: Null, flagged: NDArray[np.bool_], copied: NDArray[np.bool_]
+    embedded: Embedded, null: Null, flagged: NDArray[np.bool_], copied: NDArray[np.int64]
 ) -> DifferentPictures:
     """Count the different pictures among the generated images.
 
@@ -31,7 +31,7 @@ def count_pictures(
         embedded: the sets.
         null: real images; pictures match that are more alike than each of them and its match.
         flagged: ``[d]`` of each distinct content, whether it is flagged.
-        copied: ``[d]`` whether it is flagged and known to be a copy.
+        copied: those that are flagged and known to be copies.
     """
     generated = embedded.sets.generated
     groups = generated.groups if generated.labelled else np.arange(generated.num_distinct)
