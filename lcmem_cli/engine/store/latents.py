@@ -320,7 +320,8 @@ def encode_latents(
         ranks.barrier()  # the plan is there
         shards = _Shards(output, len(manifest), plan["shard_records"])
         missing = _missing(shards, manifest, compute)
-        encoder = _Encoder(manifest, codec, shards, image_size, seed, compute)
+        encode = functools.partial(_encode, codec, seed=seed, precision=precision)
+        encoder = _Encoder(manifest, codec, shards, image_size, encode, compute)
         made = ranks.gather(encoder.run(ranks.share(missing)))  # also waits for every process
         _tell_remarks(manifest, [item for _, told in made for item in told], compute.reporter)
         if ranks.is_main:
@@ -547,7 +548,7 @@ class _Encoder:
         codec: what encodes them.
         shards: where the latents go.
         image_size: side in pixels.
-        seed: of posterior samples.
+        encode: makes latents of images and their names.
         compute: how it is done.
     """
 
@@ -557,15 +558,14 @@ class _Encoder:
         codec: Codec,
         shards: _Shards,
         image_size: int,
-        seed: int,
+        encode: Callable[[torch.Tensor, Sequence[str]], NDArray[np.float32]],
         compute: Compute,
     ) -> None:
         self.manifest, self.shards, self.compute = manifest, shards, compute
         self.image_size = image_size
         self.paths = manifest.paths()
         self.batching = Batching(compute.batch_size, codec.device, reporter=compute.reporter)
-        precision = resolve_precision(compute.precision or "fp32", codec.device)
-        self.encode = functools.partial(_encode, codec, seed=seed, precision=precision)
+        self.encode = encode
         self.is_light = (
             codec.device.type == "cpu" and codec.activation_bytes(image_size) <= _LIGHT_BYTES
         )
