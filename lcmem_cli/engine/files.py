@@ -253,9 +253,9 @@ def seen_from(folder: Path, path: str | Path) -> str:
         A relative path, or the absolute one where the two share nothing but the root.
     """
     base, target = folder.resolve(), Path(path).resolve()
-    shared = next((p for p in base.parents if p in target.parents and p != p.parent), None)
-    inside = base in (target, *target.parents)
-    return os.path.relpath(target, base) if inside or shared is not None else str(target)
+    if base.anchor != target.anchor or os.path.commonpath([base, target]) == base.anchor:
+        return str(target)
+    return os.path.relpath(target, base)
 
 
 def found_from(folder: Path, path: str | Path) -> str:

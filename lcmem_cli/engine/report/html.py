@@ -171,8 +171,9 @@ def _sheet_heads(result: Any) -> str:
     kind = {"fpr": "false-positive rate", "fdr": "false-discovery rate"}[result.rule.kind]
     about = f"{result.times.started[:10]} | {', '.join(sets)}"
     settings = f"{Path(result.detector).name} | {kind} {100 * result.rule.rate:.3g} %"
-    return f"@page {{ @top-left {{ content: {_css_text(about)} }} @top-right {{ content: " + (
-        f"{_css_text(settings)} }} }}\n"
+    return (
+        f"@page {{ @top-left {{ content: {_css_text(about)} }} "
+        f"@top-right {{ content: {_css_text(settings)} }} }}\n"
     )
 
 
