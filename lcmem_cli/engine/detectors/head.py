@@ -64,24 +64,16 @@ class HeadDetector(Detector):
         if self.is_approximate:
             found = approximate_top_k(queries, bank, self.weight, k)
         else:
-            found = self._exact_top_k(queries, bank, k)
+            found = device_search.top_k(
+                lambda: device_search.weighted_l1(self.weight, self.device),
+                partial(weighted_l1_matrix, weight=self.weight),
+                partial(weighted_l1_top_k, weight=self.weight),
+                queries,
+                bank,
+                k,
+                self.device,
+            )
         return found._replace(scores=self._probability(found.scores))
-
-    def _exact_top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-        def search(queries: FloatArray, bank: FloatArray, k: int) -> TopK:
-            return weighted_l1_top_k(queries, bank, self.weight, k)
-
-        if k < 1 or not device_search.is_worth_it(self.device, len(queries), len(bank)):
-            return search(queries, bank, k)
-        return device_search.top_k_on_device(
-            device_search.weighted_l1(self.weight, self.device),
-            partial(weighted_l1_matrix, weight=self.weight),
-            search,
-            queries,
-            bank,
-            k,
-            self.device,
-        )
 
     def adapted(self, features: FloatArray, contents: Sequence[str]) -> Adapted:
         """Return this detector adapted to one kind of images, see ``Detector.adapted``.

@@ -212,15 +212,12 @@ class JointDetector(Detector):
 
     def _top_pictures(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` most correlated rows of the bank; scores differ by the way."""
-        exact = partial(top_k_blocked, self._correlations)
         if 0 < len(queries) < _FEW_QUERIES:
             return self._closest_pictures(queries, bank, k)
-        if not device_search.is_worth_it(self.device, len(queries), len(bank)):
-            return exact(queries, bank, k)
-        return device_search.top_k_on_device(
-            device_search.cosine(bank.shape[1], centred=False),
+        return device_search.top_k(
+            lambda: device_search.cosine(bank.shape[1], centred=False),
             lambda a, b: a.astype(np.float64) @ b.astype(np.float64).T,
-            exact,
+            partial(top_k_blocked, self._correlations),
             queries,
             bank,
             k,

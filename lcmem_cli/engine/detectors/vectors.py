@@ -77,13 +77,11 @@ class VectorDetector(Detector):
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank, see ``Detector.top_k``."""
-        is_fast = self.likeness != "euclidean" and device_search.is_worth_it(
-            self.device, len(queries), len(bank)
-        )
-        if not is_fast or k < 1:
+        if self.likeness == "euclidean":
             return super().top_k(queries, bank, k)
-        return device_search.top_k_on_device(
-            device_search.cosine(bank.shape[1], centred=self.likeness == "correlation"),
+        is_centred = self.likeness == "correlation"
+        return device_search.top_k(
+            lambda: device_search.cosine(bank.shape[1], centred=is_centred),
             self.score_matrix,
             super().top_k,
             queries,

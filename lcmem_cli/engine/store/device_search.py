@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from lcmem_cli.engine.store.search import ScoreMatrix, TopK
+from lcmem_cli.engine.store.search import ScoreMatrix, Search, TopK
 
 SPARE = 8
 """Candidates beyond the matches that are wanted."""
@@ -25,8 +25,6 @@ LEAST_PAIRS = 10_000_000
 _QUERY_ROWS = 2048
 _BANK_ROWS = 16_384
 _HALF_STEP = 2.0**-24
-
-Search = Callable[[Any, Any, int], TopK]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +83,31 @@ def is_worth_it(device: torch.device, num_queries: int, num_rows: int) -> bool:
     return device.type == "cuda" and num_queries * num_rows >= LEAST_PAIRS
 
 
+def top_k(
+    make_score: Callable[[], DeviceScore],
+    exact: ScoreMatrix,
+    search: Search,
+    queries: NDArray[Any],
+    bank: NDArray[Any],
+    k: int,
+    device: torch.device,
+) -> TopK:
+    """Search on the device where that is worth it, else with ``search``; see ``top_k_on_device``.
+
+    Args:
+        make_score: makes what names candidates, if it is needed.
+        exact: see ``top_k_on_device``.
+        search: likewise.
+        queries: likewise.
+        bank: likewise.
+        k: likewise; ``search`` refuses less than 1.
+        device: likewise.
+    """
+    if k < 1 or not is_worth_it(device, len(queries), len(bank)):
+        return search(queries, bank, k=k)
+    return top_k_on_device(make_score(), exact, search, queries, bank, k, device)
+
+
 def top_k_on_device(
     score: DeviceScore,
     exact: ScoreMatrix,
@@ -119,7 +142,7 @@ def top_k_on_device(
             if len(numbers) < len(bank) and rough[i, -1] + margin >= values[order[-1]]:
                 unsure.append(start + i)  # a row that was not named may be as good
     if unsure:
-        found = search(queries[unsure], bank, k)
+        found = search(queries[unsure], bank, k=k)
         scores[unsure], rows[unsure] = found.scores, found.rows
     return TopK(scores, rows)
 
