@@ -89,3 +89,14 @@ def test_another_result_is_not_replaced_unasked(training, tmp_path, run_cli):
     (tmp_path / "out" / "duplicates.json").write_text("{}")
     shown = run_cli(*arguments(training, tmp_path / "out"), exit_code=2)
     assert "--overwrite" in shown.stderr
+
+
+def test_the_list_to_keep_names_the_folder_of_each_image(tmp_path, run_cli):
+    for folder in ("cats", "dogs"):  # few large ones, which an audit takes for classes
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        for number in range(11):
+            picture = draw_scene(100 * len(folder) + ord(folder[0]) + 7 * number, side=48)
+            picture.save(tmp_path / "set" / folder / f"{number}.png")
+    shown = run_cli("duplicates", tmp_path / "set", "--detector", "phash", "-o", tmp_path / "out")
+    assert "classes" not in shown.stderr
+    assert {row["id"] for row in rows(tmp_path / "out" / "keep.csv")} == {"cats", "dogs"}

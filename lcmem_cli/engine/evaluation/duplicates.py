@@ -22,6 +22,7 @@ from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.documents import FileName
 from lcmem_cli.engine.errors import InputError
+from lcmem_cli.engine.evaluation.audit.detector import DEFAULT_DETECTOR, DEFAULT_SIZE
 from lcmem_cli.engine.evaluation.audit.null import same_pixels
 from lcmem_cli.engine.evaluation.audit.search import search
 from lcmem_cli.engine.evaluation.audit.sets import ImageSet, Listing, embed_set, list_set
@@ -44,7 +45,6 @@ CSV_NAME = "duplicates.csv"
 KEEP_NAME = "keep.csv"
 COLUMNS = ("group", "path", "kept", "relation", "evidence", "edit")
 Relation = Literal["identical file", "same pixels", "same picture, altered"]
-_INPUT_SIZE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def find_duplicates(
     basedir: Path | None = None,
     columns: ListColumns = STANDARD,
     frames: Frames = "first",
-    detector: str = "joint",
+    detector: str = DEFAULT_DETECTOR,
     max_unreadable: int | None = None,
     device: str = "auto",
     precision: AskedPrecision | None = None,
@@ -162,12 +162,13 @@ def find_duplicates(
         basedir=basedir,
         columns=columns,
         frames=frames,
+        folders_are="identities",  # of which nothing is judged here: keep.csv tells each folder
         max_missing=max_unreadable,
         reporter=reporter,
     )
     name = detector if listing.index is None else listing.index.detector
     loaded = load_detector(
-        name, device=compute.device, input_size=_INPUT_SIZE, precision=compute.precision
+        name, device=compute.device, input_size=DEFAULT_SIZE, precision=compute.precision
     )
     if listing.index is not None:
         listing.index.check(loaded.fingerprint)
