@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -113,6 +114,23 @@ def random_checkpoint(spec: Any, codec: Any, *, image_size: int, seed: int = 0, 
         image_size=image_size,
         **more,
     )
+
+
+def with_threshold(checkpoint: Any) -> Any:
+    """Return a checkpoint with its fingerprint and a threshold for it."""
+    from lcmem_cli.engine.results import Threshold
+
+    made = checkpoint.with_fingerprint()
+    threshold = Threshold(
+        value=0.5,
+        kind="fpr",
+        rate=0.01,
+        fingerprint=made.fingerprint,
+        fitted_on="VAL",
+        num_positives=3,
+        num_negatives=100,
+    )
+    return dataclasses.replace(made, thresholds=(threshold,))
 
 
 def draw_identity(identity: int, variant: int, side: int = 48) -> Image.Image:

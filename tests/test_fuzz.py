@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import struct
@@ -10,7 +9,7 @@ import tarfile
 
 import pytest
 import torch
-from conftest import random_checkpoint, save_with_header
+from conftest import random_checkpoint, save_with_header, with_threshold
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -33,7 +32,6 @@ from lcmem_cli.engine.models.codec import CodecSpec
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.models.weights import read_state_dict
-from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.runs import write_run_files
 from lcmem_cli.engine.store.latents import LatentStore
 
@@ -312,18 +310,9 @@ def whole(tiny_codec, tmp_path_factory):
         std=(1.0,) * 4,
     )
     training = {"config": {"loss": {"alpha": 0.8}}}
-    made = random_checkpoint(spec, codec, image_size=32, training=training).with_fingerprint()
-    threshold = Threshold(
-        value=0.5,
-        kind="fpr",
-        rate=0.01,
-        fingerprint=made.fingerprint,
-        fitted_on="VAL",
-        num_positives=3,
-        num_negatives=100,
-    )
+    made = random_checkpoint(spec, codec, image_size=32, training=training)
     path = tmp_path_factory.mktemp("checkpoint") / "whole.safetensors"
-    ckpt.save_checkpoint(path, dataclasses.replace(made, thresholds=(threshold,)))
+    ckpt.save_checkpoint(path, with_threshold(made))
     return Whole(path)
 
 

@@ -1,12 +1,11 @@
 """What networks compute in: features near single precision's, and never mixed with them."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_checkpoint
+from conftest import random_checkpoint, with_threshold
 from PIL import Image
 
 from lcmem_cli.engine.compute import Compute
@@ -18,7 +17,6 @@ from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
 from lcmem_cli.engine.precision import resolve_precision
-from lcmem_cli.engine.results import Threshold
 from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
 
@@ -36,17 +34,8 @@ def checkpoint(tmp_path_factory):
         normalisation="none",
     )
     path = tmp_path_factory.mktemp("precision") / "tiny.safetensors"
-    made = random_checkpoint(spec, load_codec("none"), image_size=32).with_fingerprint()
-    threshold = Threshold(
-        value=0.5,
-        kind="fpr",
-        rate=0.01,
-        fingerprint=made.fingerprint,
-        fitted_on="VAL",
-        num_positives=1,
-        num_negatives=1,
-    )
-    save_checkpoint(path, dataclasses.replace(made, thresholds=(threshold,)))
+    made = random_checkpoint(spec, load_codec("none"), image_size=32)
+    save_checkpoint(path, with_threshold(made))
     return path
 
 
