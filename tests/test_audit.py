@@ -478,7 +478,7 @@ def test_a_generator_that_repeats_itself_is_judged_by_its_pictures(sets, tmp_pat
     def judged(generated):
         return audit(
             generated, sets / "train", held_out=sets / "held-out", fpr=0.05,
-            detector=SmallCorrelation(),
+            detector=SmallCorrelation(), output=tmp_path / "out", overwrite=True,
         )  # fmt: skip
 
     save_all(tmp_path / "generated", range(5000, 5030))
@@ -494,6 +494,8 @@ def test_a_generator_that_repeats_itself_is_judged_by_its_pictures(sets, tmp_pat
     assert result.pictures.num_pictures == once.pictures.num_pictures + 1
     assert once.more_than_chance is result.more_than_chance is False
     assert "different pictures" in result.verdict
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<small>of the pictures, 95 % interval</small>" in page
 
 
 def test_training_sets_of_one_identity_or_one_image_cannot_make_a_null(tmp_path):

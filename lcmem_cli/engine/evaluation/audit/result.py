@@ -510,6 +510,11 @@ class Finding:
         return f"{self.word} image"
 
     @property
+    def repeats(self) -> bool:
+        """Whether there are fewer different pictures than images."""
+        return self.pictures.num_pictures < self.num_queries
+
+    @property
     def more_than_chance(self) -> bool | None:
         """Whether more pictures are merely alike than chance explains; ``None``: no rate holds."""
         if self.comparable is False:

@@ -103,7 +103,7 @@ def _finding(finding: Finding) -> str:
     beyond = ""
     if finding.excess_interval is not None:
         low, high = (percent(bound) for bound in finding.excess_interval)
-        counts = "pictures" if finding.pictures.num_pictures < finding.num_queries else "images"
+        counts = "pictures" if finding.repeats else "images"
         beyond = f"; beyond chance {low} to {high} of the {counts} (95 % interval)"
     return (
         f"{finding.num_flagged:,} of {counted(finding.num_queries, finding.noun)} "
@@ -118,14 +118,13 @@ def verdict(finding: Finding) -> str:
     sentences = [*_leaked(finding), *_known(finding)]
     num_known, others = finding.num_flagged - finding.num_alike, finding.num_alike
     pictures = finding.pictures
-    repeats = pictures.num_pictures < num_queries
     chance = f"chance alone would flag about {rule.rate * pictures.num_pictures:.3g}"
     by_chance = f"{chance[0].upper()}{chance[1:]}: "
     if num_known:
         known = "of 1 other" if others == 1 else f"of {others:,} others"
-        once = f" ({counted(pictures.num_alike, 'different picture')})" if repeats else ""
+        once = f" ({counted(pictures.num_alike, 'different picture')})" if finding.repeats else ""
         by_chance = f"No more than likeness is known {known}{once}; {chance}: "
-    elif repeats:
+    elif finding.repeats:
         by_chance = (
             f"Of {counted(pictures.num_pictures, 'different picture')} "
             f"{pictures.num_alike:,} are flagged, and {chance}: "
@@ -351,7 +350,7 @@ def _about_the_sets(finding: Finding) -> Iterator[str]:
                 "Of more than 8 bits without a stated range, so its brightness was guessed "
                 f"from its values: {number}."
             )
-    if finding.pictures.num_pictures < finding.num_queries:
+    if finding.repeats:
         yield (
             f"The {finding.num_queries:,} {finding.noun}s are {finding.pictures.num_pictures:,} "
             "different pictures: equal files, images that match each other and images of one "
