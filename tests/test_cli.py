@@ -127,7 +127,6 @@ def test_every_command_and_flag_stands_in_the_reference_under_its_own_heading(na
         ("benchmark:BenchmarkOptions", "evaluation.study.benchmark:benchmark"),
         ("robustness:RobustnessOptions", "evaluation.study.robustness:robustness"),
         ("checkpoints:ConvertOptions", "models.convert:convert_reference"),
-        ("duplicates:DuplicatesOptions", "evaluation.duplicates:find_duplicates"),
         ("demo:DemoOptions", "evaluation.demo:run_demo"),
         ("hub:PushOptions", "models.hub:push"),
         ("hub:PullOptions", "models.hub:pull"),

@@ -46,7 +46,14 @@ def duplicates_command(options: DuplicatesOptions) -> None:
     from lcmem_cli.engine.evaluation.audit.wording import counted
     from lcmem_cli.engine.evaluation.duplicates import find_duplicates
 
-    result = find_duplicates(**options.arguments())
+    result = find_duplicates(
+        options.images,
+        reading=options.reading(options.max_unreadable, options.frames),
+        detector=options.detector,
+        compute=options.compute(cache=options.cache),
+        output=options.output,
+        overwrite=options.overwrite,
+    )
 
     def human() -> None:
         others = len(result.duplicates)

@@ -163,9 +163,7 @@ def query_index(options: QueryOptions) -> None:
         top_k=options.top_k,
         approximate=options.approximate,
         verify=options.verify is not False,
-        basedir=options.basedir,
-        columns=options.list_columns(),
-        max_unreadable=options.max_unreadable,
+        reading=options.reading(options.max_unreadable),
         compute=options.compute(),
     )
 
@@ -194,10 +192,7 @@ def _fill(
         options.source,
         options.index,
         load_detector(detector, device=options.device, precision=options.precision),
-        basedir=options.basedir,
-        columns=options.list_columns(),
-        frames=options.frames,
-        max_unreadable=options.max_unreadable,
+        reading=options.reading(options.max_unreadable, options.frames),
         only_listed=only_listed,
         keypoints=keypoints,
         compute=compute,

@@ -62,7 +62,6 @@ def latents(options: LatentsOptions) -> None:
         lcmem latents --filelist list.csv --codec codec --size 256 -o latents
     """
     from lcmem_cli.engine.config import Stage1Config, load_config
-    from lcmem_cli.engine.data.manifest import load_manifest
     from lcmem_cli.engine.distributed import resolve_device
     from lcmem_cli.engine.models.codec_loading import load_codec
     from lcmem_cli.engine.store.latents import encode_latents
@@ -71,13 +70,8 @@ def latents(options: LatentsOptions) -> None:
     compute = options.compute()
     config = load_config(options.config, Stage1Config)
     result = encode_latents(
-        load_manifest(
-            options.filelist,
-            basedir=options.basedir,
-            columns=options.list_columns(),
-            max_missing=options.max_unreadable,
-            frames=options.frames,
-            reporter=compute.reporter,
+        options.reading(options.max_unreadable, options.frames).load(
+            options.filelist, need_split=True, reporter=compute.reporter
         ),
         load_codec(
             options.codec or config.codec.name,

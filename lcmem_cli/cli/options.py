@@ -16,6 +16,7 @@ from lcmem_cli.cli import render
 
 if TYPE_CHECKING:
     from lcmem_cli.engine.compute import Compute
+    from lcmem_cli.engine.data.manifest import Reading
     from lcmem_cli.engine.data.tables import ListColumns
 
 INPUT, LISTS, JUDGING, COMPUTE, OUTPUT = (
@@ -175,6 +176,22 @@ class TableOptions(JsonOptions):
             sep=self.sep,
         )
 
+    def reading(self, max_unreadable: int | None, frames: Frames = "first") -> Reading:
+        """Return how lists are read.
+
+        Args:
+            max_unreadable: the command's option.
+            frames: the command's option, where it has one.
+        """
+        from lcmem_cli.engine.data.manifest import Reading
+
+        return Reading(
+            basedir=self.basedir,
+            columns=self.list_columns(),
+            frames=frames,
+            max_unreadable=max_unreadable,
+        )
+
     def arguments(self) -> dict[str, Any]:
         """Return the values, those about columns as one."""
         values = super().arguments()
@@ -220,8 +237,12 @@ class ComputeOptions(DecodeOptions):
         None,
     )
 
-    def compute(self) -> Compute:
-        """Return how the engine is to compute, as one value."""
+    def compute(self, *, cache: bool = False) -> Compute:
+        """Return how the engine is to compute, as one value.
+
+        Args:
+            cache: keep features in the user's cache.
+        """
         from lcmem_cli.engine.compute import Compute
 
         return Compute.start(
@@ -230,6 +251,7 @@ class ComputeOptions(DecodeOptions):
             batch_size=self.batch_size,
             workers=self.workers,
             reporter=render.reporter(),
+            cache=cache,
         )
 
 

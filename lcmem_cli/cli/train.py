@@ -59,14 +59,7 @@ class TrainingOptions(TableOptions):
 
     def load_manifest(self, filelist: Path) -> Manifest:
         """Return the images that are asked for."""
-        from lcmem_cli.engine.data.manifest import load_manifest
-
-        return load_manifest(
-            filelist,
-            basedir=self.basedir,
-            columns=self.list_columns(),
-            max_missing=self.max_unreadable,
-        )
+        return self.reading(self.max_unreadable).load(filelist, need_split=True)
 
 
 class TrainCodecOptions(ListOptions, TrainingOptions):

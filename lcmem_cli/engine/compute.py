@@ -45,7 +45,7 @@ class Compute:
         batch_size: int = 32,
         workers: int = -1,
         reporter: Reporter = SILENT,
-        cache: FeatureCaches | None = None,
+        cache: bool = False,
     ) -> Compute:
         """Join the group that this process was started in, if any, and let its first one speak.
 
@@ -55,11 +55,13 @@ class Compute:
             batch_size: see the class.
             workers: see the class.
             reporter: of the first process.
-            cache: see the class.
+            cache: keep features in the user's cache.
 
         Raises:
             ProcessLostError: the processes that the launcher started do not form one group.
         """
+        from lcmem_cli.engine.store.features import FeatureCaches  # which computes by this class
+
         ranks = current_ranks(device)
         return cls(
             device=device,
@@ -68,7 +70,7 @@ class Compute:
             workers=workers,
             ranks=ranks,
             reporter=reporter if ranks.is_main else SILENT,
-            cache=cache,
+            cache=FeatureCaches.of_user() if cache else None,
         )
 
     @property

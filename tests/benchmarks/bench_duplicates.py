@@ -53,7 +53,7 @@ def main() -> None:
         files = files[: given.images]
         with tempfile.TemporaryDirectory() as folder:
             originals = plant(Path(folder), files)
-            result = find_duplicates(folder, cache=False)
+            result = find_duplicates(folder)
         found = Counter(
             item.path.split("-")[1]
             for item in result.duplicates

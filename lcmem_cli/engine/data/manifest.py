@@ -150,6 +150,48 @@ class Manifest:
         return Manifest(records, self.basedir, self.source)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How lists of images are read; see ``load_manifest``.
+
+    Attributes:
+        basedir: folder that relative paths start from.
+        columns: what filelists call their columns.
+        frames: ``all`` lists each image of a file of several by itself.
+        max_unreadable: images that may be missing or unreadable; ``None``: any number.
+    """
+
+    basedir: Path | None = None
+    columns: ListColumns = STANDARD
+    frames: Frames = "first"
+    max_unreadable: int | None = None
+
+    def load(
+        self, source: Path, *, need_split: bool = False, reporter: Reporter = SILENT
+    ) -> Manifest:
+        """Read a list; see ``load_manifest``.
+
+        Args:
+            source: see there.
+            need_split: see there.
+            reporter: see there.
+        """
+        return load_manifest(
+            source,
+            basedir=self.basedir,
+            columns=self.columns,
+            need_split=need_split,
+            max_missing=self.max_unreadable,
+            frames=self.frames,
+            reporter=reporter,
+        )
+
+
+DEFAULT_READING = Reading()
+"""Filelists with the standard columns, of which any file may be unreadable."""
+STRICT_READING = Reading(max_unreadable=0)
+
+
 def load_manifest(
     source: Path,
     *,

@@ -14,10 +14,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.loading import load_once
-from lcmem_cli.engine.data.manifest import Frames, Manifest, Record, write_manifest
-from lcmem_cli.engine.data.tables import STANDARD, ListColumns
+from lcmem_cli.engine.data.manifest import (
+    DEFAULT_READING,
+    Manifest,
+    Reading,
+    Record,
+    write_manifest,
+)
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.registry import load_detector
 from lcmem_cli.engine.documents import FileName
@@ -29,10 +34,7 @@ from lcmem_cli.engine.evaluation.audit.sets import ImageSet, Listing, embed_set,
 from lcmem_cli.engine.evaluation.audit.verify import features_of
 from lcmem_cli.engine.evaluation.components import components
 from lcmem_cli.engine.files import folder_lock, jsonable, write_csv, write_json
-from lcmem_cli.engine.precision import AskedPrecision
-from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Result, Unreadable, check_unreadable
-from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.verification.bank import FeatureBank
 from lcmem_cli.engine.verification.candidates import PictureSearch, merged
 from lcmem_cli.engine.verification.evidence import describe
@@ -107,19 +109,11 @@ class DuplicatesResult(Result):
 def find_duplicates(
     images: str | Path,
     *,
-    basedir: Path | None = None,
-    columns: ListColumns = STANDARD,
-    frames: Frames = "first",
+    reading: Reading = DEFAULT_READING,
     detector: str = DEFAULT_DETECTOR,
-    max_unreadable: int | None = None,
-    device: str = "auto",
-    precision: AskedPrecision | None = None,
-    batch_size: int = 32,
-    workers: int = -1,
-    cache: bool = True,
+    compute: Compute = DEFAULT_COMPUTE,
     output: Path | None = None,
     overwrite: bool = False,
-    reporter: Reporter = SILENT,
 ) -> DuplicatesResult:
     """Find images of a set that show one picture: identical, re-encoded, mirrored, cropped.
 
@@ -128,43 +122,24 @@ def find_duplicates(
 
     Args:
         images: folder, filelist, archive, array or saved index.
-        basedir: see ``audit``.
-        columns: see ``audit``.
-        frames: see ``audit``.
+        reading: how the set is read.
         detector: name of what proposes candidates.
-        max_unreadable: unreadable images to tolerate; ``None``: any number.
-        device: see ``Compute``.
-        precision: see ``Compute``.
-        batch_size: see ``Compute``.
-        workers: see ``Compute``.
-        cache: keep features in the user's cache.
+        compute: how it is done.
         output: folder for ``duplicates.csv``, ``keep.csv`` and ``duplicates.json``.
         overwrite: replace another result there.
-        reporter: told progress and warnings.
 
     Raises:
         InputError: an argument is wrong, the set is empty, or ``output`` holds another result.
-        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
+        UnreadableLimitError: more images than tolerated could not be read.
     """
     if output is not None and (output / JSON_NAME).is_file() and not overwrite:
         raise InputError(f"{output}: holds a result; choose another folder, or pass --overwrite")
-    compute = Compute.start(
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-        reporter=reporter,
-        cache=FeatureCaches.of_user() if cache else None,
-    )
     listing = list_set(
         images,
         what="image",
-        basedir=basedir,
-        columns=columns,
-        frames=frames,
+        reading=reading,
         folders_are="identities",  # of which nothing is judged here: keep.csv tells each folder
-        max_missing=max_unreadable,
-        reporter=reporter,
+        reporter=compute.reporter,
     )
     name = detector if listing.index is None else listing.index.detector
     loaded = load_detector(
@@ -174,7 +149,7 @@ def find_duplicates(
         listing.index.check(loaded.fingerprint)
     found = embed_set(listing, loaded, compute)
     unreadable = found.summary.unreadable
-    check_unreadable(unreadable, max_unreadable)
+    check_unreadable(unreadable, reading.max_unreadable)
     duplicates = _Groups(found, loaded, compute).duplicates()
     left_out = {item.path for item in duplicates} | {item.path for item in unreadable}
     kept = [record for record in listing.records if record.path not in left_out]

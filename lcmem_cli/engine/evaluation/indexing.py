@@ -11,10 +11,15 @@ import numpy as np
 
 from lcmem_cli.engine.compute import DEFAULT_COMPUTE, Compute
 from lcmem_cli.engine.data.arrays import UNIT_RANGE, Images, ValueRange
-from lcmem_cli.engine.data.manifest import Frames, Manifest, is_filelist, load_manifest
+from lcmem_cli.engine.data.manifest import (
+    DEFAULT_READING,
+    STRICT_READING,
+    Manifest,
+    Reading,
+    is_filelist,
+)
 from lcmem_cli.engine.data.sources.in_memory import placed
 from lcmem_cli.engine.data.sources.opened import find_shards, is_there
-from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.options import absolute_name
@@ -131,10 +136,7 @@ def add_to_index(
     folder: Path,
     detector: Detector,
     *,
-    basedir: Path | None = None,
-    columns: ListColumns = STANDARD,
-    frames: Frames = "first",
-    max_unreadable: int = 0,
+    reading: Reading = STRICT_READING,
     only_listed: bool = False,
     keypoints: bool = False,
     compute: Compute = DEFAULT_COMPUTE,
@@ -149,10 +151,7 @@ def add_to_index(
         source: see ``load_manifest``.
         folder: the index.
         detector: what embeds; an index of another is refused.
-        basedir: folder that the paths of a filelist are relative to.
-        columns: what a filelist calls its columns.
-        frames: see ``load_manifest``.
-        max_unreadable: tolerated unreadable images.
+        reading: how the source is read.
         only_listed: refuse an index that holds images which the source does not list.
         keypoints: keep what verification needs of each image, ``ROW_BYTES`` of it, so that the
             files need not be there; an index that has them goes on keeping them.
@@ -165,15 +164,7 @@ def add_to_index(
         FolderBusyError: another process adds to the index.
     """
     ranks = compute.ranks
-    manifest = load_manifest(
-        source,
-        basedir=basedir,
-        columns=columns,
-        need_split=False,
-        max_missing=max_unreadable,
-        frames=frames,
-        reporter=compute.reporter,
-    )
+    manifest = reading.load(source, reporter=compute.reporter)
     # Held to the end: a second addition at the same time would number its segments alike.
     with folder_lock(folder) if ranks.is_main else contextlib.nullcontext():
         if ranks.is_main:
@@ -194,9 +185,8 @@ def add_to_index(
             f"{folder}: {addition.num_changed} file(s) have another content than when they were "
             "added; the index holds both contents"
         )
-    check_unreadable(
-        addition.unreadable, max_unreadable, remark="the readable ones are in the index"
-    )
+    remark = "the readable ones are in the index"
+    check_unreadable(addition.unreadable, reading.max_unreadable, remark=remark)
     return IndexingResult(
         folder=str(folder),
         detector=detector.name,
@@ -349,9 +339,7 @@ def query_index(
     top_k: int = 5,
     approximate: bool = False,
     verify: bool = True,
-    basedir: Path | None = None,
-    columns: ListColumns = STANDARD,
-    max_unreadable: int | None = None,
+    reading: Reading = DEFAULT_READING,
     compute: Compute = DEFAULT_COMPUTE,
 ) -> QueryResult:
     """Find the indexed images most like one image, or like each of a folder or filelist.
@@ -363,31 +351,20 @@ def query_index(
         top_k: matches per image.
         approximate: see ``audit``.
         verify: align the best candidates with their query, where their files are still there.
-        basedir: folder that a filelist's paths start from.
-        columns: what a filelist calls its columns.
-        max_unreadable: unreadable images to tolerate; ``None``: any number.
+        reading: how a list is read.
         compute: how the images are embedded.
 
     Raises:
         InputError: nothing readable to ask about.
-        UnreadableLimitError: more images than ``max_unreadable`` could not be read.
+        UnreadableLimitError: more images than tolerated could not be read.
         FingerprintMismatchError: the index is another detector's.
     """
     index = Index.open(folder)
     index.check(detector.fingerprint)
     is_image = is_there(query) and not (is_filelist(query) or find_shards(query))
-    paths = [query]
-    if not is_image:
-        listed = load_manifest(
-            query,
-            basedir=basedir,
-            columns=columns,
-            need_split=False,
-            max_missing=max_unreadable,
-        )
-        paths = listed.paths()
+    paths = [query] if is_image else reading.load(query).paths()
     embedded = embed_files(detector, paths, compute, with_blank=False)
-    check_unreadable(embedded.unreadable, max_unreadable)
+    check_unreadable(embedded.unreadable, reading.max_unreadable)
     if not len(embedded.features):
         reasons = "; ".join(f"{u.path}: {u.reason}" for u in embedded.unreadable[:3])
         reasons = reasons or "they show nothing but one colour"

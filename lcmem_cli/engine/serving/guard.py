@@ -32,9 +32,9 @@ from lcmem_cli.engine.data.manifest import Record
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.conclude import Flags, apply_rule, fit_rule, tier_of
-from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
-from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector, reopen
-from lcmem_cli.engine.evaluation.audit.null import independent, make_null, split_rows
+from lcmem_cli.engine.evaluation.audit.detector import choose_detector, reopen
+from lcmem_cli.engine.evaluation.audit.matching import match_sets
+from lcmem_cli.engine.evaluation.audit.null import split_rows
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest
 from lcmem_cli.engine.evaluation.audit.result import FlagRule, Match, SetSummary
 from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
@@ -51,7 +51,6 @@ from lcmem_cli.engine.evaluation.audit.verify import (
     ByPicture,
     features_of,
     is_to_verify,
-    verify_candidates,
     with_evidence,
 )
 from lcmem_cli.engine.reporter import SILENT, Reporter
@@ -239,14 +238,7 @@ class Guard:
                     f"read, {images.summary.unreadable[0].path} first; they are left out"
                 )
         plain = _without_generated(chosen, known, unseen, compute)
-        conditions = check_conditions(plain, seed=request.seed)
-        embedded = adapt_if_asked(plain, request)
-        null = make_null(embedded, request, NUM_CANDIDATES if verified else 2)
-        if verified:
-            none = best_matches(embedded, null.bank, NUM_CANDIDATES)
-            by_picture = ByPicture.beside(embedded, null)
-            null, _ = verify_candidates(embedded, by_picture, null, none)
-        null = independent(null, embedded, request)
+        conditions, embedded, null, _, _ = match_sets(plain, request, verified=verified)
         assert conditions.held_out is not None
         if conditions.held_out.comparable is False:
             reporter.warn(

@@ -221,9 +221,7 @@ def _training_set(settings: AuditSettings, detector: Detector, compute: Compute)
     listing = list_set(
         Path(settings.training),
         what="training",
-        basedir=None if settings.basedir is None else Path(settings.basedir),
-        columns=settings.columns,
-        frames=settings.frames,
+        reading=settings.reading,
         folders_are=settings.folders_are,
     )
     if listing.index is not None:

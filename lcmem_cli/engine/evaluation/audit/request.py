@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from lcmem_cli.engine.data.folders import FoldersAre
-from lcmem_cli.engine.data.manifest import Frames
+from lcmem_cli.engine.data.manifest import DEFAULT_READING, Frames, Reading
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.documents import FileName
@@ -32,9 +32,7 @@ class AuditRequest:
 
     sources: Sets[Source]
     fpr: float
-    basedir: Path | None = None
-    columns: ListColumns = dataclasses.field(default_factory=ListColumns)
-    frames: Frames = "first"
+    reading: Reading = DEFAULT_READING
     folders_are: FoldersAre = "auto"
     null: str | None = None
     bh: bool = False
@@ -47,7 +45,6 @@ class AuditRequest:
     confidence: float | None = None
     sensitivity: int | None = None
     fail_on: GateRule | None = None
-    max_unreadable: int | None = None
     seed: int = 0
     output: Path | None = None
     overwrite: bool = False
@@ -132,6 +129,12 @@ class AuditSettings(BaseModel):
     cache: bool
     fingerprint: str
     adapted_to: int | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How the sets were read."""
+        basedir = None if self.basedir is None else Path(self.basedir)
+        return Reading(basedir=basedir, columns=self.columns, frames=self.frames)
 
     def with_paths(self, change: Callable[[str], str]) -> AuditSettings:
         """Return the settings with each path of a set changed."""

@@ -22,28 +22,26 @@ from typing import Literal
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.arrays import UNIT_RANGE, ValueRange
 from lcmem_cli.engine.data.folders import FoldersAre
-from lcmem_cli.engine.data.manifest import is_list
+from lcmem_cli.engine.data.manifest import Reading, is_list
 from lcmem_cli.engine.data.sources.opened import has_metadata
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.base import Detector
 from lcmem_cli.engine.detectors.options import absolute_name
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.audit.conclude import conclude, flag
-from lcmem_cli.engine.evaluation.audit.conditions import check_conditions
-from lcmem_cli.engine.evaluation.audit.detector import adapt_if_asked, choose_detector
+from lcmem_cli.engine.evaluation.audit.detector import choose_detector
 from lcmem_cli.engine.evaluation.audit.figures import scores_to_draw
 from lcmem_cli.engine.evaluation.audit.files import refuse_other_audit, write_audit
 from lcmem_cli.engine.evaluation.audit.gate import gate_rule
 from lcmem_cli.engine.evaluation.audit.groups import group, group_names
+from lcmem_cli.engine.evaluation.audit.matching import match_sets
 from lcmem_cli.engine.evaluation.audit.null import (
     Null,
     check_size,
-    independent,
-    make_null,
 )
 from lcmem_cli.engine.evaluation.audit.request import AuditRequest, AuditSettings
 from lcmem_cli.engine.evaluation.audit.result import WORDS, AuditResult, Task
-from lcmem_cli.engine.evaluation.audit.search import Found, best_matches
+from lcmem_cli.engine.evaluation.audit.search import Found
 from lcmem_cli.engine.evaluation.audit.sensitivity import measure_sensitivity
 from lcmem_cli.engine.evaluation.audit.sets import (
     Embedded,
@@ -54,15 +52,13 @@ from lcmem_cli.engine.evaluation.audit.sets import (
     embed_set,
     list_set,
 )
-from lcmem_cli.engine.evaluation.audit.verify import ByPicture, is_to_verify, verify_candidates
+from lcmem_cli.engine.evaluation.audit.verify import is_to_verify
 from lcmem_cli.engine.evaluation.audit.wording import counted
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
-from lcmem_cli.engine.store.features import FeatureCaches
-from lcmem_cli.engine.verification.verify import NUM_CANDIDATES
 
 
 def audit(
@@ -186,9 +182,12 @@ def audit(
         )
         request = AuditRequest(
             sources=sources,
-            basedir=None if basedir is None else Path(basedir),
-            columns=columns,
-            frames=frames,
+            reading=Reading(
+                basedir=None if basedir is None else Path(basedir),
+                columns=columns,
+                frames=frames,
+                max_unreadable=max_unreadable,
+            ),
             folders_are=folders_are,
             null=null,
             fpr=fpr,
@@ -202,7 +201,6 @@ def audit(
             confidence=confidence,
             sensitivity=sensitivity,
             fail_on=gate_rule(fail_on),
-            max_unreadable=max_unreadable,
             seed=seed,
             output=None if output is None else Path(output),
             overwrite=overwrite,
@@ -216,7 +214,7 @@ def audit(
             batch_size=batch_size,
             workers=workers,
             reporter=reporter,
-            cache=FeatureCaches.of_user() if cache else None,
+            cache=cache,
         )
         result = carry_out(request, compute)
         weakref.finalize(result, stack.pop_all().close)  # it shows them in notebooks
@@ -234,7 +232,7 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     listings = list_sets(request, compute.reporter)
     group_of = None
     if request.group_by is not None:
-        group_of = group_names(request.group_by, listings.generated, request.columns)
+        group_of = group_names(request.group_by, listings.generated, request.reading.columns)
     detector = choose_detector(request, listings, compute)
     verified = is_to_verify(request, listings, detector, compute)
     if request.fail_on == "altered" and not verified:
@@ -245,15 +243,8 @@ def carry_out(request: AuditRequest, compute: Compute) -> AuditResult:
     settings = _settings(request, listings, detector, compute, verified)
     with _output_folder(request, settings, compute):
         plain = embed_sets(request, listings, detector, compute)
-        conditions = check_conditions(plain, seed=request.seed)
-        embedded = adapt_if_asked(plain, request)
-        k = NUM_CANDIDATES if verified else 2
-        null = make_null(embedded, request, k)
-        found = best_matches(embedded, null.bank, max(k, request.top_k))
-        by_picture = ByPicture.beside(embedded, null) if verified else None
-        if by_picture is not None:
-            null, found = verify_candidates(embedded, by_picture, null, found)
-        null = independent(null, embedded, request)
+        matched = match_sets(plain, request, verified=verified)
+        conditions, embedded, null, found, by_picture = matched
         _check_gate(request, embedded, null, found)
         found, flags = flag(embedded, null, found, request)
         sensitivity = measure_sensitivity(
@@ -285,16 +276,13 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
         InputError: a set is empty, ``basedir`` or ``columns`` has no effect, or the null is too
             small.
     """
-    basedir, kind = request.basedir, request.null_kind
+    reading, kind = request.reading, request.null_kind
     listings = request.sources.map(
         lambda what, source: list_set(
             source,
             what=WORDS[request.task] if what == "generated" else what,
-            basedir=basedir,
-            columns=request.columns,
-            frames=request.frames,
+            reading=reading,
             folders_are=request.folders_are,
-            max_missing=request.max_unreadable,
             reporter=reporter,
         )
     )
@@ -302,8 +290,8 @@ def list_sets(request: AuditRequest, reporter: Reporter) -> Sets[Listing]:
     if not any(map(is_list, sources)):
         told = any(map(has_metadata, sources))
         for option, is_given in (
-            ("--basedir", basedir is not None),
-            ("--path-column and the like", request.columns != STANDARD and not told),
+            ("--basedir", reading.basedir is not None),
+            ("--path-column and the like", reading.columns != STANDARD and not told),
         ):
             if is_given:
                 raise InputError(
@@ -329,7 +317,7 @@ def embed_sets(
     """
     sets = listings.map(lambda _, listing: embed_set(listing, detector, compute))
     unreadable = [item for _, images in sets.named() for item in images.summary.unreadable]
-    check_unreadable(unreadable, request.max_unreadable)
+    check_unreadable(unreadable, request.reading.max_unreadable)
     return Embedded(detector=detector, sets=sets, compute=compute)
 
 
@@ -355,9 +343,11 @@ def _settings(
     verified: bool,
 ) -> AuditSettings:
     paths = listings.map(lambda _, listing: str(Path(listing.source).resolve()))
+    basedir = request.reading.basedir
     resolved = {
+        **vars(request.reading),
         **vars(paths),
-        "basedir": None if request.basedir is None else str(request.basedir.resolve()),
+        "basedir": None if basedir is None else str(basedir.resolve()),
         "null": request.null_kind,
         "detector": absolute_name(detector.name),
         "input_size": detector.input_size,

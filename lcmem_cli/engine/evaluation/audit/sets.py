@@ -16,16 +16,16 @@ from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.arrays import Images, ValueRange
 from lcmem_cli.engine.data.folders import FoldersAre, meant
 from lcmem_cli.engine.data.manifest import (
-    Frames,
+    DEFAULT_READING,
+    Reading,
     Record,
     is_list,
-    load_manifest,
     names_identities,
     tells_identities,
 )
 from lcmem_cli.engine.data.sources.in_memory import placed
 from lcmem_cli.engine.data.sources.opened import has_metadata
-from lcmem_cli.engine.data.tables import STANDARD, ListColumns
+from lcmem_cli.engine.data.tables import STANDARD
 from lcmem_cli.engine.detectors.base import Detector, FloatArray
 from lcmem_cli.engine.detectors.embedding import allocate_features, embed_files
 from lcmem_cli.engine.errors import InputError
@@ -250,11 +250,8 @@ def list_set(
     source: Source,
     *,
     what: str,
-    basedir: Path | None = None,
-    columns: ListColumns = STANDARD,
-    frames: Frames = "first",
+    reading: Reading = DEFAULT_READING,
     folders_are: FoldersAre = "auto",
-    max_missing: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Listing:
     """List a folder, a filelist, a source of images or a saved index.
@@ -262,12 +259,8 @@ def list_set(
     Args:
         source: path, or an open index.
         what: name of the set in messages.
-        basedir: folder that the paths of a filelist are relative to.
-        columns: what a filelist calls its columns.
-        frames: see ``load_manifest``.
+        reading: how; what is about filelists has no effect on another source.
         folders_are: what the subfolders of a folder stand for.
-        max_missing: files of a filelist that may be missing and become unreadable ones; ``None``:
-            any number.
         reporter: told of files of a folder that are no images.
 
     Raises:
@@ -287,15 +280,10 @@ def list_set(
         )
     else:
         path = Path(source)
-        manifest = load_manifest(
-            path,
-            basedir=basedir if is_list(path) else None,
-            columns=columns if is_list(path) or has_metadata(path) else STANDARD,
-            need_split=False,
-            max_missing=max_missing,
-            frames=frames,
-            reporter=reporter,
-        )
+        if not is_list(path):
+            columns = reading.columns if has_metadata(path) else STANDARD
+            reading = dataclasses.replace(reading, basedir=None, columns=columns)
+        manifest = reading.load(path, reporter=reporter)
         records, taken_for = manifest.records, None
         if path.is_dir() and any("/" in record.path for record in records):
             taken_for = meant([record.path for record in records], folders_are)

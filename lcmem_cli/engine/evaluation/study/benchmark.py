@@ -15,7 +15,7 @@ import numpy as np
 
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Manifest, Record, load_manifest
+from lcmem_cli.engine.data.manifest import Manifest, Reading, Record
 from lcmem_cli.engine.data.pairs import PairSet, all_pairs, dataset_name, reference_pairs
 from lcmem_cli.engine.data.tables import STANDARD, ListColumns
 from lcmem_cli.engine.detectors.adapted import some_images
@@ -51,7 +51,6 @@ from lcmem_cli.engine.files import sha256_bytes
 from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
-from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore
 
 FPR_RATES = (0.01, 0.001)
@@ -180,8 +179,7 @@ def benchmark(
     request = BenchmarkRequest(
         filelist=filelist,
         output=output,
-        basedir=basedir,
-        columns=columns,
+        reading=Reading(basedir=basedir, columns=columns, max_unreadable=max_unreadable),
         detectors=detectors,
         ds_names=ds_names,
         pairs=pairs,
@@ -195,7 +193,6 @@ def benchmark(
         latex=latex,
         strict=strict,
         overwrite=overwrite,
-        max_unreadable=max_unreadable,
     )
     compute = Compute.start(
         device=device,
@@ -203,7 +200,7 @@ def benchmark(
         batch_size=batch_size,
         workers=workers,
         reporter=reporter,
-        cache=FeatureCaches.of_user() if cache else None,
+        cache=cache,
     )
     return run_study(Benchmark.prepare(request, compute), compute)
 
@@ -229,13 +226,10 @@ class Benchmark(Study[BenchmarkResult]):
     def prepare(cls, request: BenchmarkRequest, compute: Compute) -> Benchmark:
         """Make the pairs and find the detectors; see ``benchmark`` for the errors."""
         store = None if request.latents is None else LatentStore.open(request.latents)
-        manifest = load_manifest(
-            request.filelist,
-            basedir=request.basedir,
-            columns=request.columns,
-            # Where latents are stored, the files may have gone.
-            max_missing=None if store is not None else request.max_unreadable,
-        )
+        reading = request.reading
+        if store is not None:  # where latents are stored, the files may have gone
+            reading = dataclasses.replace(reading, max_unreadable=None)
+        manifest = reading.load(request.filelist, need_split=True)
         images = pair_images(manifest, request, compute.reporter)
         if not len(images.test):
             raise InputError(

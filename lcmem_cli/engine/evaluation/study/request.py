@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcmem_cli.engine.data.manifest import Record
+from lcmem_cli.engine.data.manifest import Reading, Record
 from lcmem_cli.engine.data.pairs import PairSet
-from lcmem_cli.engine.data.tables import ListColumns
 from lcmem_cli.engine.detectors.options import take_label
 from lcmem_cli.engine.detectors.registry import check_name
 from lcmem_cli.engine.errors import InputError, WeightsFileNeededError
@@ -29,8 +28,7 @@ class StudyRequest(abc.ABC):
 
     filelist: Path
     output: Path
-    basedir: Path | None
-    columns: ListColumns
+    reading: Reading
     detectors: Sequence[str]
     ds_names: Sequence[str] | None
     split: str
@@ -39,7 +37,6 @@ class StudyRequest(abc.ABC):
     input_size: int
     strict: bool
     overwrite: bool
-    max_unreadable: int | None
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before any work."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.compute import Compute
 from lcmem_cli.engine.data.images import load_image, to_tensor
 from lcmem_cli.engine.data.loading import hash_files
-from lcmem_cli.engine.data.manifest import Record, load_manifest
+from lcmem_cli.engine.data.manifest import Reading, Record
 from lcmem_cli.engine.data.pairs import (
     PairSet,
     identity_numbers,
@@ -67,7 +67,6 @@ from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.precision import AskedPrecision
 from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import Threshold
-from lcmem_cli.engine.store.features import FeatureCaches
 
 DEFAULT_RATES: Mapping[FitRule, float] = {"fpr": 0.01, "recall": 0.95}
 SUITES: Mapping[str, tuple[Setting, ...]] = {
@@ -199,8 +198,7 @@ def robustness(
     request = RobustnessRequest(
         filelist=filelist,
         output=output,
-        basedir=basedir,
-        columns=columns,
+        reading=Reading(basedir=basedir, columns=columns, max_unreadable=max_unreadable),
         detectors=detectors,
         ds_names=ds_names,
         suite=suite,
@@ -215,7 +213,6 @@ def robustness(
         round_trip=round_trip,
         strict=strict,
         overwrite=overwrite,
-        max_unreadable=max_unreadable,
     )
     compute = Compute.start(
         device=device,
@@ -223,7 +220,7 @@ def robustness(
         batch_size=batch_size,
         workers=workers,
         reporter=reporter,
-        cache=FeatureCaches.of_user() if cache else None,
+        cache=cache,
     )
     return run_study(Robustness.prepare(request, compute), compute)
 
@@ -254,12 +251,7 @@ class Robustness(Study[RobustnessResult]):
         if request.round_trip is not None:
             codec = _load_round_trip(request.round_trip, compute.device, request.input_size)
             settings += (Setting(VAE_ROUND_TRIP, 1.0),)
-        manifest = load_manifest(
-            request.filelist,
-            basedir=request.basedir,
-            columns=request.columns,
-            max_missing=request.max_unreadable,
-        )
+        manifest = request.reading.load(request.filelist, need_split=True)
         images = pair_images(manifest, request, compute.reporter)
         request, note = _with_support(images, request)
         available = find_detectors(request, compute)

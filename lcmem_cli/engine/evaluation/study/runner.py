@@ -240,7 +240,7 @@ def _without_unreadable(
 ) -> Scored:
     """Drop the pairs that some detector could not score, so that all are judged on the same."""
     request, images = study.request, study.images
-    unreadable = _all_unreadable(parts.values(), request.max_unreadable, reporter)
+    unreadable = _all_unreadable(parts.values(), request.reading.max_unreadable, reporter)
     keep = ~np.any([np.isnan(part.test) for part in parts.values()], axis=0)
     fits = [part.fit for part in parts.values() if part.fit is not None]
     keep_fit = ~np.any([np.isnan(scores) for scores in fits], axis=0)
