@@ -248,25 +248,24 @@ def _score(
         aligned, values = _align(paths, embedded, files, compute)
         if isinstance(chosen, AuditThreshold):
             scores = fuse(scores, values)
-    scored = []
-    for index, (pair, contents) in enumerate(zip(pairs, rows.tolist(), strict=True)):
-        known = None if math.isnan(scores[index]) else float(scores[index])
-        evidence = None if known is None else aligned[index]
-        match = None
-        if known is not None:
-            colours = remarks[files[index], BLANK].tolist()
-            match = _decide(known, evidence, colours, chosen, detector.fingerprint)
-        scored.append(
-            PairScore(
-                path_a=str(pair[0]),
-                path_b=str(pair[1]),
-                score=known,
-                match=match,
-                identical=known is not None and contents[0] == contents[1],
-                form=forms.get(index),
-                evidence=evidence,
-            )
+
+    def judged(index: int) -> PairScore:
+        path_a, path_b = map(str, pairs[index])
+        if math.isnan(scores[index]):
+            return PairScore(path_a=path_a, path_b=path_b, score=None, match=None, identical=False)
+        score, evidence = float(scores[index]), aligned[index]
+        colours = remarks[files[index], BLANK].tolist()
+        return PairScore(
+            path_a=path_a,
+            path_b=path_b,
+            score=score,
+            match=_decide(score, evidence, colours, chosen, detector.fingerprint),
+            identical=bool(rows[index, 0] == rows[index, 1]),
+            form=forms.get(index),
+            evidence=evidence,
         )
+
+    scored = [judged(index) for index in range(len(pairs))]
     if chosen is not None and chosen.num_positives:  # not by an audit
         _warn_of_pages(scored, remarks[files, PAGE].all(axis=1).tolist(), compute.reporter)
     return InferenceResult(

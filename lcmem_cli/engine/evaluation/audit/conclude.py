@@ -155,6 +155,7 @@ def tier_of(found: Found, flags: Flags, row: int, rank: int) -> Tier | None:
     return "same picture, altered" if found.values[row, rank] >= SAME_PICTURE else "alike"
 
 
+# Long by the fields of the result, of which each has a line.
 def conclude(
     request: AuditRequest,
     embedded: Embedded,

@@ -61,6 +61,7 @@ from lcmem_cli.engine.reporter import SILENT, Reporter
 from lcmem_cli.engine.results import check_unreadable
 
 
+# Long by its arguments and what is said of each: the public signature stays flat.
 def audit(
     generated: Given,
     against: Given,
