@@ -309,16 +309,18 @@ class Guard:
         shown = [query for query in queries if not query.is_blank]
         if not shown:
             return [query.blank_verdict for query in queries]
-        batch = pixels_to_tensor(np.stack([query.pixels for query in shown]))
-        generated = _image_set(shown, self.detector.embed_batch(batch))
-        sets = dataclasses.replace(self._embedded.sets, generated=generated)
-        embedded = dataclasses.replace(self._embedded, sets=sets)
-        found = best_matches(embedded, self._bank, NUM_CANDIDATES if self.verified else 2)
-        if self.verified:
+        with ThreadPoolExecutor(1) as beside:  # keypoints need neither features nor candidates
+            keypoints = beside.submit(_bank_of, shown) if self.verified else None
+            batch = pixels_to_tensor(np.stack([query.pixels for query in shown]))
+            generated = _image_set(shown, self.detector.embed_batch(batch))
+            sets = dataclasses.replace(self._embedded.sets, generated=generated)
+            embedded = dataclasses.replace(self._embedded, sets=sets)
+            found = best_matches(embedded, self._bank, NUM_CANDIDATES if self.verified else 2)
+        if keypoints is not None:
             searched, found = found, self._by_picture.with_found(found, generated.features)
             candidates = found.rows[:, :NUM_CANDIDATES]
             bank = self._training_bank(np.unique(candidates))
-            verification = verify(_bank_of(shown), bank, candidates, embedded.compute)
+            verification = verify(keypoints.result(), bank, candidates, embedded.compute)
             found = with_evidence(found, verification, searched)
         found, flags = apply_rule(found, self.rule, self._null_scores)
         flags = dataclasses.replace(flags, pixels=self._same_pixels(shown, found, flags))
