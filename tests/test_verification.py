@@ -237,6 +237,11 @@ def test_threads_cache_and_order_change_nothing(folder: Path, tmp_path: Path) ->
             np.testing.assert_array_equal(values, expected)
     turned = verify(*banks(folder, Compute()), CANDIDATES[:, ::-1], Compute(workers=3)).values
     np.testing.assert_array_equal(turned[:, ::-1], expected)
+    queries, training = banks(folder, Compute())
+    for number, row in enumerate(expected):  # of a single query threads share the candidates
+        alone = FeatureBank(queries.rows[number : number + 1])
+        found = verify(alone, training, CANDIDATES[number : number + 1], Compute(workers=3))
+        np.testing.assert_array_equal(found.values[0], row)
 
 
 def test_a_bank_of_some_images_reads_only_these(folder: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -165,28 +165,35 @@ class Evidence:
 
 
 def find_alignments(
-    features: LocalFeatures, candidates: Sequence[LocalFeatures | None]
+    features: LocalFeatures,
+    candidates: Sequence[LocalFeatures | None],
+    each: Callable[..., Iterable[Any]] = map,
 ) -> list[Found | None]:
     """Align a query with each of its candidates.
 
     Args:
         features: of the query.
         candidates: of training images, the likeliest first; ``None`` where one is unreadable.
+        each: does as ``map`` does, perhaps by threads.
 
     Returns:
         The best supported alignment of each, ``None`` where no alignment was found. Correlation is
         tried for the likeliest where keypoints leave doubt, and for none beside a sure copy.
     """
     query = prepared(features)
-    found = [None if t is None else by_keypoints(query, t) for t in candidates]
+    found = list(each(lambda t: None if t is None else by_keypoints(query, t), candidates))
     if max((pair.value for pair in found if pair is not None), default=0) >= SURELY_SAME:
         return found
-    for rank, training in enumerate(candidates[:_CORRELATED]):
-        known = found[rank]
-        if training is not None and (known is None or known.value < _SURE):
-            other = by_correlation(query, training)
-            if other is not None and (known is None or other.value > known.value):
-                found[rank] = other
+
+    def correlated(known: Found | None, training: LocalFeatures | None) -> Found | None:
+        if training is None or (known is not None and known.value >= _SURE):
+            return known
+        other = by_correlation(query, training)
+        if other is None or (known is not None and other.value <= known.value):
+            return known
+        return other
+
+    found[:_CORRELATED] = each(correlated, found[:_CORRELATED], candidates[:_CORRELATED])
     return found
 
 

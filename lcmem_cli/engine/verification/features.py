@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import ThreadpoolController
 
 from lcmem_cli.engine.files import sha256_bytes
 
@@ -140,10 +142,19 @@ def _resized(grey: NDArray[Any], side: int) -> NDArray[np.uint8]:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Keep OpenCV from starting threads of its own: pictures are shared out to threads instead."""
+    """Keep OpenCV and BLAS from starting threads: pictures are shared out to threads instead.
+
+    Those of BLAS also go on waiting for work on a core of their own after each product.
+    """
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        yield
+        with _loaded_libraries().limit(limits=1, user_api="blas"):
+            yield
     finally:
         cv2.setNumThreads(before)
+
+
+@functools.cache
+def _loaded_libraries() -> ThreadpoolController:
+    return ThreadpoolController()

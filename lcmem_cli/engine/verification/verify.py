@@ -118,23 +118,25 @@ def verify(
         candidates: ``[n, k]`` numbers of images in ``training``.
         compute: threads, processes and progress; none of it changes the result.
     """
-
-    def align(number: int) -> NDArray[np.void]:
-        query, rows = queries[number], candidates[number]
-        if query is None:
-            return _packed([None] * len(rows))
-        return _packed(find_alignments(query, [training[row] for row in rows]))
-
     found = np.empty(candidates.shape, ALIGNMENT)
     with (
         single_threaded(),
         ThreadPoolExecutor(max(1, compute.num_workers)) as pool,
         compute.reporter.task("verifying", len(candidates), unit="image") as task,
     ):
+        # Threads share the queries; of a single one they share the candidates.
+        outer, inner = (map, pool.map) if len(candidates) == 1 else (pool.map, map)
+
+        def align(number: int) -> NDArray[np.void]:
+            query, rows = queries[number], candidates[number]
+            if query is None:
+                return _packed([None] * len(rows))
+            return _packed(find_alignments(query, [training[row] for row in rows], inner))
+
         for start in range(0, len(candidates), _ROUND_QUERIES):
             part = range(start, min(start + _ROUND_QUERIES, len(candidates)))
             mine = compute.ranks.share(part)
-            aligned = dict(zip(mine, pool.map(align, mine), strict=True))
+            aligned = dict(zip(mine, outer(align, mine), strict=True))
             for others in compute.ranks.gather(aligned):
                 for number, row in others.items():
                     found[number] = row
