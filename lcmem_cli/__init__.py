@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lcmem_cli.cli.render import show_progress as show_progress
     from lcmem_cli.engine.data.sources.in_memory import in_memory as in_memory
     from lcmem_cli.engine.detectors.base import Detector as Detector
     from lcmem_cli.engine.detectors.registry import load_detector as load_detector
@@ -39,6 +40,7 @@ _EXPORTS = {
     "keep_freed_memory": "lcmem_cli.engine.distributed",
     "load_detector": "lcmem_cli.engine.detectors.registry",
     "log_flagged_share": "lcmem_cli.engine.serving.metric",
+    "show_progress": "lcmem_cli.cli.render",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "keep_freed_memory",
     "load_detector",
     "log_flagged_share",
+    "show_progress",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -15,9 +16,11 @@ from conftest import Listener
 from PIL import Image
 
 from lcmem_cli.engine.compute import Compute
+from lcmem_cli.engine.data import loading
 from lcmem_cli.engine.data.batching import AUTO, Batching
 from lcmem_cli.engine.data.manifest import load_manifest
 from lcmem_cli.engine.data.perturb import Setting
+from lcmem_cli.engine.data.reading import read_bytes
 from lcmem_cli.engine.detectors import embedding
 from lcmem_cli.engine.detectors.embedding import EmbeddedFiles
 from lcmem_cli.engine.detectors.pixel import MSE, PHash
@@ -27,6 +30,7 @@ from lcmem_cli.engine.distributed import Ranks
 from lcmem_cli.engine.errors import InputError, LcmemError
 from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.codec_loading import load_codec
+from lcmem_cli.engine.store import features
 from lcmem_cli.engine.store import latents as latent_store
 from lcmem_cli.engine.store.features import FeatureCaches
 from lcmem_cli.engine.store.latents import LatentStore, encode_latents
@@ -187,6 +191,42 @@ def test_a_second_run_embeds_nothing(paths: list[Path], tmp_path: Path) -> None:
     other = Counting()
     other.fingerprint = "d" * 64
     assert embed_files(other, paths, cache=FeatureCaches(tmp_path / "cache")).encoder_passes == 5
+
+
+def test_files_that_have_not_changed_are_not_read_again(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_PART_FILES", 4)
+    monkeypatch.setattr(features, "SETTLED_SECONDS", -3600.0)  # the files are new
+    read: list[Path] = []
+
+    def reading(path: Path) -> tuple[bytes | None, str]:
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(loading, "read_bytes", reading)
+
+    def run() -> EmbeddedFiles:
+        read.clear()
+        return embed_files(Counting(), paths, cache=FeatureCaches(tmp_path / "cache"))
+
+    first = run()
+    assert read == paths
+    same(run(), first)
+    assert read == [paths[i] for i in (1, 6, 7, 8)]  # unreadable ones, and a copy
+    told = paths[2].stat()
+    paths[2].write_bytes(paths[3].read_bytes().ljust(told.st_size, b"\0")[: told.st_size])
+    os.utime(paths[2], ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert run().content_hashes[2] != first.content_hashes[2] and paths[2] in read
+
+
+def test_files_that_changed_just_now_are_read_again(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_files(Counting(), paths, cache=FeatureCaches(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "read_bytes", None)
+    with pytest.raises(TypeError):
+        embed_files(Counting(), paths[:1], cache=FeatureCaches(tmp_path / "cache"))
 
 
 class Interrupted(Counting):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from test_docs import ROOT
 
+from lcmem_cli.engine.data.scenes import draw_scene
+
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -45,3 +47,30 @@ def test_the_notebook_of_the_guard_runs(tmp_path, monkeypatch):
     assert shown[6].tolist() == [False, True]
     assert names["metric"].num_images == 12
     assert [step for step, _ in names["logged"]] == [500, 1000]
+
+
+SHOWING = """
+from lcmem_cli import audit, show_progress
+audit("set", "set", detector="mse", input_size=16, null="leave-one-out", fpr=0.1, verify=False,
+      cache=False, batch_size=1, reporter=show_progress()).num_queries
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_one_bar_of_all_sets_and_the_warnings(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    (tmp_path / "set").mkdir()
+    for number in range(150):
+        draw_scene(number).save(tmp_path / "set" / f"{number}.png")
+    notebook = new_notebook(cells=[new_code_cell(SHOWING)])
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}})
+    shown = []
+    keep = client.process_message
+    client.process_message = lambda message, *rest: shown.append(message) or keep(message, *rest)
+    client.execute()
+    texts = [message["content"].get("data", {}).get("text/html", "") for message in shown]
+    assert any("embedding (mse)" in text and "/300" in text for text in texts)
+    assert any("warning: Generated and training set are the same" in text for text in texts)
+    assert notebook.cells[0].outputs[-1].data["text/plain"] == "150"

@@ -236,6 +236,18 @@ def reporter() -> Reporter:
     return _RichReporter() if sys.stderr.isatty() else _PlainReporter()
 
 
+def show_progress() -> Reporter:
+    """Return a reporter for Python: bars, warnings and events, in a terminal or a notebook.
+
+    A notebook needs ``ipywidgets`` for bars.
+
+    Example:
+        >>> from lcmem_cli import audit, show_progress
+        >>> result = audit("generated", "training", reporter=show_progress())  # doctest: +SKIP
+    """
+    return _RichReporter()
+
+
 def may_color() -> bool:
     """Return whether a terminal may be sent colours; some users want none (no-color.org)."""
     return not os.environ.get("NO_COLOR")
@@ -394,7 +406,7 @@ class _JsonTask(Task):
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.done = 0
+        self.done = self.fresh = 0
         self.began = self.last = time.monotonic()
 
     def __enter__(self) -> _JsonTask:
@@ -403,16 +415,21 @@ class _JsonTask(Task):
 
     def advance(self, steps: int = 1, **fields: object) -> None:
         self.done += steps
-        if time.monotonic() - self.last >= self.SECONDS_BETWEEN_LINES:
-            self.last = time.monotonic()
+        self.fresh += steps
+        seconds = time.monotonic() - self.last
+        if seconds >= self.SECONDS_BETWEEN_LINES:
+            left = None if self.total is None else self.total - self.done
             _log_line(
                 "info",
                 "progress",
                 task=self.description,
                 done=self.done,
                 total=self.total,
+                # By the latest pace: what an earlier run left done goes by much faster.
+                seconds_left=None if left is None else round(left * seconds / max(self.fresh, 1)),
                 **fields,
             )
+            self.last, self.fresh = time.monotonic(), 0
 
     def __exit__(
         self,

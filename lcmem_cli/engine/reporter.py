@@ -41,4 +41,36 @@ class Reporter:
         """Record something worth a log line (an epoch's losses, a resumed run)."""
 
 
+class Together(Reporter):
+    """Shows tasks that follow each other as one, so that the time left is that of all.
+
+    Args:
+        reporter: told the rest.
+        whole: the task that they are steps of.
+    """
+
+    def __init__(self, reporter: Reporter, whole: Task) -> None:
+        self._reporter, self._whole = reporter, whole
+
+    def task(self, description: str, total: int | None = None, *, unit: str = "") -> Task:
+        """Start a part of the whole."""
+        return _Part(self._whole)
+
+    def warn(self, message: str) -> None:
+        """Pass a warning on."""
+        self._reporter.warn(message)
+
+    def event(self, name: str, **fields: object) -> None:
+        """Pass an event on."""
+        self._reporter.event(name, **fields)
+
+
+class _Part(Task):
+    def __init__(self, whole: Task) -> None:
+        self._whole = whole
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        self._whole.advance(steps, **fields)
+
+
 SILENT = Reporter()

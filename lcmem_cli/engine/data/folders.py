@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lcmem_cli.engine.data.formats import is_image
+from lcmem_cli.engine.data.formats import IMAGE_SUFFIXES, is_image
 from lcmem_cli.engine.data.tables import some
 from lcmem_cli.engine.errors import ManifestError
 
@@ -70,7 +70,7 @@ def scan_folder(folder: Path) -> Scan:
         relative = os.path.relpath(parent, folder)
         for name in filter(_is_listed, files):
             path = name if relative == os.curdir else f"{relative}{os.sep}{name}"
-            found = scan.images if _is_image(Path(parent, name)) else scan.others
+            found = scan.images if _is_image(parent, name) else scan.others
             found.append(path.replace(os.sep, "/"))
     if unreadable:
         raise ManifestError(
@@ -89,9 +89,11 @@ def left_out_text(folder: Path, others: list[str]) -> str:
     )
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(parent: str, name: str) -> bool:
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        return True  # as the next line would, without a path, which a set of millions would feel
     try:
-        return is_image(path)
+        return is_image(Path(parent, name))
     except OSError:
         return False
 

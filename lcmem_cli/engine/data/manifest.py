@@ -223,14 +223,15 @@ def load_manifest(
     Raises:
         ManifestError: the list is unusable; the message holds every problem found, with counts.
     """
-    manifest, problems = _load(
-        Path(source),
-        basedir,
-        columns,
-        need_split=need_split,
-        max_missing=max_missing,
-        frames=frames,
-    )
+    with reporter.task(f"listing {source}"):
+        manifest, problems = _load(
+            Path(source),
+            basedir,
+            columns,
+            need_split=need_split,
+            max_missing=max_missing,
+            frames=frames,
+        )
     if problems:
         raise problems_error(manifest.source, problems)
     if manifest.left_out:

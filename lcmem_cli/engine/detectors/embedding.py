@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ from lcmem_cli.engine.detectors.base import Detector, resize_batch
 from lcmem_cli.engine.errors import LcmemError, WriteError
 from lcmem_cli.engine.reporter import Task
 from lcmem_cli.engine.results import Unreadable
-from lcmem_cli.engine.store.features import FeatureCache
+from lcmem_cli.engine.store import features as store
 
 MAX_BYTES_IN_MEMORY = 256 << 20
+_PART_FILES = 8192
 _ROUND_IMAGES = 512
 _ROUND_BYTES = 64 << 20
 _PICTURE_BYTES = 256 << 20
@@ -84,6 +86,8 @@ def embed_files(
     with_blank: bool = True,
 ) -> EmbeddedFiles:
     """Embed files; equal contents, and contents in the cache, are read and hashed only.
+
+    Those that have not changed since the cache got their features are not even read.
 
     Files that cannot be read, or that the network gives no finite features for, are listed, never
     skipped silently. Memory holds one round of images and the features, which go to a temporary
@@ -338,7 +342,7 @@ def _embed(
     ]
     count = sum(len(compute.ranks.share(range(len(paths)))) for _ in works)
     with compute.reporter.task(ways[0].description, count, unit="image") as task:
-        for part in _parts(len(paths), None if shared is None else shared.room):
+        for part in _parts(len(paths), _PART_FILES if shared is None else shared.room):
             for work in works:
                 work.embed(part, task)
             if shared is not None:
@@ -346,8 +350,7 @@ def _embed(
     return [_result(work, way, with_blank) for work, way in zip(works, ways, strict=True)]
 
 
-def _parts(count: int, size: int | None) -> list[range]:
-    size = size or max(count, 1)
+def _parts(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -443,8 +446,8 @@ class _Work:
     ) -> None:
         self._detector, self.paths, self._way, self._known = detector, paths, way, known
         self._ranks, self.reporter = compute.ranks, compute.reporter
-        self.passes = 0
-        self._cache: FeatureCache | None = None
+        self.passes, self._settled = 0, time.time() - store.SETTLED_SECONDS
+        self._cache: store.FeatureCache | None = None
         if compute.cache is not None:
             self._cache = compute.cache.open(detector.fingerprint, detector.num_features)
         self._cached: list[int] = []
@@ -464,7 +467,7 @@ class _Work:
         mine = list(self._ranks.share(part))
         batches = self._way.load(
             [self.paths[index] for index in mine],
-            [self._expected[index] for index in mine],
+            [self._expected[index] or self._remembered(index) for index in mine],
             self._need_not,
         )
         per_round = max(1, self._round_images // self._way.batching.loaded)
@@ -486,6 +489,10 @@ class _Work:
         for others in self._ranks.gather(own):
             for index, content in others.items():
                 self.hashes[index] = content
+
+    def _remembered(self, index: int) -> str | None:
+        """Return the content of a file that has not changed since the cache got it."""
+        return None if self._cache is None else self._cache.content_of(self.paths[index])
 
     def _need_not(self, content: str) -> bool:
         """Return whether a content need not be decoded; asked by many threads."""
@@ -543,9 +550,13 @@ class _Work:
         """Put what was made into the cache, before another process may look for it there."""
         if self._cache is None or not self._cache.is_kept:
             return
-        keys = [self._way.key(str(self.hashes[index])) for index in made.rows]
+        contents = [str(self.hashes[index]) for index in made.rows]
+        keys = [self._way.key(content) for content in contents]
+        states: list[bytes] = []
+        if keys == contents:  # what has not changed since before this run is what was read
+            states = [store.file_state(self.paths[i], self._settled) for i in made.rows]
         try:
-            self._cache.put_many(keys, np.asarray(made.features), made.remarks)
+            self._cache.put_many(keys, np.asarray(made.features), made.remarks, states)
         except OSError as error:
             cause = error.__cause__ if isinstance(error, WriteError) else error
             self.reporter.warn(

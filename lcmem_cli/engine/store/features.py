@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from lcmem_cli.engine.files import atomic_path
 from lcmem_cli.engine.store.integrity import row_checksums
 
 MAX_CACHED_FEATURES = 16_384
+SETTLED_SECONDS = 60.0
+"""How long before a run a file must have changed last, for clocks tell times apart coarsely."""
 _SUFFIX = ".safetensors"
+_STATE_BYTES = 16
 
 
 class _Shard(NamedTuple):
@@ -91,6 +95,7 @@ class FeatureCache:
         self.is_kept = True
         self._shards: list[_Shard] = []
         self._places: dict[str, list[_Place]] = {}
+        self._content_of: dict[bytes, str] = {}
         self._checked: set[_Place] = set()
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -131,11 +136,22 @@ class FeatureCache:
                 result[row] = self._shards[place.shard].remarks[place.row]
         return result
 
+    def content_of(self, path: Path) -> str | None:
+        """Return the SHA-256 of a file that is as it was when its features were kept.
+
+        ``None`` where it is not, or the features are unknown or damaged.
+        """
+        if not self._content_of:
+            return None
+        content = self._content_of.get(file_state(path))
+        return content if content in self else None
+
     def put_many(
         self,
         hashes: Sequence[str],
         features: NDArray[Any],
         remarks: Remarks | None = None,
+        states: Sequence[bytes] = (),
     ) -> None:
         """Keep features of images.
 
@@ -143,6 +159,7 @@ class FeatureCache:
             hashes: SHA-256 of each image file, in hexadecimal.
             features: ``[n, d]``, float32 or uint8.
             remarks: ``[n, 7]``, see ``data.remarks``; ``None``: nothing to be known.
+            states: of the files, see ``file_state``; none where they are not to be known by them.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -158,12 +175,12 @@ class FeatureCache:
             remarks = no_remarks(len(keys))
         name = hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}{_SUFFIX}"
+        tensors = {"keys": keys, "checksums": sums, "features": features, "remarks": remarks}
+        if states:
+            padded = b"".join(state.ljust(_STATE_BYTES, b"\0") for state in states)
+            tensors["states"] = np.frombuffer(padded, np.uint8).reshape(-1, _STATE_BYTES)
         with atomic_path(path) as temporary:
-            save_file(
-                {"keys": keys, "checksums": sums, "features": features, "remarks": remarks},
-                temporary,
-                metadata={"fingerprint": self.fingerprint},
-            )
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
         self._names.discard(path.name)  # one that was damaged is written anew
         self._open(path)
 
@@ -179,13 +196,16 @@ class FeatureCache:
                 return
             keys, sums = shard.get_tensor("keys"), shard.get_tensor("checksums")
             rows, remarks = shard.get_slice("features"), shard.get_tensor("remarks")
+            states = shard.get_tensor("states") if "states" in shard.keys() else ()
         except (OSError, SafetensorError, AttributeError):  # cut short, or not such a file
             return
         with self._lock:
             number = len(self._shards)
             self._shards.append(_Shard(rows, sums, remarks))
-            for row, key in enumerate(keys):
-                self._places.setdefault(key.tobytes().hex(), []).append(_Place(number, row))
+            contents = [key.tobytes().hex() for key in keys]
+            for row, content in enumerate(contents):
+                self._places.setdefault(content, []).append(_Place(number, row))
+            self._content_of |= zip((state.tobytes() for state in states), contents, strict=False)
 
     def _read(self, place: _Place) -> NDArray[Any]:
         row: NDArray[Any] = self._shards[place.shard].features[place.row : place.row + 1]
@@ -210,3 +230,24 @@ class FeatureCache:
             return place
         self._places.pop(content, None)
         return None
+
+
+def file_state(path: Path, changed_before: float = math.inf) -> bytes:
+    """Return what differs once a file has changed, 16 bytes; nothing where that cannot be told.
+
+    The time of the last change of a file's entry is in it, which no program can set back. Windows
+    has no such time.
+
+    Args:
+        path: the file; there is no state of a member of an archive.
+        changed_before: a file that changed at this time or later, in seconds, has none.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return b""
+    if os.name != "posix" or max(status.st_mtime, status.st_ctime) >= changed_before:
+        return b""
+    state = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    text = f"{os.path.abspath(path)}\0{state}".encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).digest()[:_STATE_BYTES]

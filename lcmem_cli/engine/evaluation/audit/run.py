@@ -57,7 +57,7 @@ from lcmem_cli.engine.evaluation.audit.wording import counted
 from lcmem_cli.engine.evaluation.calibration import fewest_flagged
 from lcmem_cli.engine.files import folder_lock
 from lcmem_cli.engine.precision import AskedPrecision
-from lcmem_cli.engine.reporter import SILENT, Reporter
+from lcmem_cli.engine.reporter import SILENT, Reporter, Together
 from lcmem_cli.engine.results import check_unreadable
 
 
@@ -316,7 +316,13 @@ def embed_sets(
         InputError: not one image of a set can be read.
         UnreadableLimitError: more images than allowed cannot be.
     """
-    sets = listings.map(lambda _, listing: embed_set(listing, detector, compute))
+    share = compute.ranks.share
+    listed = [listing.files for _, listing in listings.named() if listing.index is None]
+    count = sum(len(share(range(len(files)))) for files in listed)
+    with compute.reporter.task(f"embedding ({detector.name})", count, unit="image") as whole:
+        told = Together(compute.reporter, whole)
+        at_once = dataclasses.replace(compute, reporter=told)
+        sets = listings.map(lambda _, listing: embed_set(listing, detector, at_once))
     unreadable = [item for _, images in sets.named() for item in images.summary.unreadable]
     check_unreadable(unreadable, request.reading.max_unreadable)
     return Embedded(detector=detector, sets=sets, compute=compute)
