@@ -43,6 +43,10 @@ from lcmem_cli.engine.models.weights import hub_answers
 from lcmem_cli.engine.results import Threshold
 
 REPO = "somebody/model"
+TRANSFER = (
+    "for other kinds of images 1.0% became 0.20% to 3.00%, in the median 1.60% (2 kinds, each left "
+    "out)"
+)
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
@@ -62,7 +66,7 @@ def make_checkpoint(path: Path, *, seed: int = 0) -> ckpt.Checkpoint:
     threshold = Threshold(
         value=0.75, kind="fpr", rate=0.01, fingerprint=unfitted.fingerprint,
         fitted_on="VAL | pairs\nof <b>drawn</b> scenes", num_positives=12, num_negatives=3400,
-        achieved_fpr=0.0095, achieved_recall=None,
+        achieved_fpr=0.0095, achieved_recall=None, unseen_fprs={"drawn": 0.002, "scans": 0.03},
     )  # fmt: skip
     return ckpt.save_checkpoint(path, dataclasses.replace(unfitted, thresholds=(threshold,)))
 
@@ -186,6 +190,7 @@ def test_every_command_takes_a_checkpoint_by_its_name_on_the_hub(cache, run_cli,
     images = sorted(image_folder.rglob("*.png"))[:2]
     scored = run_cli("infer", *images, "--checkpoint", name, "--threshold", "fpr0.01")
     assert "0.750000 (fpr0.01)" in scored.stdout
+    assert TRANSFER in " ".join(scored.stdout.split())
     out = image_folder.parent / "calibrated.safetensors"
     run_cli("calibrate", name, "--filelist", image_folder, "-o", out)
     assert ckpt.load_checkpoint(out).fingerprint == wanted
@@ -370,6 +375,7 @@ def test_the_card_states_what_the_checkpoint_states(tmp_path):
     card = model_card(saved, REPO)
     head, _, body = card.removeprefix("---\n").partition("---\n")
     assert "library_name: lcmem" in head and body.startswith("\n# model\n")
+    assert f"`fpr0.01`: {TRANSFER}." in body
     row = next(line for line in body.splitlines() if line.startswith("| fpr0.01"))
     assert row == (
         "| fpr0.01 | 0.750000 | 0.950% | unknown | 12 | 3,400 "

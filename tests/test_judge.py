@@ -67,3 +67,32 @@ def test_intervals_of_a_data_set_do_not_depend_on_the_others():
 
     assert 0 < interval(records)["low"] < interval(records)["high"] < 1
     assert interval(records) == interval(records + others) == interval(others + records)
+
+
+def part(name, negatives):
+    """Pairs of one kind of images: negatives of these scores, and one positive of score 1."""
+    count = 46  # of which 1,035 pairs can be made; the last two are one identity
+    records = [Record(path=f"{n}.png", id=str(min(n, 44)), ds_name=name) for n in range(count)]
+    made = pairs_within(records)
+    scores = np.ones(len(made))
+    scores[made.labels == 0] = negatives
+    return judge.ScoredSplit(scores=scores, pairs=made, records=records)
+
+
+def test_a_threshold_says_what_becomes_of_its_rate_for_kinds_that_it_was_not_fitted_to():
+    ranks = np.arange(1034) / 2000  # below 0.517; shifted, half of them lie above all of the others
+    parts = [part("low", ranks), part("high", ranks + 0.2585), part("alike", ranks)]
+    found = {t.name: t for t in judge.fit_thresholds(parts, "0" * 64, by=", each by another")}
+    shares = found["fpr0.01"].unseen_fprs
+    assert shares["low"] == shares["alike"] == 0
+    assert shares["high"] == pytest.approx(0.51, abs=0.01)
+    assert found["fpr0.01"].transfer == (
+        f"for other kinds of images 1.0% became 0.00% to {shares['high']:.2%}, in the median 0.00% "
+        "(3 kinds, each left out)"
+    )
+    assert found["recall0.95"].unseen_fprs == {} and found["recall0.95"].transfer == ""
+
+
+def test_pairs_of_kinds_that_were_not_left_out_tell_nothing_of_other_kinds():
+    found = judge.fit_thresholds([part("own", np.arange(1034) / 2000)], "0" * 64)
+    assert [threshold.unseen_fprs for threshold in found] == [{}] * len(found)

@@ -148,6 +148,8 @@ def _show(result: InferenceResult, options: InferOptions) -> None:
                 f"pairs; there it accepts {_percent(t.achieved_recall)} of the positives and "
                 f"{_percent(t.achieved_fpr)} of the negatives"
             )
+        if t.transfer:
+            render.line(f"           {t.transfer}")
     render.unreadable(result.unreadable)
     if options.save is not None:
         drawn = result.pairs[0].score is not None

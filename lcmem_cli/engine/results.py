@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lcmem_cli.engine.errors import (
@@ -96,6 +97,9 @@ class Threshold:
         num_negatives: negative pairs behind it.
         achieved_fpr: share of the negatives at or above ``value`` in the fitting data.
         achieved_recall: share of the positives at or above ``value`` in the fitting data.
+        unseen_fprs: how far a false-positive rate transfers: of each kind of images the share of
+            negatives at or above a threshold that was fitted likewise without that kind. Empty
+            where no kinds were left out.
     """
 
     value: float
@@ -107,6 +111,7 @@ class Threshold:
     num_negatives: int
     achieved_fpr: float | None = None
     achieved_recall: float | None = None
+    unseen_fprs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -114,11 +119,25 @@ class Threshold:
             raise InputError(f"threshold is not a finite number: {self.value}")
         if not 0 < self.rate < 1:
             raise InputError(f"threshold rate must lie in (0, 1), not {self.rate}")
+        if not all(0 <= share <= 1 for share in self.unseen_fprs.values()):
+            raise InputError("unseen_fprs of a threshold must lie in [0, 1]")
 
     @property
     def name(self) -> str:
         """Short name used by ``--threshold`` options, such as ``fpr0.01`` or ``recall0.95``."""
         return f"{self.kind}{self.rate:g}"
+
+    @property
+    def transfer(self) -> str:
+        """How far its false-positive rate transfers, in words; empty where that is not known."""
+        if not self.unseen_fprs:
+            return ""
+        lowest, *_, highest = shares = sorted(self.unseen_fprs.values())
+        middle = statistics.median(shares)
+        return (
+            f"for other kinds of images {self.rate:.1%} became {lowest:.2%} to {highest:.2%}, "
+            f"in the median {middle:.2%} ({len(shares)} kinds, each left out)"
+        )
 
     def check(self, fingerprint: str) -> None:
         """Refuse to be used with another detector than the one it was fitted for.

@@ -16,6 +16,7 @@ from lcmem_cli.engine.detectors.base import Detector, FloatArray, score_listed
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
 from lcmem_cli.engine.distributed import resolve_device
+from lcmem_cli.engine.evaluation.calibration import fit_threshold, required_negatives
 from lcmem_cli.engine.evaluation.metrics import roc_curve
 from lcmem_cli.engine.evaluation.study.results import OVERALL, FitRule
 from lcmem_cli.engine.evaluation.study.scoring import (
@@ -133,7 +134,7 @@ def fit_thresholds(
     """Fit every threshold that the numbers of pairs support.
 
     Args:
-        scored: VAL pairs, in one or several parts.
+        scored: VAL pairs, in one part, or one for each kind of images.
         fingerprint: of the checkpoint that the thresholds are for.
         by: what scored them, where it was not the checkpoint itself.
     """
@@ -149,7 +150,29 @@ def fit_thresholds(
         fingerprint=fingerprint,
         fitted_on=f"VAL pairs within {len(names)} data set(s){by}: " + ", ".join(names),
     )
-    return tuple(thresholds.values())
+    return tuple(
+        dataclasses.replace(threshold, unseen_fprs=_unseen_fprs(scored, threshold.rate))
+        if threshold.kind == "fpr"
+        else threshold
+        for threshold in thresholds.values()
+    )
+
+
+def _unseen_fprs(scored: Sequence[ScoredSplit], rate: float) -> dict[str, float]:
+    """Return what became of a rate in each part, at a threshold fitted to all other parts."""
+    negatives = {
+        ", ".join(part.pairs.names): part.scores[part.pairs.labels == 0] for part in scored
+    }
+    needed = required_negatives(rate)
+    found = {}
+    for name, own in negatives.items():
+        others = [values for other, values in negatives.items() if other != name]
+        if len(own) >= needed and sum(map(len, others)) >= needed:
+            fitted = fit_threshold(
+                np.concatenate(others), kind="fpr", rate=rate, fingerprint="", fitted_on="others"
+            )
+            found[name] = float(np.mean(own >= fitted.value))
+    return found
 
 
 def _measure(scored: ScoredSplit) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -85,6 +85,7 @@ def _thresholds(checkpoint: Checkpoint) -> str:
         + "\nThe rates are those of the pairs that the thresholds were fitted on. They hold for "
         "images like\nthose; for others fit new thresholds with `lcmem calibrate`. A pair below a "
         "threshold is not\nproven different.\n"
+        + "".join(f"\n`{name}`: {t.transfer}.\n" for name, t in named if t.transfer)
         + (_ADAPTED if checkpoint.adapted_thresholds else "")
     )
 
