@@ -124,8 +124,8 @@ def test_adapting_names_a_file_that_changes_while_it_is_read(image_folder, tmp_p
         victim.write_bytes(manifest.paths()[0].read_bytes())
         return read(self, manifest, **options)
 
-    read = last_layer._LastLayer.inputs
-    monkeypatch.setattr(last_layer._LastLayer, "inputs", swap_then_read)
+    read = last_layer.LastLayer.inputs
+    monkeypatch.setattr(last_layer.LastLayer, "inputs", swap_then_read)
     with pytest.raises(InputError, match=f"{victim.name}: has changed while it was read"):
         adapt(make(tmp_path / "start.safetensors"), manifest)
 

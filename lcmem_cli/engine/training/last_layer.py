@@ -56,7 +56,7 @@ def adapt(
             "are needed"
         )
     contents = hash_files(manifest.paths(), compute)[0]
-    last = _LastLayer(checkpoint, compute)
+    last = LastLayer(checkpoint, compute)
     inputs = last.inputs(manifest, contents=contents).double()
     weight, bias = (checkpoint.network_state[f"{last.name}.{key}"] for key in ("weight", "bias"))
     outputs = (inputs @ weight.double().T + bias.double()).numpy()
@@ -130,7 +130,7 @@ class Whitening:
             raise InputError(f"{len(manifest.records)} TRAIN images are too few to whiten on")
         if inner_bands is not None:
             checkpoint = _with_bands(checkpoint, inner_bands)
-        last = _LastLayer(checkpoint, compute)
+        last = LastLayer(checkpoint, compute)
         network = last.network
         network.measure_distance()
         state = checkpoint.network_state
@@ -203,7 +203,7 @@ def _with_bands(checkpoint: Checkpoint, inner_bands: int) -> Checkpoint:
     return dataclasses.replace(checkpoint, network=spec, network_state=state)
 
 
-class _LastLayer:
+class LastLayer:
     """The linear layer that a checkpoint's backbone ends in.
 
     Args:
