@@ -124,7 +124,8 @@ class Server:
     def run_ranks(self, count: int, *arguments: object, **options) -> Done:
         """Run a command in several processes; returns how the first one ended."""
         done = [running.wait() for running in self.start_ranks(count, *arguments, **options)]
-        assert all(other.stdout == "" for other in done[1:]), "only the first one prints results"
+        said = [other.stdout for other in done[1:]]
+        assert not any(said), f"only the first one prints results: {said}"
         assert len({other.code for other in done}) == 1, [other.stderr for other in done]
         return done[0]
 

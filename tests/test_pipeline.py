@@ -480,9 +480,8 @@ def test_a_codec_without_all_its_weights_is_refused(run_cli, image_folder, tiny_
         "latents", "--filelist", image_folder, "--codec", codec, "--size", 32,
         "-o", tmp_path / "latents", exit_code=2,
     )  # fmt: skip
-    assert "2 of its weights are missing, decoder.conv_out.bias first" in " ".join(
-        refused.stderr.split()
-    )
+    told = refused.stderr  # by lcmem, or by an older diffusers
+    assert "missing" in told and "decoder.conv_out.bias" in told and "decoder.mid" not in told
 
 
 def test_train_codec_writes_a_codec_that_latents_takes(run_cli, image_folder, tmp_path):

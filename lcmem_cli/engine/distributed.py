@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ RENDEZVOUS_SECONDS = 300.0
 """Within which all processes have to come together: they start at once and load the same code."""
 _PATIENCE = datetime.timedelta(days=1)
 
+_STDOUT, _STDERR = 1, 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -119,10 +121,11 @@ def current_ranks(device: str = "auto") -> Ranks:
     # Without CUDA it has to be told, or each process is a group of its own.
     cpu = device == "cpu" or not torch.cuda.is_available()
     try:
-        state = PartialState(cpu=cpu, timeout=datetime.timedelta(seconds=RENDEZVOUS_SECONDS))
-        if dist.is_initialized():
-            dist.barrier()  # a first exchange, because some backends connect only then
-            _set_timeout(_PATIENCE)
+        with _output_to_stderr():
+            state = PartialState(cpu=cpu, timeout=datetime.timedelta(seconds=RENDEZVOUS_SECONDS))
+            if dist.is_initialized():
+                dist.barrier()  # a first exchange, because some backends connect only then
+                _set_timeout(_PATIENCE)
     except RuntimeError as error:
         raise ProcessLostError(
             f"process {rank} of {expected} has waited {RENDEZVOUS_SECONDS:.0f} s for the others to "
@@ -136,6 +139,23 @@ def current_ranks(device: str = "auto") -> Ranks:
         )
     atexit.register(_leave)
     return Ranks(rank=state.process_index, size=state.num_processes)
+
+
+@contextlib.contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Send to stderr what libraries print: gloo of torch 2.8 tells stdout that it has connected."""
+    sys.stdout.flush()
+    try:
+        stdout = os.dup(_STDOUT)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        os.dup2(_STDERR, _STDOUT)
+        yield
+    finally:
+        os.dup2(stdout, _STDOUT)
+        os.close(stdout)
 
 
 def _set_timeout(timeout: datetime.timedelta) -> None:

@@ -222,7 +222,8 @@ def _write_codec(model: Any, output: Path, config: CodecConfig) -> Codec:
     folder = output / CODEC_FOLDER
     with naming_target(folder), tempfile.TemporaryDirectory(dir=output) as temporary:
         made = Path(temporary) / CODEC_FOLDER
-        model.save_pretrained(made)
+        # Channels-last weights are refused by diffusers 0.32.
+        model.to(memory_format=torch.contiguous_format).save_pretrained(made)
         if folder.exists():
             folder.rename(Path(temporary) / "former")
         made.rename(folder)
