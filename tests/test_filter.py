@@ -15,6 +15,7 @@ from lcmem_cli.engine.errors import CorruptFileError, InputError, LcmemError
 from lcmem_cli.engine.evaluation.audit.files import read_settings
 from lcmem_cli.engine.evaluation.audit.filter import filter_audit, target_names
 from lcmem_cli.engine.evaluation.audit.run import audit
+from lcmem_cli.engine.files import LOCK_NAME
 
 ODD_NAME = os.fsdecode(b'odd\n,"\xff.png')
 
@@ -50,7 +51,7 @@ def state(folder):
     return {
         path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != LOCK_NAME  # which older filelock leaves there
     }
 
 

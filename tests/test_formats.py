@@ -121,13 +121,20 @@ def test_grey_tiffs_of_odd_kinds(tmp_path):
     three = np.repeat(right[..., None], 3, axis=2)
     tifffile.imwrite(tmp_path / "zero.tif", (65535 - right.astype(np.uint16) * 257),
                      photometric="miniswhite")  # fmt: skip
-    tifffile.imwrite(tmp_path / "packed.tif", right.astype(np.uint16) * 16, bitspersample=12)
     table = np.stack([np.arange(256), 255 - np.arange(256), np.zeros(256)]).astype(np.uint16)
     tifffile.imwrite(tmp_path / "palette.tif", right, photometric="palette", colormap=table)
     close(tmp_path / "zero.tif", three)
-    close(tmp_path / "packed.tif", three)
     colours = np.stack([right, 255 - right, np.zeros_like(right)], axis=2)
     close(tmp_path / "palette.tif", colours)
+
+
+def test_a_grey_tiff_of_12_bits(tmp_path):
+    right = picture()[..., 0]
+    try:
+        tifffile.imwrite(tmp_path / "packed.tif", right.astype(np.uint16) * 16, bitspersample=12)
+    except NotImplementedError:
+        pytest.skip("this version of imagecodecs reads such files, but cannot write one")
+    close(tmp_path / "packed.tif", np.repeat(right[..., None], 3, axis=2))
 
 
 def test_a_tiff_that_is_no_picture_is_refused_with_its_kind(tmp_path):
