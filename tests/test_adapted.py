@@ -22,6 +22,7 @@ from lcmem_cli.engine.evaluation.inference import score_pairs
 from lcmem_cli.engine.models.checkpoint import save_checkpoint
 from lcmem_cli.engine.models.codec_loading import load_codec
 from lcmem_cli.engine.models.siamese import NetworkSpec
+from lcmem_cli.engine.store.steps import from_steps, in_steps
 
 WIDTH, LENGTH = 16, 6.0
 audit = partial(whole_audit, verify=False, sensitivity=0)  # of which nothing is asked here
@@ -189,11 +190,11 @@ def test_joint_adapts_its_network_and_keeps_its_pictures():
     detector, convert, _ = joint.adapted(rows, names(14))
     made = convert(rows)
     by_network, convert_network, _ = network.adapted(rows[:, :WIDTH], names(14))
-    np.testing.assert_array_equal(made[:, :WIDTH], convert_network(rows[:, :WIDTH]))
+    np.testing.assert_array_equal(made[:, :WIDTH], in_steps(convert_network(rows[:, :WIDTH])))
     np.testing.assert_array_equal(made[:, WIDTH:], rows[:, WIDTH:])
-    pictures = correlation_scores(
-        rows[:, WIDTH:].astype(np.float64) @ rows[:, WIDTH:].T, ADAPTED_SCALE
-    )
+    units = from_steps(rows[:, WIDTH:])
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    pictures = correlation_scores(units @ units.T, ADAPTED_SCALE)
     expected = np.maximum(by_network.score_matrix(*(made[:, :WIDTH],) * 2), pictures)
     np.testing.assert_allclose(detector.score_matrix(made, made), expected, atol=1e-6)
     risen = correlation_scores(np.linspace(-1, 1, 2001), ADAPTED_SCALE)

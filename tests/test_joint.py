@@ -13,13 +13,17 @@ from lcmem_cli.engine.data.images import to_tensor
 from lcmem_cli.engine.data.perturb import perturb
 from lcmem_cli.engine.data.scenes import draw_scene
 from lcmem_cli.engine.detectors import adapted as adapting
+from lcmem_cli.engine.detectors.base import resize_batch
 from lcmem_cli.engine.detectors.joint import (
+    LUMINANCE,
     RISE,
     SCALE,
     correlation_scores,
 )
 from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.evaluation.indexing import add_to_index
+from lcmem_cli.engine.store import search
+from lcmem_cli.engine.store.steps import NUM_STEPS, in_steps
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +80,10 @@ def test_the_search_equals_the_sorted_matrix(joint, k):
     generator = np.random.default_rng(k)
     bank = generator.random((80, joint.num_features), dtype=np.float32)
     bank[:, joint.network.num_features :] -= 0.5
-    bank[:, joint.network.num_features :] /= 9
+    bank[:, joint.network.num_features :] /= 10  # shorter than 1
     bank[40:60] = bank[:20]  # equal scores, ordered by row
     queries = bank[:25] + generator.normal(0, 0.01, (25, joint.num_features)).astype(np.float32)
+    queries, bank = in_steps(queries), in_steps(bank)
     found = joint.top_k(queries, bank, k)
     matrix = np.stack([joint.score_features(np.broadcast_to(q, bank.shape), bank) for q in queries])
     order = np.argsort(-matrix, axis=1, kind="stable")[:, :k]
@@ -88,10 +93,12 @@ def test_the_search_equals_the_sorted_matrix(joint, k):
 
 def test_one_query_finds_what_it_finds_among_many(joint):
     generator = np.random.default_rng(0)
-    bank = generator.normal(size=(600, joint.num_features)).astype(np.float32)
+    bank = generator.uniform(0, 1, (600, joint.num_features))
     pictures = bank[:, joint.network.num_features :]
-    pictures[100:500] = pictures[0] + generator.normal(0, 1e-5, (400, pictures.shape[1]))
+    pictures -= 0.5
+    pictures[100:500] = pictures[0] + generator.normal(0, 2e-4, (400, pictures.shape[1]))
     pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    bank = in_steps(bank)
     many = joint.top_k(bank[:20], bank, 50)  # of the first, hundreds differ by rounding alone
     for number in range(20):
         one = joint.top_k(bank[number : number + 1], bank, 50)
@@ -112,7 +119,24 @@ def simulated(joint, scenes, count, seed):
     before[:] = expit(before)
     pictures -= pictures.mean(axis=1, keepdims=True)
     pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
-    return rows.astype(np.float32)
+    return in_steps(rows)
+
+
+def test_rounding_moves_scores_by_less_than_stated(joint, scenes):
+    """Against parts computed in double precision of features in single precision."""
+    network, width = joint.network, joint.network.num_features
+    rows = joint.embed(scenes)
+    assert rows.nbytes <= len(scenes) * 4 * joint.num_features / 2  # half of single precision
+    precise = network.embed(scenes)
+    rounded = network.score_matrix(rows[:, :width], rows[:, :width])
+    moved = np.abs(logit(rounded) - logit(network.score_matrix(precise, precise)))
+    assert moved.max() < np.abs(network.weight).sum() / NUM_STEPS < 0.0007
+    grey = torch.einsum(
+        "nchw,c->nhw", resize_batch(scenes, 32).double(), torch.tensor(LUMINANCE).double()
+    )
+    kept = joint.pictures(rows).reshape(len(rows), -1)
+    moved = np.corrcoef(kept) - np.corrcoef(grey.flatten(1).numpy())
+    assert np.abs(moved).max() < 1e-4 < 32 / NUM_STEPS < 0.001
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])
@@ -139,6 +163,9 @@ def test_an_approximate_search_finds_most_and_scores_it_exactly(
             found.scores[:, column], exact.score_features(queries, bank[found.rows[:, column]])
         )
     assert (np.diff(found.scores, axis=1) <= 0).all() and not joint.network.is_approximate
+    monkeypatch.setattr(search, "_SHARD_ROWS", 2500)  # as of a bank that is larger by far
+    in_shards = rough.top_k(queries, bank, 4)
+    assert (in_shards.rows[:, 0] == expected.rows[:, 0]).mean() == in_shards.recall >= 0.9
     few = rough.top_k(queries[:3], bank[:50], 90)  # all of a small bank
     np.testing.assert_array_equal(few.rows, exact.top_k(queries[:3], bank[:50], 90).rows)
 
@@ -176,4 +203,4 @@ def test_the_joint_detector_takes_no_checkpoint():
 
 def test_pictures_of_any_mode_are_embedded(joint):
     rows = joint.embed([Image.new("L", (9, 5), 80), Image.new("RGBA", (300, 20), (9, 8, 7, 0))])
-    assert rows.shape == (2, joint.num_features) and rows.dtype == np.float32
+    assert rows.shape == (2, joint.num_features) and rows.dtype == joint.feature_dtype == np.int16

@@ -31,12 +31,14 @@ def make_index(folder: Path, count: int) -> None:
     from lcmem_cli.engine.data.scenes import draw_scene
     from lcmem_cli.engine.files import sha256_bytes
     from lcmem_cli.engine.store.index import Index
+    from lcmem_cli.engine.store.steps import from_steps, in_steps
 
     detector = load_detector("joint")
     scenes = detector.embed(draw_scene(seed, side=256) for seed in range(NUM_SCENES))
     rng = np.random.default_rng(0)
+    scenes = from_steps(scenes)
     features = scenes[rng.integers(0, NUM_SCENES, count)]
-    features += rng.normal(0, 0.3, features.shape).astype(np.float32) * scenes.std(axis=0)
+    features = in_steps(features + rng.normal(0, 0.3, features.shape) * scenes.std(axis=0))
     images, contents = [], []
     (folder / "training").mkdir()
     for number in range(count):

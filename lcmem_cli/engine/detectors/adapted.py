@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lcmem_cli.engine.detectors.base import FloatArray
 from lcmem_cli.engine.errors import NotAdaptableError
 from lcmem_cli.engine.files import sha256_bytes
+from lcmem_cli.engine.store.steps import from_steps
 
 SHARE = 0.1
 """Of many images' covariance in what is whitened, beside that which the network was made with."""
@@ -161,7 +162,5 @@ def shrunk_whitening(
 def _before_sigmoid(features: FloatArray) -> NDArray[np.float64]:
     from scipy.special import logit
 
-    result: NDArray[np.float64] = logit(
-        np.clip(features.astype(np.float64), _NEAR_END, 1 - _NEAR_END)
-    )
+    result: NDArray[np.float64] = logit(np.clip(from_steps(features), _NEAR_END, 1 - _NEAR_END))
     return result

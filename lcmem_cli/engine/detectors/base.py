@@ -67,7 +67,7 @@ class Detector(abc.ABC):
             batch: ``[n, 3, input_size, input_size]``, float32 in [0, 1], RGB.
 
         Returns:
-            ``[n, num_features]``; float32, or uint8 for the pixel measures.
+            ``[n, num_features]`` of ``feature_dtype``; float32 unless the detector says otherwise.
         """
 
     @abc.abstractmethod

@@ -25,13 +25,15 @@ from lcmem_cli.engine.store.search import (
     weighted_l1_pairs,
     weighted_l1_top_k,
 )
+from lcmem_cli.engine.store.steps import in_unit_of
 
 
 class HeadDetector(Detector):
     """Scores ``sigmoid(w · |f1 - f2| + b)``.
 
     Because the logit is a signed weighted L1 distance, any number of pairs costs one network call
-    per distinct image (method: arXiv 2512.14421).
+    per distinct image (method: arXiv 2512.14421). Features may be kept in steps, see
+    ``store.steps``.
 
     Attributes:
         weight: ``w``, one number per feature.
@@ -49,11 +51,11 @@ class HeadDetector(Detector):
 
     def score_features(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return probabilities ``[n]`` of row i of ``a`` with row i of ``b``."""
-        return self._probability(weighted_l1_pairs(a, b, self.weight))
+        return self._probability(weighted_l1_pairs(a, b, in_unit_of(self.weight, a)))
 
     def score_matrix(self, a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
         """Return probabilities ``[n, m]`` of every row of ``a`` with every row of ``b``."""
-        return self._probability(weighted_l1_matrix(a, b, self.weight))
+        return self._probability(weighted_l1_matrix(a, b, in_unit_of(self.weight, a)))
 
     def top_k(self, queries: FloatArray, bank: FloatArray, k: int) -> TopK:
         """Find each query's ``k`` best rows of the bank.
@@ -61,13 +63,14 @@ class HeadDetector(Detector):
         Raises:
             MissingExtraError: the search is approximate and faiss is not installed.
         """
+        weight = in_unit_of(self.weight, bank)
         if self.is_approximate:
-            found = approximate_top_k(queries, bank, self.weight, k)
+            found = approximate_top_k(queries, bank, weight, k)
         else:
             found = device_search.top_k(
-                lambda: device_search.weighted_l1(self.weight, self.device),
-                partial(weighted_l1_matrix, weight=self.weight),
-                partial(weighted_l1_top_k, weight=self.weight),
+                lambda: device_search.weighted_l1(weight, self.device),
+                partial(weighted_l1_matrix, weight=weight),
+                partial(weighted_l1_top_k, weight=weight),
                 queries,
                 bank,
                 k,

@@ -237,3 +237,59 @@ def search_screened(
                 value = distance(queries[i], block[j], weight, lanes)
                 if value > scores[i, last]:
                     insert(value, first + j, scores[i], rows[i])
+
+
+@_compiled
+def product(a: Any, b: Any) -> Any:
+    """Return ``Σ_k a_k b_k`` of int16 rows, exactly; it must fit into int32, its parts need not."""
+    total = np.int32(0)
+    for k in range(a.shape[0]):
+        total = np.int32(total + np.int32(np.int32(a[k]) * np.int32(b[k])))
+    return total
+
+
+@_compiled
+def lengths(rows: Any) -> Any:
+    """Return the length ``[n]`` of each row of ``rows [n, d]`` int16; 1 of a row of zeros."""
+    result = np.empty(rows.shape[0])
+    for i in range(rows.shape[0]):
+        result[i] = np.sqrt(np.float64(max(product(rows[i], rows[i]), 1)))
+    return result
+
+
+@_compiled
+def search_cosine(
+    queries: Any,
+    query_lengths: Any,
+    block: Any,
+    block_lengths: Any,
+    highest: float,
+    first: int,
+    start: int,
+    stop: int,
+    scores: Any,
+    rows: Any,
+) -> None:
+    """Bring the lists of queries ``start`` to ``stop`` up to date with a block of the bank.
+
+    Args:
+        queries: ``[n, d]`` int16.
+        query_lengths: ``[n]`` float64.
+        block: ``[m, d]`` int16.
+        block_lengths: ``[m]`` float64.
+        highest: what larger cosines are cut to.
+        first: row of the bank at which the block begins.
+        start: first query.
+        stop: query after the last.
+        scores: ``[n, k]`` float64, descending, changed in place.
+        rows: ``[n, k]`` int64, changed in place.
+    """
+    last = scores.shape[1] - 1
+    for tile in range(0, block.shape[0], _TILE_ROWS):
+        for i in range(start, stop):
+            for j in range(tile, min(tile + _TILE_ROWS, block.shape[0])):
+                value = np.float64(product(queries[i], block[j]))
+                value /= query_lengths[i] * block_lengths[j]
+                value = min(max(value, -highest), highest)
+                if value > scores[i, last]:
+                    insert(value, first + j, scores[i], rows[i])

@@ -25,7 +25,7 @@ from lcmem_cli.engine.errors import InputError, MissingExtraError
 from lcmem_cli.engine.store.lanes import LANES, PASS, lane_sums
 
 BLOCK_ROWS = 8192
-_SMALL = 2_000_000
+SMALL = 2_000_000
 _SCREEN_QUERIES = 16
 _GRID_STEPS = 255
 _MAX_GRID_WEIGHT = 16384
@@ -39,6 +39,8 @@ _PROBES = 16
 _TRAINING_ROWS, _TRAINING_ROUNDS = 16, 3
 """Rows of the bank for each cell, and rounds over them, that place the cells. Four times the rows
 and eight times the rounds found no more of 500 best matches among 30,000."""
+_SHARD_ROWS = 1 << 18
+"""Rows of an inverted file. Of a larger bank one after the other is made, so memory is bounded."""
 _RECALL_SAMPLE = 100
 """Queries of the approximate search that are searched exactly as well, to measure its recall."""
 
@@ -80,13 +82,13 @@ def weighted_l1_pairs(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDArr
     a, b, weight = _checked(a, b, weight)
     if len(a) != len(b):
         raise InputError(f"pairs need as many rows on both sides, not {len(a)} and {len(b)}")
-    if a.size <= _SMALL:
+    if a.size <= SMALL:
         return lane_sums(weight * np.abs(a - b))
     from lcmem_cli.engine.store import kernels
 
     a, b, weight = (_in_passes(values) for values in (a, b, weight))
     result = np.empty(len(a), dtype=np.float32)
-    _in_threads(lambda start, stop: kernels.pairs(a, b, weight, start, stop, result), len(a))
+    in_threads(lambda start, stop: kernels.pairs(a, b, weight, start, stop, result), len(a))
     return result
 
 
@@ -105,13 +107,13 @@ def weighted_l1_matrix(a: FloatArray, b: FloatArray, weight: FloatArray) -> NDAr
         InputError: shapes that do not fit, or values that are not finite.
     """
     a, b, weight = _checked(a, b, weight)
-    if len(a) * b.size <= _SMALL:
+    if len(a) * b.size <= SMALL:
         return lane_sums(weight * np.abs(a[:, None] - b[None]))
     from lcmem_cli.engine.store import kernels
 
     a, b, weight = (_in_passes(values) for values in (a, b, weight))
     result = np.empty((len(a), len(b)), dtype=np.float32)
-    _in_threads(lambda start, stop: kernels.matrix(a, b, weight, start, stop, result), len(a))
+    in_threads(lambda start, stop: kernels.matrix(a, b, weight, start, stop, result), len(a))
     return result
 
 
@@ -138,9 +140,9 @@ def weighted_l1_top_k(
     Raises:
         InputError: shapes that do not fit, values that are not finite, or ``k`` below 1.
     """
-    _check_k(k)
+    check_k(k)
     _check_shapes(queries, bank, weight)
-    if len(queries) * bank.size <= _SMALL:
+    if len(queries) * bank.size <= SMALL:
         return top_k_blocked(partial(weighted_l1_matrix, weight=weight), queries, bank, k)
     k = min(k, len(bank))
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
@@ -172,7 +174,7 @@ def top_k_blocked(
     Raises:
         InputError: ``k`` below 1.
     """
-    _check_k(k)
+    check_k(k)
     k = min(k, len(bank))
     parts = []
     for first in range(0, len(queries), block_rows):
@@ -252,10 +254,10 @@ def approximate_top_k(
 
     Args:
         queries: ``[n, d]``.
-        bank: ``[m, d]``; faiss keeps a float32 copy in memory.
+        bank: ``[m, d]``; faiss keeps a float32 copy of ``_SHARD_ROWS`` rows in memory.
         weight: ``[d]``, of both signs.
         k: matches to keep.
-        probes: cells of the inverted file that are searched, of about ``sqrt(m)``.
+        probes: cells of an inverted file that are searched, of about the root of its rows.
 
     Returns:
         The matches; their recall is measured on a sample of the queries.
@@ -264,14 +266,16 @@ def approximate_top_k(
         MissingExtraError: faiss is not installed.
     """
     faiss = _faiss()
-    _check_k(k)
+    check_k(k)
     _check_shapes(queries, bank, weight)
     queries, _, weight = _checked(queries, bank[:0], weight)
     scale = np.abs(weight)
-    cells = _num_cells(len(bank))
-    quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
-    index = faiss.IndexIVFFlat(quantiser, bank.shape[1], cells, faiss.METRIC_L1)
-    proposed = _proposed(index, queries, bank, max(_CANDIDATES, k), scale=scale, probes=probes)
+
+    def make_index(cells: int) -> Any:
+        quantiser = faiss.IndexFlat(bank.shape[1], faiss.METRIC_L1)
+        return faiss.IndexIVFFlat(quantiser, bank.shape[1], cells, faiss.METRIC_L1)
+
+    proposed = _proposed(make_index, queries, bank, max(_CANDIDATES, k), scale=scale, probes=probes)
     exact = partial(weighted_l1_top_k, weight=weight)
     found = _best_proposed(
         partial(weighted_l1_matrix, weight=weight), exact, queries, bank, k, proposed
@@ -297,13 +301,16 @@ def approximate_products(
         MissingExtraError: faiss is not installed.
     """
     faiss = _faiss()
-    _check_k(k)
+    check_k(k)
     width = bank.shape[1]
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width), width, _num_cells(len(bank)),
-        faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT,
-    )  # fmt: skip
-    proposed = _proposed(index, queries, bank, max(_CANDIDATES, k))
+
+    def make_index(cells: int) -> Any:
+        return faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(width), width, cells,
+            faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT,
+        )  # fmt: skip
+
+    proposed = _proposed(make_index, queries, bank, max(_CANDIDATES, k))
     return _best_proposed(score_matrix, exact, queries, bank, k, proposed)
 
 
@@ -329,7 +336,7 @@ def _num_cells(num_rows: int) -> int:
 
 
 def _proposed(
-    index: Any,
+    make_index: Callable[[int], Any],
     queries: FloatArray,
     bank: FloatArray,
     count: int,
@@ -337,16 +344,36 @@ def _proposed(
     scale: FloatArray | float = 1.0,
     probes: int = _PROBES,
 ) -> NDArray[np.int64]:
-    """Fill an inverted file with the bank and return rows ``[n, count]``; -1 where it has none."""
-    index.cp.min_points_per_centroid = 1  # it remarks on small banks past any reporter
-    index.cp.niter = _TRAINING_ROUNDS
-    training_rows = _spread(_TRAINING_ROWS * index.nlist, len(bank))
-    index.train(np.asarray(bank[training_rows], dtype=np.float32) * scale)
-    for start in range(0, len(bank), BLOCK_ROWS):
-        index.add(np.asarray(bank[start : start + BLOCK_ROWS], dtype=np.float32) * scale)
-    index.nprobe = probes
+    """Return rows ``[n, count]`` of the bank that inverted files hold near; -1 where none.
+
+    Args:
+        make_index: makes an empty inverted file of so many cells.
+        queries: ``[n, d]``.
+        bank: ``[m, d]``.
+        count: rows for each query, cut to ``m``.
+        scale: of all features.
+        probes: cells that are searched.
+    """
+    count = min(count, len(bank))
     queries = np.ascontiguousarray(queries, dtype=np.float32) * scale
-    rows: NDArray[np.int64] = index.search(queries, min(count, len(bank)))[1]
+    rows = np.zeros((len(queries), 0), dtype=np.int64)
+    far = np.zeros(rows.shape)
+    for first in range(0, len(bank), _SHARD_ROWS):
+        shard = bank[first : first + _SHARD_ROWS]
+        index = make_index(_num_cells(len(shard)))
+        index.cp.min_points_per_centroid = 1  # it remarks on small banks past any reporter
+        index.cp.niter = _TRAINING_ROUNDS
+        index.nprobe = probes
+        training_rows = _spread(_TRAINING_ROWS * index.nlist, len(shard))
+        index.train(np.asarray(shard[training_rows], dtype=np.float32) * scale)
+        for start in range(0, len(shard), BLOCK_ROWS):
+            index.add(np.asarray(shard[start : start + BLOCK_ROWS], dtype=np.float32) * scale)
+        values, found = index.search(queries, min(count, len(shard)))
+        sign = -1.0 if index.metric_type == 0 else 1.0  # METRIC_INNER_PRODUCT: larger is nearer
+        far = np.concatenate([far, np.where(found < 0, np.inf, sign * values)], axis=1)
+        rows = np.concatenate([rows, np.where(found < 0, -1, found + first)], axis=1)
+        nearest = np.argsort(far, axis=1, kind="stable")[:, :count]
+        far, rows = np.take_along_axis(far, nearest, 1), np.take_along_axis(rows, nearest, 1)
     return rows
 
 
@@ -385,7 +412,8 @@ def _spread(count: int, total: int) -> NDArray[np.int64]:
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
-def _check_k(k: int) -> None:
+def check_k(k: int) -> None:
+    """Refuse to look for less than one match."""
     if k < 1:
         raise InputError(f"the number of matches must be at least 1, not {k}")
 
@@ -412,7 +440,7 @@ def _in_passes(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]) if missing else values
 
 
-def _in_threads(work: Callable[[int, int], None], count: int) -> None:
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
     """Run ``work(start, stop)`` over ``range(count)`` in as many threads as one may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested regions, perhaps
     threads = int(wanted) if wanted.isdecimal() else available_cpus()
@@ -440,7 +468,7 @@ def _search_block(
         _in_passes(values) for values in (queries, block, weight)
     )
     if len(queries) < _SCREEN_QUERIES:  # rounding the block would cost more than it saves
-        _in_threads(
+        in_threads(
             lambda start, stop: kernels.search(
                 whole_queries, whole_block, whole_weight, first, start, stop, scores, rows
             ),
@@ -450,7 +478,7 @@ def _search_block(
     grid = _Grid(queries, block, weight)
     grid_queries, query_error = grid.round(queries)
     grid_block, block_error = grid.round(block)
-    _in_threads(
+    in_threads(
         lambda start, stop: kernels.search_screened(
             whole_queries,
             whole_block,
@@ -518,7 +546,7 @@ class _Grid:
 
         rounded = np.empty(values.shape, dtype=np.uint8)
         error = np.empty(len(values), dtype=np.float64)
-        _in_threads(
+        in_threads(
             lambda start, stop: kernels.quantise(
                 values, self._low, self._step, self._size, start, stop, rounded, error
             ),

@@ -117,7 +117,7 @@ class ImageSet:
 
     def converted(self, convert: Callable[[FloatArray], FloatArray]) -> ImageSet:
         """Return the set with other features, made of these some rows at a time."""
-        features = allocate_features(self.features.shape, np.float32)
+        features = allocate_features(self.features.shape, self.features.dtype.type)
         for start in range(0, len(features), _COPIED_ROWS):
             part = slice(start, start + _COPIED_ROWS)
             features[part] = convert(self.features[part])
