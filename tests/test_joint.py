@@ -91,6 +91,12 @@ def test_the_search_equals_the_sorted_matrix(joint, k):
     np.testing.assert_allclose(found.scores, np.take_along_axis(matrix, order, 1), atol=1e-12)
 
 
+def test_a_search_refuses_features_that_are_not_in_steps(joint):
+    rows = np.zeros((3, joint.num_features), np.float32)
+    with pytest.raises(InputError, match="int16 steps, not float32"):
+        joint.top_k(rows, rows, 1)
+
+
 def test_one_query_finds_what_it_finds_among_many(joint):
     generator = np.random.default_rng(0)
     bank = generator.uniform(0, 1, (600, joint.num_features))

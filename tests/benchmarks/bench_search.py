@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_search.py
     python tests/benchmarks/bench_search.py --features features.npy --weight weight.npy
     python tests/benchmarks/bench_search.py --scale 1000000 --queries 1000
+    python tests/benchmarks/bench_search.py --scale 1000000 --detector joint --approximate
 
 Every form is run in turn, several times, and the fastest run of each counts, in wall time and in
 processor time over all threads (which other programs on the machine disturb less). Prints JSON.
@@ -17,11 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli import Detector, load_detector
 from lcmem_cli.engine.store import search
+from lcmem_cli.engine.store.steps import in_steps
 
 Features = NDArray[np.float32]
 K = 5
@@ -112,6 +116,56 @@ def at_scale(rows: int, num_queries: int, columns: int) -> dict[str, object]:
     }
 
 
+def stored(detector: Detector, rows: int, *, seed: int) -> NDArray[Any]:
+    """Return features as a detector keeps them: of a thousand things, each seen many times."""
+    rng, width = np.random.default_rng(seed), detector.num_features
+    network = getattr(detector, "network", detector).num_features
+    things = np.random.default_rng(0).random((1000, width), dtype=np.float32)
+    made = things[rng.integers(0, len(things), rows)]
+    made += 0.2 * rng.standard_normal(made.shape, dtype=np.float32)
+    np.clip(made, 0, 1, out=made)
+    pictures = made[:, network:]
+    if pictures.size:
+        pictures -= pictures.mean(axis=1, keepdims=True)
+        pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    return in_steps(made) if detector.feature_dtype == np.int16 else made
+
+
+def detector_at_scale(
+    name: str, rows: int, num_queries: int, *, approximate: bool
+) -> dict[str, object]:
+    """Search a memory map of features with a detector, for further views of what they show."""
+    detector = load_detector(name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bank.npy"
+        kind, width = detector.feature_dtype, detector.num_features
+        bank = np.lib.format.open_memmap(path, "w+", kind, (rows, width))
+        for start in range(0, rows, 16384):
+            stop = min(start + 16384, rows)
+            bank[start:stop] = stored(detector, stop - start, seed=1 + start)
+        bank.flush()
+        del bank
+        mapped = np.load(path, mmap_mode="r")
+        queries = stored(detector, num_queries, seed=0)
+        searcher = detector.approximate() if approximate else detector
+        searcher.top_k(queries[:64], mapped[:2000], K)  # compiles
+        began, busy = time.perf_counter(), time.process_time()
+        found = searcher.top_k(queries, mapped, K)
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    return {
+        "detector": name,
+        "approximate": approximate,
+        "shape": [num_queries, width, rows],
+        "seconds": seconds,
+        "processor seconds": busy,
+        "recall": found.recall,
+        "peak resident GiB, mapped pages included": resource.getrusage(
+            resource.RUSAGE_SELF
+        ).ru_maxrss
+        / 2**20,
+    }
+
+
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,10 +174,16 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=int, help="Stored features of a search at scale.")
+    parser.add_argument("--detector", help="With --scale: whose search, lcmem or joint.")
+    parser.add_argument("--approximate", action="store_true", help="With --detector.")
     parser.add_argument("--features", type=Path, help="Real features, .npy [n, d].")
     parser.add_argument("--weight", type=Path, help="Weights of the head, .npy [d].")
     options = parser.parse_args()
-    if options.scale:
+    if options.scale and options.detector:
+        result = detector_at_scale(
+            options.detector, options.scale, options.queries, approximate=options.approximate
+        )
+    elif options.scale:
         result = at_scale(options.scale, options.queries, options.columns)
     elif options.features:
         features = np.load(options.features).astype(np.float32)

@@ -24,6 +24,7 @@ from lcmem_cli.engine.data.pairs import pairs_within
 from lcmem_cli.engine.detectors.embedding import embed_files
 from lcmem_cli.engine.detectors.joint import ADAPTED_SCALE, SCALE, JointDetector, Scale
 from lcmem_cli.engine.detectors.lcmem import LCMemDetector
+from lcmem_cli.engine.store.steps import cosine_pairs
 from lcmem_cli.engine.training.last_layer import Whitening
 
 RATES = np.array([0.1, 0.03, 0.01, 0.003, 0.001])
@@ -70,7 +71,7 @@ def embed_all(detector, paths):
 def both_parts(detector, a, b):
     """Return Fisher's z of the pictures and the network's logits, of pairs of feature rows."""
     width = detector.network.num_features
-    correlation = (a[:, width:] * b[:, width:]).sum(axis=1)
+    correlation = cosine_pairs(a[:, width:], b[:, width:])
     logits = logit(detector.network.score_features(a[:, :width], b[:, :width]))
     return np.arctanh(correlation.clip(-1, 1 - 1e-6)), logits
 

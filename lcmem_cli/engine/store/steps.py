@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcmem_cli.engine.errors import InputError
 from lcmem_cli.engine.store.search import (
     BLOCK_ROWS,
     SMALL,
@@ -71,9 +72,11 @@ def cosine_top_k(
         block_rows: bank rows read at once; the result does not depend on it.
 
     Raises:
-        InputError: ``k`` below 1.
+        InputError: ``k`` below 1, or rows that are not in steps, which would all be cut to 0.
     """
     check_k(k)
+    if any(rows.dtype != np.int16 for rows in (queries, bank)):
+        raise InputError(f"features must be int16 steps, not {queries.dtype} and {bank.dtype}")
     if len(queries) * bank.size <= SMALL:
         return top_k_blocked(cosine_matrix, queries, bank, k)
     from lcmem_cli.engine.store import kernels
